@@ -1,0 +1,1 @@
+"""What the user wants: typed, checked, every problem at once. Nothing here imports torch."""
