@@ -1,0 +1,1 @@
+"""Conversations become token rows."""

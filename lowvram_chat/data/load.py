@@ -1,0 +1,57 @@
+"""From a recipe's data section to the rows that are trained on and the rows that are held out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from lowvram_chat.data.rows import split_by_conversation
+from lowvram_chat.data.sources import Source, open_source
+from lowvram_chat.data.tokenize import Facts, tokenize
+from lowvram_chat.errors import DataError
+from lowvram_chat.recipe.schema import Data
+
+if TYPE_CHECKING:
+    import datasets
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Training rows, held-out rows (None where the recipe names none), and what became of the sources."""
+
+    train: datasets.Dataset
+    held_out: datasets.Dataset | None
+    facts: Facts
+
+
+def load_rows(data: Data, tokenizer: PreTrainedTokenizerBase, seed: int) -> Rows:
+    """Return the rows of a recipe's data section.
+
+    Raises:
+        NotFoundError, DataError: see `open_source`, `tokenize`; or a held-out part that leaves no row to train on.
+    """
+    training = tokenize(open_source(data.source, split=data.split, subset=data.subset), tokenizer, data, data.limit)
+    held_out = load_held_out(data, tokenizer)
+    train = training.rows
+    if data.eval_fraction is not None:
+        conversations = training.facts.conversations
+        train, held_out = split_by_conversation(train, conversations, data.eval_fraction, seed, data.eval_limit)
+        if not len(train) or not len(held_out):
+            empty = "held out" if len(train) else "left to train on"
+            raise DataError(f"data.eval_fraction: nothing is {empty}. Change it, or add conversations.")
+    return Rows(train=train, held_out=held_out, facts=training.facts)
+
+
+def load_held_out(data: Data, tokenizer: PreTrainedTokenizerBase) -> datasets.Dataset | None:
+    """Return the rows of `data.eval_source` or `data.eval_split`; None where the recipe has neither."""
+    if data.eval_source is None and data.eval_split is None:
+        return None
+    return tokenize(held_out_source(data), tokenizer, data, data.eval_limit).rows
+
+
+def held_out_source(data: Data) -> Source:
+    """Return where the held-out conversations come from (`eval_fraction`: the training source itself)."""
+    source = data.eval_source if data.eval_source is not None else data.source
+    split = data.eval_split if data.eval_split is not None else data.split
+    return open_source(source, split=split, subset=data.subset)

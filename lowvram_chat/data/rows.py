@@ -1,0 +1,88 @@
+"""Token rows: cut to length, split into held-out and training, and collated into rectangular batches.
+
+A row's padding stands on the right and the model is causal, so no real token ever sees it: batches carry no attention
+mask, and attention runs its plain causal kernel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import datasets
+
+IGNORED = -100
+"""Label of a token that carries no loss (torch.nn.functional.cross_entropy's default)."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """Tokens that stand together: ids and labels of equal length; the first label is always ignored."""
+
+    input_ids: list[int]
+    labels: list[int]
+
+    @property
+    def loss_tokens(self) -> int:
+        """Tokens that carry loss."""
+        return sum(label != IGNORED for label in self.labels)
+
+
+def cut(tokens: list[int], labels: list[int], max_length: int, overflow: str) -> Iterator[Row]:
+    """Yield a conversation's rows: the first `max_length` tokens, or (`split`) windows that together hold all.
+
+    Windows overlap by one token, so that the first label of a window is predicted by the last one of the window before
+    and none is lost: a row's own first token has nothing before it to be predicted from.
+    """
+    ends = range(0, max(1, len(tokens) - 1), max_length - 1) if overflow == "split" else range(1)
+    for start in ends:
+        part = slice(start, start + max_length)
+        yield Row(tokens[part], [IGNORED, *labels[part][1:]])
+
+
+def split_by_conversation(
+    rows: datasets.Dataset, conversations: int, fraction: float, seed: int, limit: int | None
+) -> tuple[datasets.Dataset, datasets.Dataset]:
+    """Return (training, held-out) rows: a seeded share of the source's `conversations`, at most `limit` of them held out.
+
+    The choice depends on a conversation's number alone, not on its length or loss, so that the same ones are held out
+    whatever the rows are made for; all windows of a conversation stand on the same side.
+    """
+    import numpy
+
+    of_row = numpy.asarray(rows.with_format("numpy")["conversation"][:])
+    order = numpy.random.default_rng(seed).permutation(conversations)
+    chosen = order[: max(1, round(fraction * conversations))]
+    is_chosen = numpy.isin(of_row, chosen)
+    scored = is_chosen if limit is None else numpy.isin(of_row, numpy.unique(of_row[is_chosen])[:limit])
+    return rows.select(numpy.flatnonzero(~is_chosen)), rows.select(numpy.flatnonzero(scored))
+
+
+class Collator:
+    """Rows become a batch: right-padded (B, T) int64 tensors, and where its loss is.
+
+    `loss_positions` (N,) are the places, in the flattened (B * T,) batch, of the tokens that predict a labelled one. They
+    are found here, on the host, so that the loss needs no device synchronisation.
+    """
+
+    def __init__(self, pad_token_id: int) -> None:
+        self.pad_token_id = pad_token_id
+
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        import torch
+
+        lengths = [len(row["input_ids"]) for row in rows]
+        shape = (len(rows), max(lengths))
+        input_ids = torch.full(shape, self.pad_token_id, dtype=torch.int64)
+        labels = torch.full(shape, IGNORED, dtype=torch.int64)
+        for number, (row, length) in enumerate(zip(rows, lengths, strict=True)):
+            input_ids[number, :length] = torch.as_tensor(row["input_ids"], dtype=torch.int64)
+            labels[number, :length] = torch.as_tensor(row["labels"], dtype=torch.int64)
+        return {
+            "input_ids": input_ids,
+            "labels": labels,
+            "loss_positions": labels.flatten().ne(IGNORED).nonzero().flatten() - 1,
+            "real_tokens": sum(lengths),
+        }

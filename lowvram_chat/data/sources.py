@@ -1,0 +1,181 @@
+"""Where conversations come from: files, globs, hub datasets and the built-in sample, as (place, raw row) pairs."""
+
+from __future__ import annotations
+
+import csv
+import glob
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lowvram_chat.data.hub import explain
+from lowvram_chat.errors import DataError, NotFoundError, did_you_mean
+
+ASSETS = Path(__file__).parent.parent / "assets"
+BUILTIN = {
+    "builtin:chitchat": ASSETS / "chitchat" / "train.jsonl",
+    "builtin:chitchat-held-out": ASSETS / "chitchat" / "held_out.jsonl",
+}
+
+
+@dataclass(frozen=True)
+class BadRow:
+    """A row that could not even be read."""
+
+    reason: str
+
+
+RawRow = Mapping[str, Any] | BadRow
+Rows = Iterator[tuple[str, RawRow]]
+
+
+@dataclass(frozen=True)
+class Source:
+    """Rows that can be read more than once, and a fingerprint of their content."""
+
+    name: str
+    rows: Callable[[], Rows]
+    fingerprint: str
+    """Changes when the content changes."""
+
+
+def open_source(source: str | list[str], *, split: str, subset: str | None) -> Source:
+    """Return what a recipe's `data.source` names.
+
+    Raises:
+        NotFoundError: no such file or dataset, or no way to reach the hub.
+        DataError: files of a kind that is not read.
+    """
+    names = [source] if isinstance(source, str) else source
+    parts = [_open_one(name, split, subset) for name in names]
+    if not parts:
+        raise DataError("data.source: the list is empty. Name at least one file or dataset.")
+    if len(parts) == 1:
+        return parts[0]
+    digest = hashlib.sha256("".join(part.fingerprint for part in parts).encode()).hexdigest()
+    return Source(", ".join(names), lambda: (pair for part in parts for pair in part.rows()), digest)
+
+
+def _open_one(name: str, split: str, subset: str | None) -> Source:
+    if name.startswith("builtin:"):
+        if name not in BUILTIN:
+            raise NotFoundError(
+                f"{name}: there is no such built-in dataset.{did_you_mean(name, BUILTIN)} Known: {', '.join(BUILTIN)}."
+            )
+        return _files(name, [BUILTIN[name]])
+    matches = [name] if Path(name).is_file() else sorted(glob.glob(name, recursive=True))
+    paths = [Path(path) for path in matches if Path(path).is_file()]
+    if paths:
+        return _files(name, paths)
+    if _looks_like_a_path(name):
+        raise NotFoundError(
+            f"{name}: no file of that name or pattern. Give a file, a glob in quotes, or a hub id (owner/name)."
+        )
+    return _hub(name, split, subset)
+
+
+def _looks_like_a_path(name: str) -> bool:
+    return (
+        Path(name).suffix in READERS
+        or any(c in name for c in "*?\\")
+        or name.startswith((".", "/", "~"))
+        or name.count("/") != 1
+    )
+
+
+def _files(name: str, paths: list[Path]) -> Source:
+    """Return local files as one source.
+
+    Raises:
+        DataError: a file's ending is not known.
+    """
+    for path in paths:
+        if path.suffix not in READERS:
+            raise DataError(f"{path}: files that end in '{path.suffix}' are not read. Use one of {', '.join(READERS)}.")
+    digest = hashlib.sha256()
+    for path in paths:
+        with path.open("rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+    return Source(name, lambda: (pair for path in paths for pair in READERS[path.suffix](path)), digest.hexdigest())
+
+
+def _jsonl(path: Path) -> Rows:
+    with path.open(encoding="utf-8-sig", errors="replace") as file:
+        for number, line in enumerate(file, start=1):
+            if line.strip():
+                yield f"{path}:{number}", _json_object(line)
+
+
+def _json_object(line: str) -> RawRow:
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        return BadRow(f"not JSON ({error})")
+    return row if isinstance(row, dict) else BadRow("not a JSON object")
+
+
+def _json(path: Path) -> Rows:
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8-sig"))
+    except ValueError as error:
+        raise DataError(
+            f"{path}: not JSON ({error}). A .json file holds one list of rows; one row a line is .jsonl."
+        ) from None
+    if not isinstance(rows, list):
+        raise DataError(f"{path}: holds a {type(rows).__name__}, not a list of rows. Put the rows into a list.")
+    for number, row in enumerate(rows, start=1):
+        yield f"{path}: row {number}", row if isinstance(row, dict) else BadRow("not a JSON object")
+
+
+def _csv(path: Path) -> Rows:
+    csv.field_size_limit(2**31 - 1)  # a long conversation in one cell; larger overflows C's long on Windows
+    with path.open(encoding="utf-8-sig", errors="replace", newline="") as file:
+        reader = csv.DictReader(file)
+        for row in reader:
+            yield f"{path}:{reader.line_num}", row
+
+
+def _parquet(path: Path) -> Rows:
+    import pyarrow
+    import pyarrow.parquet
+
+    number = 0
+    try:
+        for batch in pyarrow.parquet.ParquetFile(path).iter_batches(batch_size=256):
+            for row in batch.to_pylist():
+                number += 1
+                yield f"{path}: row {number}", row
+    except pyarrow.ArrowInvalid as error:
+        raise DataError(f"{path}: not a Parquet file ({error}). Check the file.") from None
+
+
+READERS: Mapping[str, Callable[[Path], Rows]] = {".jsonl": _jsonl, ".json": _json, ".csv": _csv, ".parquet": _parquet}
+
+
+def _hub(name: str, split: str, subset: str | None) -> Source:
+    """Return one split of a hub dataset, from the network or from the hub cache.
+
+    Raises:
+        NotFoundError: it is neither reachable nor cached, or has no such split or subset.
+    """
+    import datasets
+
+    try:
+        data = datasets.load_dataset(name, subset, split=split)
+    except OSError as error:
+        raise NotFoundError(explain("dataset", name, error)) from None
+    except ValueError as error:  # an unknown split or subset; the library's sentence lists the known ones
+        raise NotFoundError(
+            f"{name}: {str(error).splitlines()[0]} Set data.split or data.subset to a known one."
+        ) from None
+    files = "".join(Path(part["filename"]).as_posix() for part in data.cache_files)
+    digest = hashlib.sha256(f"{files}{data.num_rows}".encode()).hexdigest()
+    return Source(
+        f"{name} ({split})",
+        lambda: ((f"{name} {split}: row {number}", row) for number, row in enumerate(data, start=1)),
+        digest,
+    )

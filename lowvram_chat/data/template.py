@@ -1,0 +1,63 @@
+"""The chat template: how messages become text, set on the tokenizer so that it is saved with every model."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lowvram_chat.errors import DataError, NotFoundError, did_you_mean
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+FOLDER = Path(__file__).parent.parent / "assets" / "templates"
+SHIPPED = ("plain", "chatml")
+
+
+def read_template(name: str) -> str:
+    """Return the Jinja text of a shipped template (`plain`, `chatml`) or of a .jinja file.
+
+    Raises:
+        NotFoundError: neither a shipped name nor a file.
+    """
+    path = FOLDER / f"{name}.jinja" if name in SHIPPED else Path(name)
+    if not path.is_file():
+        known = (*SHIPPED, "own")
+        raise NotFoundError(
+            f"data.chat_template: '{name}' is neither {', '.join(known)} nor a file.{did_you_mean(name, known)} "
+            "Give one of those names or the path of a .jinja file."
+        )
+    return path.read_text(encoding="utf-8").strip()
+
+
+def marks_answers(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Return whether the tokenizer's chat template marks the assistant's words with {% generation %}."""
+    return re.search(r"\{%-?\s*generation\s*-?%\}", str(tokenizer.chat_template)) is not None
+
+
+def set_template(tokenizer: PreTrainedTokenizerBase, name: str, loss_on: str) -> None:
+    """Give the tokenizer its chat template and a padding token, without adding a token to its vocabulary.
+
+    Raises:
+        DataError: `own` where the tokenizer has none, a template that does not mark the assistant's words, a template
+            whose tokens the tokenizer lacks, or a tokenizer without an EOS token.
+    """
+    if tokenizer.eos_token is None:
+        raise DataError("The tokenizer has no end-of-text token, so answers could not end. Use another tokenizer.")
+    if tokenizer.pad_token is None:  # padding is masked by position, so that the real EOS is still learned
+        tokenizer.pad_token = tokenizer.eos_token
+    if name == "own":
+        if not tokenizer.chat_template:
+            raise DataError(
+                "data.chat_template: own, but the tokenizer has no chat template. Set data.chat_template=plain."
+            )
+    else:
+        tokenizer.chat_template = read_template(name)
+    if name == "chatml" and "<|im_end|>" not in tokenizer.get_vocab():
+        raise DataError("data.chat_template: chatml, but the tokenizer lacks its tokens. Set data.chat_template=plain.")
+    if loss_on == "assistant" and not marks_answers(tokenizer):
+        raise DataError(
+            f"data.chat_template: {name} has no {{% generation %}} marks, so the assistant's words are not known. "
+            "Set data.loss_on=all, or use the template plain or chatml."
+        )
