@@ -1,0 +1,55 @@
+"""Which device a run gets, and whether it can do what the recipe asks."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import os
+
+import torch
+
+from lowvram_chat.errors import DeviceError
+from lowvram_chat.recipe.gpus import CONTEXT_MIB, MIB
+from lowvram_chat.recipe.optimizers import OPTIMIZERS
+from lowvram_chat.recipe.schema import Recipe
+
+log = logging.getLogger(__name__)
+
+
+def check_device(recipe: Recipe) -> torch.device:
+    """Return the device of a run.
+
+    Raises:
+        DeviceError: fp16 without CUDA, bf16 on a card without it, or a library that the recipe needs and is missing.
+    """
+    cuda = torch.cuda.is_available()
+    precision = recipe.train.precision
+    if precision == "fp16" and not cuda:
+        raise DeviceError(
+            "train.precision: fp16 needs a CUDA graphics card and none is usable here; on a CPU it would silently be fp32. "
+            "Add train.precision=fp32 (or bf16), or see python -m lowvram_chat.doctor."
+        )
+    if precision == "bf16" and cuda and not torch.cuda.is_bf16_supported(including_emulation=False):
+        raise DeviceError(
+            f"train.precision: {torch.cuda.get_device_name(0)} does not compute in bf16. Add train.precision=fp16."
+        )
+    if recipe.model.attention == "flash_attention_2" and importlib.util.find_spec("flash_attn") is None:
+        raise DeviceError("model.attention: flash_attention_2 needs the package flash-attn. Add model.attention=sdpa.")
+    if OPTIMIZERS[recipe.optimizer.name].paged and not cuda:
+        log.info("optimizer.name: %s pages its states only on CUDA; here they stay in memory", recipe.optimizer.name)
+    if cuda and recipe.memory.limit_mib is not None:
+        cap_memory(recipe.memory.limit_mib)
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if cuda else torch.device("cpu")
+
+
+def cap_memory(limit_mib: int) -> None:
+    """Let this process take no more than so many MiB of the device, the CUDA context included.
+
+    Windows would otherwise spill to shared memory and run tens of times slower instead of failing.
+    """
+    total = torch.cuda.get_device_properties(0).total_memory
+    allowed = max(limit_mib - CONTEXT_MIB, 0) * MIB
+    torch.cuda.set_per_process_memory_fraction(min(1.0, allowed / total))
+    log.info(
+        "memory.limit_mib: this process is held to %d MiB, %d of them for the CUDA context", limit_mib, CONTEXT_MIB
+    )

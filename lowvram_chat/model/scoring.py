@@ -1,0 +1,70 @@
+"""Held-out loss: the exact mean over all labelled tokens, without ever gathering logits."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    import datasets
+    from torch import nn
+
+
+@dataclass(frozen=True)
+class Score:
+    """A held-out loss."""
+
+    nats: float
+    """Summed cross-entropy."""
+    tokens: int
+    """Tokens scored."""
+
+    @property
+    def loss(self) -> float:
+        """Mean cross-entropy of a token, nats."""
+        return self.nats / self.tokens
+
+    @property
+    def perplexity(self) -> float:
+        """exp(loss)."""
+        return math.exp(min(self.loss, 700.0))
+
+
+@torch.no_grad()
+def score(
+    model: nn.Module,
+    rows: datasets.Dataset,
+    collate: Callable[[Sequence[Any]], dict[str, Any]],
+    batch_size: int,
+    precision: str = "fp32",
+) -> Score:
+    """Return the loss of the rows under a model that `model.loss.attach_loss` was called on.
+
+    Rows are batched with others of like length, longest first: the least padding, and what does not fit fails at once.
+    """
+    device = next(model.parameters()).device
+    was_training = model.training
+    model.eval()
+    order = sorted(range(len(rows)), key=lambda number: -len(rows[number]["input_ids"]))
+    total = torch.zeros((), dtype=torch.float64, device=device if device.type != "mps" else "cpu")
+    tokens = 0
+    for start in range(0, len(order), batch_size):
+        batch = collate([rows[number] for number in order[start : start + batch_size]])
+        tokens += batch["loss_positions"].numel()
+        inputs = {name: batch[name].to(device) for name in ("input_ids", "labels", "loss_positions")}
+        with autocast(device.type, precision):
+            total += model(**inputs)["loss"]
+    model.train(was_training)
+    return Score(nats=total.item(), tokens=tokens)
+
+
+def autocast(device_type: str, precision: str) -> AbstractContextManager[Any]:
+    """Return the autocast context of a recipe's `train.precision`."""
+    if precision == "fp32":
+        return nullcontext()
+    return torch.autocast(device_type, torch.float16 if precision == "fp16" else torch.bfloat16)
