@@ -1,0 +1,184 @@
+"""What this machine has for fine-tuning, and one line on what to do about each lack.
+
+python -m lowvram_chat.doctor
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import platform
+import shutil
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+
+from lowvram_chat.cli import guarded, parser, print_json
+from lowvram_chat.data.hub import endpoint, offline, reachable
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing looked at."""
+
+    name: str
+    found: str
+    good: bool
+    advice: str = ""
+    """What to do about it; empty where nothing need be done."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Parse the words of the command line and look."""
+    arguments = parser("doctor", __doc__)
+    arguments.add_argument("--json", action="store_true", help="print the findings as JSON, as the last line")
+    args = arguments.parse_args(argv)
+
+    def work() -> int:
+        findings = [check() for check in CHECKS]
+        for finding in findings:
+            print(f"{'ok ' if finding.good else '-- '} {finding.name:<14}{finding.found}")
+            if finding.advice:
+                print(f"{'':<18}-> {finding.advice}")
+        if args.json:
+            print_json({"findings": [asdict(finding) for finding in findings]})
+        return 0
+
+    return guarded(work)
+
+
+def python() -> Finding:
+    """Return the Python version."""
+    good = sys.version_info >= (3, 11)
+    advice = "" if good else "Install Python 3.11 or newer."
+    return Finding("Python", f"{platform.python_version()} on {platform.system()} {platform.machine()}", good, advice)
+
+
+def libraries() -> Finding:
+    """Return the versions of the libraries the package stands on."""
+    names = ("torch", "transformers", "trl", "peft", "datasets", "accelerate")
+    missing = [name for name in names if importlib.util.find_spec(name) is None]
+    found = ", ".join(f"{name} {metadata.version(name)}" for name in names if name not in missing)
+    advice = (
+        f"Missing: {', '.join(missing)}. Run pip install -c constraints.txt -e . in this folder." if missing else ""
+    )
+    return Finding("Libraries", found, not missing, advice)
+
+
+def torch_build() -> Finding:
+    """Return which torch this is: a CPU build cannot use a graphics card."""
+    import torch
+
+    cuda = torch.version.cuda
+    if cuda is None and shutil.which("nvidia-smi"):
+        advice = "There is an NVIDIA driver, but torch is a CPU build. Reinstall torch with CUDA: see pytorch.org, Get Started."
+        return Finding("torch build", f"{torch.__version__}, without CUDA", False, advice)
+    return Finding("torch build", f"{torch.__version__}, {f'CUDA {cuda}' if cuda else 'CPU only'}", True)
+
+
+def gpu() -> Finding:
+    """Return the graphics card, its driver and its free memory."""
+    import torch
+
+    if not torch.cuda.is_available():
+        advice = (
+            "Training runs on the CPU: use train.precision=fp32 and small models, or a machine with an NVIDIA card."
+        )
+        return Finding("GPU", "none usable by torch", False, advice)
+    free, total = torch.cuda.mem_get_info()
+    major, minor = torch.cuda.get_device_capability()
+    found = f"{torch.cuda.get_device_name()}, compute {major}.{minor}, driver {_driver()}, "
+    found += f"{free / 2**20:,.0f} of {total / 2**20:,.0f} MiB free"
+    advice = "Close programs that use the card (nvidia-smi lists them)." if free < 0.8 * total else ""
+    return Finding("GPU", found, True, advice)
+
+
+def _driver() -> str:
+    import subprocess
+
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        answer = subprocess.run(query, capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+    return answer.stdout.splitlines()[0].strip() if answer.stdout else "unknown"
+
+
+def eight_bit() -> Finding:
+    """Return whether bitsandbytes takes a real 8-bit optimizer step here."""
+    if importlib.util.find_spec("bitsandbytes") is None:
+        return Finding(
+            "bitsandbytes", "not installed", False, "Run pip install bitsandbytes, or use optimizer.name=adamw."
+        )
+    try:
+        import bitsandbytes
+        import torch
+
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        weight = torch.nn.Parameter(torch.ones(64, 128, device=device))
+        weight.grad = torch.ones_like(weight)
+        bitsandbytes.optim.AdamW8bit([weight], lr=0.1).step()
+        works = bool((weight < 1).all())
+    except Exception as error:  # whatever a broken native library raises is the finding
+        return Finding("bitsandbytes", f"fails: {error}", False, "Reinstall bitsandbytes, or use optimizer.name=adamw.")
+    version = metadata.version("bitsandbytes")
+    advice = "" if works else "Its step does nothing: reinstall it, or use optimizer.name=adamw."
+    return Finding(
+        "bitsandbytes", f"{version}, an 8-bit AdamW step on the {device} {'works' if works else 'fails'}", works, advice
+    )
+
+
+def triton() -> Finding:
+    """Return whether Triton is there (only torch.compile on a card needs it)."""
+    if importlib.util.find_spec("triton") is not None:
+        return Finding("Triton", metadata.version("triton"), True)
+    name = "triton-windows" if platform.system() == "Windows" else "triton"
+    return Finding(
+        "Triton", "not installed", True, f"Only compiled kernels on a graphics card need it (pip install {name})."
+    )
+
+
+def hub() -> Finding:
+    """Return whether models and datasets can be fetched, and what is cached."""
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    cache = Path(HF_HUB_CACHE)
+    cached = len(list(cache.glob("models--*"))) + len(list(cache.glob("datasets--*"))) if cache.is_dir() else 0
+    kept = f"{cached} models and datasets in the cache"
+    if offline():
+        return Finding("Hub", f"switched off by HF_HUB_OFFLINE; {kept}", False, "Unset HF_HUB_OFFLINE to fetch models.")
+    if reachable():
+        return Finding("Hub", f"{endpoint()} answers; {kept}", True)
+    advice = "Check the network or set HTTPS_PROXY. Without it: builtin: models and data, local folders, and the cache."
+    return Finding("Hub", f"{endpoint()} does not answer; {kept}", False, advice)
+
+
+def disk() -> Finding:
+    """Return the free space where runs and caches go."""
+    free = {str(path): shutil.disk_usage(path).free for path in (Path.cwd(), Path.home()) if path.exists()}
+    least = min(free.values())
+    advice = (
+        ""
+        if least > 10 * 2**30
+        else "A run on ultrachat_200k needs about 10 GiB: free some, or set HF_HOME and output.dir."
+    )
+    return Finding("Disk", f"{least / 2**30:,.1f} GiB free", not advice, advice)
+
+
+def processor() -> Finding:
+    """Return cores and memory."""
+    import psutil
+
+    memory = psutil.virtual_memory()
+    found = f"{os.cpu_count()} cores, {memory.available / 2**30:.1f} of {memory.total / 2**30:.1f} GiB memory free"
+    good = memory.available > 2 * 2**30
+    return Finding("CPU", found, good, "" if good else "Close programs: a run needs about 2 GiB of memory.")
+
+
+CHECKS: Sequence[Callable[[], Finding]] = (python, libraries, torch_build, gpu, eight_bit, triton, hub, disk, processor)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

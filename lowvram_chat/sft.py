@@ -1,0 +1,96 @@
+"""Fine-tune a model by a recipe.
+
+    python -m lowvram_chat.sft recipes/quickstart.yaml
+    python -m lowvram_chat.sft recipes/full_fp16.yaml train.learning_rate=3e-5
+
+Any setting can follow the recipe as section.key=value; --print-recipe shows them all.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from lowvram_chat.cli import guarded, parser, print_json, quiet_transformers
+from lowvram_chat.recipe.load import dump_recipe, load_recipe
+from lowvram_chat.recipe.schema import Recipe
+
+log = logging.getLogger(__name__)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Parse the words of the command line and run."""
+    arguments = parser("sft", __doc__)
+    arguments.add_argument("recipe", help="path of a recipe (.yaml)")
+    arguments.add_argument(
+        "overrides", nargs="*", metavar="section.key=value", help="settings in place of the recipe's"
+    )
+    arguments.add_argument("--resume", action="store_true", help="go on from the last whole checkpoint of output.dir")
+    arguments.add_argument("--overwrite", action="store_true", help="replace an earlier run in output.dir")
+    arguments.add_argument("--print-recipe", action="store_true", help="show the resolved recipe and stop")
+    arguments.add_argument("--max-steps", type=int, metavar="N", help="cut the run short: stop after N optimizer steps")
+    arguments.add_argument("--json", action="store_true", help="print result.json as the last line")
+    args = arguments.parse_intermixed_args(argv)
+
+    def work() -> int:
+        steps = [] if args.max_steps is None else [f"train.max_steps={args.max_steps}"]
+        recipe = load_recipe(args.recipe, [*args.overrides, *steps])
+        if args.print_recipe:
+            print(dump_recipe(recipe), end="")
+            return 0
+        result = run(recipe, resume=args.resume, overwrite=args.overwrite)
+        if args.json:
+            print_json(result)
+        return 0
+
+    return guarded(work)
+
+
+def run(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> dict[str, Any]:
+    """Train by a recipe and return what `result.json` holds.
+
+    Raises:
+        LowVramError: one of its kinds, with nothing written, for everything that can be known before the first step.
+    """
+    from lowvram_chat.train.run_dir import RunDir, check_new, is_main_process, read_result
+
+    if is_main_process():
+        check_new(Path(recipe.output.dir), overwrite=overwrite, resume=resume)
+    finished = read_result(RunDir(Path(recipe.output.dir))) if resume else {}
+    if finished and RunDir(Path(recipe.output.dir)).recipe() == recipe:
+        log.info("%s: this run has ended; nothing to resume", recipe.output.dir)
+        return finished
+
+    from lowvram_chat.data.hub import work_offline_if_unreachable
+
+    if any(_is_remote(name) for name in _names(recipe)):
+        work_offline_if_unreachable()
+
+    from lowvram_chat.model.device import check_device
+
+    device = check_device(recipe)
+    quiet_transformers()
+
+    from lowvram_chat.train.session import Session
+
+    session = Session.prepare(recipe, device=device)
+    return session.run(resume=resume)
+
+
+def _names(recipe: Recipe) -> list[str]:
+    """Return every model and dataset name of a recipe."""
+    names: list[str] = [recipe.model.name]
+    for source in (recipe.data.source, recipe.data.eval_source or []):
+        names += [source] if isinstance(source, str) else source
+    return names
+
+
+def _is_remote(name: str) -> bool:
+    return not name.startswith("builtin:") and not Path(name).exists()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

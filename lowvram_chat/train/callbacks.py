@@ -1,0 +1,171 @@
+"""What is written and shown while a run goes on: metrics.jsonl, a progress line, the token counts."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from lowvram_chat.train.run_dir import COUNTS_FILE, RunDir, write_json
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class TokenCounts:
+    """What the run has worked through so far; survives `--resume`."""
+
+    real_tokens: int = 0
+    """Tokens of the data."""
+    padded_tokens: int = 0
+    """Tokens of the batches: the data's and the padding's."""
+    seconds: float = 0.0
+    """Time spent in training, evaluations and checkpoints included."""
+
+    def add(self, real: int, padded: int) -> None:
+        """Count one micro-batch."""
+        self.real_tokens += real
+        self.padded_tokens += padded
+
+    @classmethod
+    def of_checkpoint(cls, checkpoint: Path) -> TokenCounts:
+        """Return the counts kept with a checkpoint."""
+        return cls(**json.loads((checkpoint / COUNTS_FILE).read_text(encoding="utf-8")))
+
+
+class Recorder(TrainerCallback):
+    """Writes a line of metrics.jsonl at every logged step, keeps the clock, and shows where the run is."""
+
+    def __init__(self, run: RunDir, counts: TokenCounts) -> None:
+        self.run = run
+        self.counts = counts
+        self.started = self.logged_at = time.monotonic()
+        self.seconds_before = counts.seconds
+        self.logged = TokenCounts(**asdict(counts))
+        self.display = Display()
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.started = self.logged_at = time.monotonic()
+        self.display.start(state.global_step, state.max_steps)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.counts.seconds = self.seconds_before + time.monotonic() - self.started
+        self.display.advance(state.global_step)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        logs = dict(logs or {})
+        if not state.is_world_process_zero or not (logs.keys() & {"loss", "eval_loss"}):
+            return
+        line: dict[str, Any] = {"step": state.global_step, "epoch": round(state.epoch or 0.0, 4)}
+        line |= {name: logs[name] for name in ("loss", "learning_rate", "grad_norm", "eval_loss") if name in logs}
+        if "loss" in logs:
+            line |= self._rates() | memory()
+        with self.run.metrics_file.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+        self.display.show(line, state.max_steps)
+
+    def _rates(self) -> dict[str, float]:
+        """Return the tokens per second since the last logged step."""
+        now = time.monotonic()
+        seconds = max(now - self.logged_at, 1e-9)
+        rates = {
+            "real_tokens_per_second": round((self.counts.real_tokens - self.logged.real_tokens) / seconds, 1),
+            "padded_tokens_per_second": round((self.counts.padded_tokens - self.logged.padded_tokens) / seconds, 1),
+        }
+        self.logged_at, self.logged = now, TokenCounts(**asdict(self.counts))
+        return rates
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        folder = self.run.checkpoints / f"checkpoint-{state.global_step}"
+        if state.is_world_process_zero and folder.is_dir():
+            write_json(folder / COUNTS_FILE, asdict(self.counts))
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.display.stop()
+
+
+class Display:
+    """A rich progress bar on a terminal, plain log lines elsewhere."""
+
+    def __init__(self) -> None:
+        self.console = Console(stderr=True)
+        self.progress: Progress | None = None
+        self.task = TaskID(0)
+
+    def start(self, done: int, total: int) -> None:
+        """Begin to show a run of `total` optimizer steps."""
+        if not self.console.is_terminal:
+            return
+        columns = (TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"))
+        self.progress = Progress(*columns, TimeRemainingColumn(), console=self.console)
+        self.task = self.progress.add_task("", total=total, completed=done)
+        self.progress.start()
+
+    def advance(self, step: int) -> None:
+        """Move the bar."""
+        if self.progress is not None:
+            self.progress.update(self.task, completed=step)
+
+    def show(self, line: dict[str, Any], total: int) -> None:
+        """Tell a logged step's loss and speed."""
+        words = [
+            f"{name.replace('eval_loss', 'held-out loss')} {line[name]:.4f}"
+            for name in ("loss", "eval_loss")
+            if name in line
+        ]
+        if "real_tokens_per_second" in line:
+            words.append(f"{line['real_tokens_per_second']:,.0f} tokens/s")
+        if "peak_reserved_bytes" in line:
+            words.append(f"{line['peak_reserved_bytes'] / 2**20:,.0f} MiB")
+        text = ", ".join(words)
+        if self.progress is not None:
+            self.progress.update(self.task, description=text)
+        else:
+            log.info("step %d of %d: %s", line["step"], total, text)
+
+    def stop(self) -> None:
+        """Leave the bar as it stands."""
+        if self.progress is not None:
+            self.progress.stop()
+            self.progress = None
+
+
+def memory() -> dict[str, int]:
+    """Return the peak memory of this process: on CUDA what the allocator took, elsewhere the resident set."""
+    if torch.cuda.is_available():
+        return {
+            "peak_allocated_bytes": torch.cuda.max_memory_allocated(),
+            "peak_reserved_bytes": torch.cuda.max_memory_reserved(),
+        }
+    return {"peak_resident_bytes": _peak_resident_bytes()}
+
+
+def _peak_resident_bytes() -> int:
+    try:
+        import resource
+    except ImportError:  # Windows, where psutil tells the peak
+        import psutil
+
+        return int(psutil.Process().memory_info().peak_wset)  # type: ignore[attr-defined, unused-ignore]
+    unit = 1 if sys.platform == "darwin" else 1024
+    return int(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) * unit

@@ -1,0 +1,224 @@
+"""One run from a checked recipe to a finished run folder.
+
+Everything that can fail for a reason known beforehand (names, data, adapter, device) fails in `prepare`, while nothing
+is written yet.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from lowvram_chat.data.load import Rows, load_rows
+from lowvram_chat.data.rows import Collator
+from lowvram_chat.data.template import set_template
+from lowvram_chat.errors import DeviceError, OutOfMemory
+from lowvram_chat.model.adapters import add_adapter, save_adapter
+from lowvram_chat.model.load import check_positions, load_config, load_model, load_tokenizer
+from lowvram_chat.model.loss import attach_loss
+from lowvram_chat.model.scoring import score
+from lowvram_chat.recipe.schema import Recipe
+from lowvram_chat.train import card, run_dir
+from lowvram_chat.train.callbacks import Recorder, TokenCounts, memory
+from lowvram_chat.train.run_dir import RunDir
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from lowvram_chat.train.trainer import ChatTrainer
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Session:
+    """What a run needs, loaded and checked."""
+
+    recipe: Recipe
+    tokenizer: PreTrainedTokenizerBase
+    rows: Rows
+    model: Any
+    """The base model with its loss attached, under its adapter if there is one."""
+
+    @classmethod
+    def prepare(cls, recipe: Recipe, *, device: torch.device) -> Session:
+        """Load tokenizer, rows and model.
+
+        Raises:
+            LowVramError: one of its kinds; nothing is written but the token cache.
+        """
+        _check_trackers(recipe.output.report_to)
+        base = recipe.model
+        check_positions(load_config(base.name, base.revision), recipe.data.max_length, base.name)
+        tokenizer = load_tokenizer(base.name, base.revision)
+        set_template(tokenizer, recipe.data.chat_template, recipe.data.loss_on)
+        rows = load_rows(recipe.data, tokenizer, recipe.train.seed)
+        torch.manual_seed(recipe.train.seed)  # the adapter's random half
+        return cls(recipe, tokenizer, rows, build_model(recipe, device))
+
+    def run(self, *, resume: bool) -> dict[str, Any]:
+        """Train, save, and return what `result.json` holds."""
+        if resume:
+            _tell_changes(RunDir(Path(self.recipe.output.dir)), self.recipe)
+        run = run_dir.create(self.recipe, resume=resume)
+        checkpoint = run.last_checkpoint() if resume else None
+        counts = TokenCounts() if checkpoint is None else TokenCounts.of_checkpoint(checkpoint)
+        if checkpoint is not None:
+            _forget_later_lines(run, checkpoint)
+            log.info("resuming from %s", checkpoint)
+        trainer = self._trainer(run, counts)
+        try:
+            before = self._held_out_loss(trainer)  # a resumed run too: its checkpoint is loaded by `train`
+            if before is not None:
+                log.info("held-out loss before: %.4f", before)
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+            after = self._held_out_loss(trainer)
+        except KeyboardInterrupt:
+            kept = run.last_checkpoint()
+            log.info("%s", f"--resume goes on from {kept}" if kept else "no checkpoint was written yet")
+            raise
+        except torch.OutOfMemoryError as error:
+            raise OutOfMemory(_out_of_memory(self.recipe, run, error)) from None
+        return self._finish(run, trainer, before, after)
+
+    def _trainer(self, run: RunDir, counts: TokenCounts) -> ChatTrainer:
+        from transformers import PrinterCallback
+
+        from lowvram_chat.train.trainer import ChatTrainer, sft_config
+
+        trainer = ChatTrainer(
+            model=self.model,
+            args=sft_config(self.recipe, run, evaluate=self.rows.held_out is not None),
+            train_dataset=self.rows.train,
+            eval_dataset=self.rows.held_out,
+            data_collator=Collator(int(self.tokenizer.pad_token_id)),  # type: ignore[arg-type]
+            processing_class=self.tokenizer,
+            callbacks=[Recorder(run, counts)],
+            counts=counts,
+            precision=self.recipe.train.precision,
+        )
+        trainer.remove_callback(PrinterCallback)
+        return trainer
+
+    def _held_out_loss(self, trainer: ChatTrainer) -> float | None:
+        if self.rows.held_out is None:
+            return None
+        batch_size, precision = self.recipe.train.per_device_eval_batch_size, self.recipe.train.precision
+        return score(trainer.model, self.rows.held_out, trainer.data_collator, batch_size, precision).loss
+
+    def _finish(self, run: RunDir, trainer: ChatTrainer, before: float | None, after: float | None) -> dict[str, Any]:
+        """Save the adapter or model, its card and the result."""
+        folder = run.model if self.recipe.adapter is None else run.adapter
+        steps = trainer.state.global_step
+        trainer.gather_counts()
+        result = {
+            "held_out_loss_before": before,
+            "held_out_loss_after": after,
+            "training_loss": _last_loss(run),
+            "steps": steps,
+            "epochs": round(trainer.state.epoch or 0.0, 4),
+            **{name: round(value, 2) for name, value in asdict(trainer.counts).items()},
+            **memory(),
+            "trained_parameters": sum(p.numel() for p in self.model.parameters() if p.requires_grad),
+            "parameters": sum(p.numel() for p in self.model.parameters()),
+            "data": asdict(self.rows.facts),
+            "adapter" if self.recipe.adapter else "model": folder.as_posix(),
+        }
+        if trainer.is_world_process_zero():
+            save(self.model, self.tokenizer, folder, self.recipe)
+            (folder / "README.md").write_text(card.model_card(self.recipe, result), encoding="utf-8")
+            run_dir.write_json(run.result_file, result)
+            _tell(run, result)
+        return result
+
+
+def _check_trackers(names: list[str]) -> None:
+    """Refuse a tracker that transformers does not know or whose package is missing.
+
+    Raises:
+        DeviceError: with the library's own words.
+    """
+    from transformers.integrations import get_reporting_integration_callbacks
+
+    try:
+        for callback in get_reporting_integration_callbacks(names):
+            callback()
+    except (ValueError, RuntimeError, ImportError, AssertionError) as error:
+        reason = str(error).splitlines()[0].rstrip(".")
+        raise DeviceError(f"output.report_to: {reason}. Install it, or leave it out of output.report_to.") from None
+
+
+def build_model(recipe: Recipe, device: torch.device) -> Any:
+    """Return the recipe's model with its loss attached and its adapter on, as it will be trained."""
+    model = load_model(recipe.model, device=device)
+    attach_loss(model)
+    if recipe.adapter is None:
+        return model
+    return add_adapter(model, recipe.adapter)
+
+
+def save(model: Any, tokenizer: PreTrainedTokenizerBase, folder: Path, recipe: Recipe) -> None:
+    """Write an adapter or model with its tokenizer and chat template."""
+    if recipe.adapter is not None:
+        save_adapter(model, folder, recipe.model.name)
+    else:
+        model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def _tell_changes(run: RunDir, recipe: Recipe) -> None:
+    """Say which settings of a resumed run differ from those it began with."""
+    before, now = run.recipe().model_dump(), recipe.model_dump()
+    for section, settings in now.items():
+        old = before[section] or {}
+        for name, value in (settings or {}).items():
+            if old.get(name) != value:
+                log.info("resuming with %s.%s = %s (was %s)", section, name, value, old.get(name))
+
+
+def _last_loss(run: RunDir) -> float | None:
+    """Return the training loss of the last logged line."""
+    lines = run.metrics_file.read_text(encoding="utf-8").splitlines() if run.metrics_file.is_file() else []
+    losses = [entry["loss"] for entry in map(json.loads, lines) if "loss" in entry]
+    return losses[-1] if losses else None
+
+
+def _forget_later_lines(run: RunDir, checkpoint: Path) -> None:
+    """Drop the metrics of steps after the checkpoint: they will be run, and written, again."""
+    step = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))["global_step"]
+    if run.metrics_file.is_file():
+        lines = run.metrics_file.read_text(encoding="utf-8").splitlines(keepends=True)
+        kept = [line for line in lines if json.loads(line)["step"] <= step]
+        partial = run.metrics_file.with_suffix(".partial")
+        partial.write_text("".join(kept), encoding="utf-8")
+        partial.replace(run.metrics_file)
+
+
+def _out_of_memory(recipe: Recipe, run: RunDir, error: Exception) -> str:
+    train = recipe.train
+    halved = max(1, train.per_device_train_batch_size // 2)
+    return (
+        f"{run.path}: out of memory on the device ({str(error).splitlines()[0]}). The run folder is intact. "
+        f"Try train.gradient_checkpointing=true, or train.per_device_train_batch_size={halved} "
+        f"train.gradient_accumulation_steps={train.gradient_accumulation_steps * 2}; "
+        "--resume goes on from the last checkpoint."
+    )
+
+
+def _tell(run: RunDir, result: dict[str, Any]) -> None:
+    """Print the run's outcome, and what to do next, on stdout."""
+    before, after = result["held_out_loss_before"], result["held_out_loss_after"]
+    if before is not None and after is not None:
+        print(f"held-out loss: {before:.4f} before, {after:.4f} after ({after - before:+.4f})")
+    rate = result["real_tokens"] / max(result["seconds"], 1e-9)
+    print(
+        f"{result['steps']:,} steps, {result['real_tokens']:,} tokens in {result['seconds']:.0f} s, {rate:,.0f} tokens/s"
+    )
+    print(f"run folder: {run.path}")
+    commands = ("merge", "chat", "evaluate") if "adapter" in result else ("chat", "evaluate")
+    print("\n".join(f"next: python -m lowvram_chat.{command} {run.path}" for command in commands))
