@@ -3,6 +3,10 @@
     python tools/make_tiny_gpt2.py --corpus FOLDER_OF_TXT --out lowvram_chat/assets/tiny-gpt2
 
 Architecture: GPT-2, 4 layers x 256, 4 heads, 1,024 positions, byte-level BPE of 8,192 tokens (5.5 M parameters, tied head).
+
+What ships was made by the defaults below: 49 English novels of 1839-1930 from the public collection
+computationalstylistics/100_english_novels (public domain; 9,540,682 training tokens), 1,000 steps of
+8,192 tokens, seed 0, 59 minutes on one busy CPU core; final held-out loss 4.4764 nats a token.
 """
 
 from __future__ import annotations
@@ -105,13 +109,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--corpus", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=1400)
+    parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--tokens-per-step", type=int, default=8192)
     parser.add_argument("--micro-batch-tokens", type=int, default=2048, help="what stays in the processor's cache")
     parser.add_argument(
         "--long-share", type=float, default=0.2, help="last share of the steps in rows of 1,024, not 256"
     )
-    parser.add_argument("--lr", type=float, default=2e-3)
+    parser.add_argument("--lr", type=float, default=4e-3)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
 
