@@ -74,10 +74,9 @@ def run(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> dic
     device = check_device(recipe)
     quiet_transformers()
 
-    from lowvram_chat.train.session import Session
+    from lowvram_chat.train.session import train
 
-    session = Session.prepare(recipe, device=device)
-    return session.run(resume=resume)
+    return train(recipe, device=device, resume=resume)
 
 
 def _names(recipe: Recipe) -> list[str]:

@@ -52,7 +52,7 @@ def split_by_conversation(
     """
     import numpy
 
-    of_row = numpy.asarray(rows.with_format("numpy")["conversation"][:])
+    of_row = numpy.asarray(rows["conversation"][:])
     order = numpy.random.default_rng(seed).permutation(conversations)
     chosen = order[: max(1, round(fraction * conversations))]
     is_chosen = numpy.isin(of_row, chosen)

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-VERSION = 1
+VERSION = 2
 """Raised whenever the same text would give other rows."""
 BATCH = 256
 LISTED = 10
@@ -54,7 +54,7 @@ class Facts:
 
 @dataclass(frozen=True)
 class Tokenized:
-    """Rows on disk: columns `input_ids`, `labels` (T,) and `conversation` (its number in the source)."""
+    """Rows on disk: columns `input_ids`, `labels` (T,), `length` (T) and `conversation` (its number in the source)."""
 
     rows: datasets.Dataset
     facts: Facts
@@ -124,7 +124,7 @@ def _write(path: Path, source: Source, tokenizer: PreTrainedTokenizerBase, data:
     path.parent.mkdir(parents=True, exist_ok=True)
     facts = Facts()
     columns = {"input_ids": pyarrow.list_(pyarrow.int32()), "labels": pyarrow.list_(pyarrow.int32())}
-    schema = pyarrow.schema({**columns, "conversation": pyarrow.int32()})
+    schema = pyarrow.schema({**columns, "length": pyarrow.int32(), "conversation": pyarrow.int32()})
     partial = path.with_suffix(f".partial-{os.getpid()}")
     try:
         with pyarrow.OSFile(str(partial), "wb") as file, pyarrow.ipc.new_stream(file, schema) as stream:
@@ -142,8 +142,8 @@ def _write(path: Path, source: Source, tokenizer: PreTrainedTokenizerBase, data:
 def _record_batch(rows: list[tuple[int, Row]], schema: pyarrow.Schema) -> pyarrow.RecordBatch:
     import pyarrow
 
-    columns = [[row.input_ids for _, row in rows], [row.labels for _, row in rows], [number for number, _ in rows]]
-    return pyarrow.record_batch(columns, schema=schema)
+    ids, labels = [row.input_ids for _, row in rows], [row.labels for _, row in rows]
+    return pyarrow.record_batch([ids, labels, [*map(len, ids)], [number for number, _ in rows]], schema=schema)
 
 
 def _check(facts: Facts, name: str, data: Data) -> None:

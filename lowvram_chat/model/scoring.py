@@ -50,7 +50,8 @@ def score(
     device = next(model.parameters()).device
     was_training = model.training
     model.eval()
-    order = sorted(range(len(rows)), key=lambda number: -len(rows[number]["input_ids"]))
+    lengths = row_lengths(rows)
+    order = sorted(range(len(rows)), key=lambda number: -lengths[number])
     total = torch.zeros((), dtype=torch.float64, device=device if device.type != "mps" else "cpu")
     tokens = 0
     for start in range(0, len(order), batch_size):
@@ -61,6 +62,13 @@ def score(
             total += model(**inputs)["loss"]
     model.train(was_training)
     return Score(nats=total.item(), tokens=tokens)
+
+
+def row_lengths(rows: Any) -> list[int]:
+    """Return the tokens of each row: the `length` column of token rows, or counted where there is none."""
+    if hasattr(rows, "column_names"):
+        return list(rows["length"][:])
+    return [len(row["input_ids"]) for row in rows]
 
 
 def autocast(device_type: str, precision: str) -> AbstractContextManager[Any]:

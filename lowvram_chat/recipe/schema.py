@@ -183,6 +183,9 @@ class Memory(Section):
     """A row of the card table."""
     limit_mib: Positive | None = None
     """Budget of this process on the device, MiB; on CUDA the process is capped to it. null: the whole card."""
+    on_oom: Literal["stop", "halve"] = "stop"
+    """What an out-of-memory error does: stop with advice, or halve the micro-batch, double the accumulation (the same
+    effective batch, the same rows in the same order) and go on from the last checkpoint."""
 
 
 class Output(Section):

@@ -6,6 +6,7 @@ is written yet.
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 from dataclasses import asdict, dataclass
@@ -25,6 +26,8 @@ from lowvram_chat.model.scoring import score
 from lowvram_chat.recipe.schema import Recipe
 from lowvram_chat.train import card, run_dir
 from lowvram_chat.train.callbacks import Recorder, TokenCounts, memory
+from lowvram_chat.train.oom import advice, halve, sizes
+from lowvram_chat.train.rehearsal import rehearse
 from lowvram_chat.train.run_dir import RunDir
 
 if TYPE_CHECKING:
@@ -46,8 +49,8 @@ class Session:
     """The base model with its loss attached, under its adapter if there is one."""
 
     @classmethod
-    def prepare(cls, recipe: Recipe, *, device: torch.device) -> Session:
-        """Load tokenizer, rows and model.
+    def prepare(cls, recipe: Recipe, *, device: torch.device, rows: Rows | None = None) -> Session:
+        """Load tokenizer, rows (unless they are there) and model.
 
         Raises:
             LowVramError: one of its kinds; nothing is written but the token cache.
@@ -57,12 +60,16 @@ class Session:
         check_positions(load_config(base.name, base.revision), recipe.data.max_length, base.name)
         tokenizer = load_tokenizer(base.name, base.revision)
         set_template(tokenizer, recipe.data.chat_template, recipe.data.loss_on)
-        rows = load_rows(recipe.data, tokenizer, recipe.train.seed)
+        rows = rows or load_rows(recipe.data, tokenizer, recipe.train.seed)
         torch.manual_seed(recipe.train.seed)  # the adapter's random half
         return cls(recipe, tokenizer, rows, build_model(recipe, device))
 
     def run(self, *, resume: bool) -> dict[str, Any]:
-        """Train, save, and return what `result.json` holds."""
+        """Train, save, and return what `result.json` holds.
+
+        Raises:
+            torch.OutOfMemoryError: the device is full; the run folder is as it was at its last checkpoint.
+        """
         if resume:
             _tell_changes(RunDir(Path(self.recipe.output.dir)), self.recipe)
         run = run_dir.create(self.recipe, resume=resume)
@@ -72,19 +79,20 @@ class Session:
             _forget_later_lines(run, checkpoint)
             log.info("resuming from %s", checkpoint)
         trainer = self._trainer(run, counts)
+        train = self.recipe.train
+        rehearse(
+            trainer.model, self.rows.train, trainer.data_collator, train.per_device_train_batch_size, train.precision
+        )
+        before = self._held_out_loss(trainer)  # a resumed run too: its checkpoint is loaded by `train`
+        if before is not None:
+            log.info("held-out loss before: %.4f", before)
         try:
-            before = self._held_out_loss(trainer)  # a resumed run too: its checkpoint is loaded by `train`
-            if before is not None:
-                log.info("held-out loss before: %.4f", before)
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-            after = self._held_out_loss(trainer)
         except KeyboardInterrupt:
             kept = run.last_checkpoint()
             log.info("%s", f"--resume goes on from {kept}" if kept else "no checkpoint was written yet")
             raise
-        except torch.OutOfMemoryError as error:
-            raise OutOfMemory(_out_of_memory(self.recipe, run, error)) from None
-        return self._finish(run, trainer, before, after)
+        return self._finish(run, trainer, before, self._held_out_loss(trainer))
 
     def _trainer(self, run: RunDir, counts: TokenCounts) -> ChatTrainer:
         from transformers import PrinterCallback
@@ -135,6 +143,31 @@ class Session:
             run_dir.write_json(run.result_file, result)
             _tell(run, result)
         return result
+
+
+def train(recipe: Recipe, *, device: torch.device, resume: bool) -> dict[str, Any]:
+    """Run a recipe to its end and return what `result.json` holds; `memory.on_oom` says what a full device does.
+
+    Raises:
+        LowVramError: see `Session.prepare`.
+        OutOfMemory: the device is full and `memory.on_oom` says stop, or there is nothing left to halve.
+    """
+    rows = None
+    while True:
+        session = Session.prepare(recipe, device=device, rows=rows)
+        try:
+            return session.run(resume=resume)
+        except torch.OutOfMemoryError as error:
+            smaller = halve(recipe)
+            if recipe.memory.on_oom == "stop" or smaller is None:
+                raise OutOfMemory(advice(recipe, error)) from None
+        # Outside of the handler, since the error holds the failed step's tensors.
+        rows, recipe, resume = session.rows, smaller, RunDir(Path(recipe.output.dir)).last_checkpoint() is not None
+        log.warning("out of memory: going on with %s", sizes(recipe))
+        del session
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
 
 
 def _check_trackers(names: list[str]) -> None:
@@ -197,17 +230,6 @@ def _forget_later_lines(run: RunDir, checkpoint: Path) -> None:
         partial = run.metrics_file.with_suffix(".partial")
         partial.write_text("".join(kept), encoding="utf-8")
         partial.replace(run.metrics_file)
-
-
-def _out_of_memory(recipe: Recipe, run: RunDir, error: Exception) -> str:
-    train = recipe.train
-    halved = max(1, train.per_device_train_batch_size // 2)
-    return (
-        f"{run.path}: out of memory on the device ({str(error).splitlines()[0]}). The run folder is intact. "
-        f"Try train.gradient_checkpointing=true, or train.per_device_train_batch_size={halved} "
-        f"train.gradient_accumulation_steps={train.gradient_accumulation_steps * 2}; "
-        "--resume goes on from the last checkpoint."
-    )
 
 
 def _tell(run: RunDir, result: dict[str, Any]) -> None:

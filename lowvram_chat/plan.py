@@ -1,0 +1,103 @@
+"""Will it fit? The memory that a recipe will take of its card, found without GPU, weights or data.
+
+    python -m lowvram_chat.plan recipes/full_fp16.yaml
+    python -m lowvram_chat.plan recipes/full_fp16.yaml train.per_device_train_batch_size=8
+    python -m lowvram_chat.plan recipes/full_fp16.yaml --search
+    python -m lowvram_chat.plan --compare recipes/full_fp16.yaml recipes/lora_fp16.yaml
+    python -m lowvram_chat.plan --validate measured.csv
+
+Exit code 0: it fits. 1: it does not, and what would is printed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from lowvram_chat.cli import guarded, parser, print_json, quiet_transformers
+from lowvram_chat.errors import UsageError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Parse the words of the command line and plan."""
+    arguments = parser("plan", __doc__)
+    arguments.add_argument("recipe", nargs="?", help="path of a recipe (.yaml)")
+    arguments.add_argument(
+        "overrides", nargs="*", metavar="section.key=value", help="settings in place of the recipe's"
+    )
+    arguments.add_argument("--search", action="store_true", help="the fastest settings that fit, as a table")
+    arguments.add_argument("--compare", nargs=2, metavar="RECIPE", help="two recipes side by side")
+    arguments.add_argument("--plot", metavar="FILE.png", help="draw memory over the step (needs matplotlib)")
+    arguments.add_argument("--validate", metavar="FILE.csv", help="predict measured runs, and show the error")
+    arguments.add_argument("--json", action="store_true", help="print one JSON document as the last line")
+    args = arguments.parse_intermixed_args(argv)
+    return guarded(lambda: _work(args))
+
+
+def _work(args: argparse.Namespace) -> int:
+    wanted = [args.recipe, args.compare, args.validate]
+    if sum(word is not None for word in wanted) != 1:
+        raise UsageError("plan: give one recipe, or --compare with two, or --validate with a file. Add --help.")
+    # Planning compiles nothing, and bitsandbytes imports half as long when told so.
+    os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+    if args.validate is not None:
+        return _validate(Path(args.validate), as_json=args.json)
+    if args.compare is not None:
+        return _compare(args.compare, as_json=args.json)
+    return _plan(args)
+
+
+def _plan(args: argparse.Namespace) -> int:
+    from lowvram_chat.recipe.load import load_recipe
+
+    recipe = load_recipe(args.recipe, args.overrides)
+    quiet_transformers()
+    from lowvram_chat.memory import report
+    from lowvram_chat.memory.plan import plan
+    from lowvram_chat.memory.search import advise, fastest
+
+    planned = plan(recipe)
+    options = fastest(recipe) if args.search else [] if planned.fits else advise(recipe)
+    report.show(recipe, planned)
+    if args.search:
+        report.show_fastest(options)
+    elif not planned.fits:
+        report.show_advice(options)
+    if args.plot is not None:
+        from lowvram_chat.memory.plot import draw
+
+        draw(recipe, Path(args.plot))
+        print(f"drawn: {args.plot}", file=sys.stderr)
+    if args.json:
+        print_json({**report.document(planned), "options": [report.option_document(option) for option in options]})
+    return 0 if planned.fits else 1
+
+
+def _compare(paths: Sequence[str], *, as_json: bool) -> int:
+    from lowvram_chat.recipe.load import load_recipe
+
+    recipes = [load_recipe(path) for path in paths]
+    quiet_transformers()
+    from lowvram_chat.memory import report
+    from lowvram_chat.memory.plan import plan
+
+    plans = [plan(recipe) for recipe in recipes]
+    report.show_side_by_side(paths, plans)
+    if as_json:
+        print_json({"plans": [{"recipe": path, **report.document(one)} for path, one in zip(paths, plans, strict=True)]})
+    return 0 if all(one.fits for one in plans) else 1
+
+
+def _validate(path: Path, *, as_json: bool) -> int:
+    """Predict every row of a file of measured runs."""
+    from lowvram_chat.memory import validate
+
+    validate.run(path, as_json=as_json)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,34 @@
+"""The longest batch first: what will not fit should fail now, not at hour five."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from lowvram_chat.data.rows import Collator
+from lowvram_chat.model.scoring import autocast, row_lengths
+
+
+def rehearse(model: Any, rows: Any, collate: Collator, batch_size: int, precision: str) -> int:
+    """Run forward and backward of the batch of the longest rows, let the gradients go, and return its row length.
+
+    Weights, gradients and random states are as before.
+
+    Raises:
+        torch.OutOfMemoryError: the batch does not fit.
+    """
+    lengths = row_lengths(rows)
+    longest = sorted(range(len(rows)), key=lambda number: -lengths[number])[:batch_size]
+    batch = collate([rows[number] for number in longest])
+    device = next(model.parameters()).device
+    was_training = model.training
+    model.train()
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        inputs = {name: batch[name].to(device) for name in ("input_ids", "labels", "loss_positions")}
+        with autocast(device.type, precision):
+            loss = model(**inputs)["loss"]
+        (loss / inputs["loss_positions"].numel()).backward()
+    model.zero_grad(set_to_none=True)
+    model.train(was_training)
+    return int(inputs["input_ids"].size(1))
