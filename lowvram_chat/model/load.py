@@ -142,6 +142,11 @@ def _from_pretrained(kind: Any, name: str, revision: str | None, **kwargs: Any) 
                 f"{name}: this folder lacks a file ({str(error).splitlines()[0]}). Save the model anew."
             ) from None
         raise NotFoundError(explain("model", name, error)) from None
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        reason = "their shapes differ" if "mismatched" in str(error) else str(error).splitlines()[0]
+        raise ModelError(f"{name}: its weights do not fit its config.json ({reason}). Fetch or save it anew.") from None
     except SafetensorError as error:
         raise ModelError(f"{name}: its weights are damaged ({error}). Fetch or save the model anew.") from None
     except (ValueError, KeyError, ImportError) as error:

@@ -1,0 +1,1 @@
+"""Tests: unit (seconds), integration (a tiny model on the CPU), golden (loss curves)."""

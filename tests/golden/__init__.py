@@ -1,0 +1,1 @@
+"""Numbers that a refactor must not move."""

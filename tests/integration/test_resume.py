@@ -1,0 +1,153 @@
+"""A resumed run is the run that was never interrupted."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from lowvram_chat import sft
+from lowvram_chat.errors import NotFoundError
+from lowvram_chat.train.run_dir import RunDir
+from lowvram_chat.train.trainer import ChatTrainer
+from tests.runs import Bench, curve, metrics, result
+
+RATES = {"real_tokens_per_second", "padded_tokens_per_second", "peak_resident_bytes"}
+MEASURED = {"seconds", "peak_resident_bytes", "adapter", "model"}
+
+# Dropout, accumulation, unequal lengths and a data order that is drawn anew in the second epoch: all must be restored.
+SETTINGS: dict[str, Any] = {
+    "model__dropout": 0.1,
+    "train__max_steps": 12,
+    "train__per_device_train_batch_size": 4,
+    "train__gradient_accumulation_steps": 2,
+    "train__save_steps": 5,
+    "train__eval_steps": 3,
+}
+KINDS: dict[str, dict[str, Any]] = {
+    "full": {},
+    "full 8bit": {"optimizer": {"name": "adamw_8bit"}},
+    "lora": {"adapter": {"kind": "lora", "dropout": 0.1}, "train__learning_rate": 2e-2},
+    "pissa": {"adapter": {"kind": "pissa"}},
+}
+
+
+def interrupt(monkeypatch: pytest.MonkeyPatch, micro_batch: int) -> None:
+    """Let Ctrl-C come in the given micro-batch."""
+    original, count = ChatTrainer.compute_loss, iter(range(1, 10**6))
+
+    def compute_loss(self: ChatTrainer, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if next(count) == micro_batch:
+            raise KeyboardInterrupt
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(ChatTrainer, "compute_loss", compute_loss)
+
+
+def without(lines: list[dict[str, Any]], names: set[str]) -> list[dict[str, Any]]:
+    return [{name: value for name, value in line.items() if name not in names} for line in lines]
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    [file] = [*run.glob("model/model.safetensors"), *run.glob("adapter/adapter_model.safetensors")]
+    return load_file(file)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_resumed_run_equals_the_uninterrupted_one(kind: str, bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = SETTINGS | KINDS[kind]
+    whole = bench.run("whole", **settings)
+    recipe = bench.recipe("broken", **settings)
+    with monkeypatch.context() as patch:
+        interrupt(patch, micro_batch=2 * 7 + 2)  # in the eighth step: the checkpoint of step 5 is the last
+        with pytest.raises(KeyboardInterrupt):
+            sft.run(recipe)
+    broken = Path(recipe.output.dir)
+    assert not (broken / "result.json").exists()
+    sft.run(recipe, resume=True)
+
+    assert without(metrics(broken), RATES) == without(metrics(whole), RATES)  # no step twice, none missing
+    for name, tensor in weights(whole).items():
+        assert torch.equal(tensor, weights(broken)[name]), name
+    assert without([result(broken)], MEASURED) == without([result(whole)], MEASURED)
+
+
+def test_ctrl_c_ends_with_130_and_without_a_traceback(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    interrupt(monkeypatch, micro_batch=3)
+    assert sft.main([str(bench.file("r"))]) == 130
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def copy(run: Path, bench: Bench) -> Path:
+    """Return a copy of a finished run whose recipe can be resumed."""
+    target = bench.folder / "copy"
+    shutil.copytree(run, target)
+    return target
+
+
+@pytest.mark.parametrize("lacking", ["trainer_state.json", "token_counts.json"])
+def test_a_half_written_checkpoint_is_passed_over(full_run: Path, bench: Bench, lacking: str) -> None:
+    run = copy(full_run, bench)
+    newest = RunDir(run).last_checkpoint()
+    assert newest is not None
+    (newest / lacking).unlink()
+    (run / "result.json").unlink()
+    recipe = bench.recipe("copy", train__save_steps=5, train__eval_steps=5)
+    sft.run(recipe, resume=True)
+    assert without(metrics(run), RATES) == without(metrics(full_run), RATES)
+    assert without([result(run)], MEASURED) == without([result(full_run)], MEASURED)
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"global_step": null}'])
+def test_a_checkpoint_with_a_broken_state_is_no_checkpoint(content: str, tmp_path: Path) -> None:
+    checkpoint = tmp_path / "checkpoints" / "checkpoint-5"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "trainer_state.json").write_text(content, encoding="utf-8")
+    assert RunDir(tmp_path).last_checkpoint() is None
+
+
+def test_the_newest_checkpoint_is_the_one_of_the_highest_step(tmp_path: Path) -> None:
+    for step in (5, 100, 20):
+        folder = tmp_path / "checkpoints" / f"checkpoint-{step}"
+        folder.mkdir(parents=True)
+        for name in ("trainer_state.json", "token_counts.json"):
+            (folder / name).write_text(f'{{"global_step": {step}}}', encoding="utf-8")
+    newest = RunDir(tmp_path).last_checkpoint()
+    assert newest is not None
+    assert newest.name == "checkpoint-100"
+
+
+def test_resume_without_a_checkpoint_is_refused(bench: Bench) -> None:
+    with pytest.raises(NotFoundError, match="no whole checkpoint"):
+        sft.run(bench.recipe("r"), resume=True)
+    assert not (bench.folder / "r").exists()
+
+
+def test_a_finished_run_can_be_resumed_to_more_steps(bench: Bench) -> None:
+    run = bench.run(
+        "r", train__max_steps=4, train__save_steps=4, train__lr_scheduler_type="constant", train__warmup_ratio=0.0
+    )
+    longer = bench.recipe(
+        "r", train__max_steps=8, train__save_steps=4, train__lr_scheduler_type="constant", train__warmup_ratio=0.0
+    )
+    before = result(run)["held_out_loss_before"]
+    sft.run(longer, resume=True)
+    assert result(run)["steps"] == 8
+    assert result(run)["held_out_loss_before"] == pytest.approx(before, abs=1e-6)
+    assert [line["step"] for line in metrics(run)] == list(range(1, 9))
+    whole = bench.run("whole", train__max_steps=8, train__lr_scheduler_type="constant", train__warmup_ratio=0.0)
+    assert curve(run) == curve(whole)
+
+
+def test_resuming_a_run_that_has_ended_changes_nothing(bench: Bench) -> None:
+    run = bench.run("r", train__max_steps=4, train__save_steps=4)
+    lines, said = metrics(run), result(run)
+    sft.run(bench.recipe("r", train__max_steps=4, train__save_steps=4), resume=True)
+    assert metrics(run) == lines
+    assert without([result(run)], MEASURED) == without([said], MEASURED)

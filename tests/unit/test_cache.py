@@ -1,0 +1,149 @@
+"""Token rows are kept under all that they depend on, found again, said, and made anew when damaged."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from lowvram_chat.data import tokenize as tokenize_module
+from lowvram_chat.data.sources import open_source
+from lowvram_chat.data.template import set_template
+from lowvram_chat.data.tokenize import Tokenized, tokenize
+from lowvram_chat.recipe.schema import Data
+from tests.samples import conversations, write_jsonl
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> Path:
+    """An empty cache for each test, and our words recorded."""
+    caplog.set_level(logging.INFO, logger="lowvram_chat")
+    monkeypatch.setenv("LOWVRAM_CHAT_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    return write_jsonl(tmp_path / "chats.jsonl", conversations(6, seed=0))
+
+
+def read(path: Path, tokenizer: PreTrainedTokenizerBase, limit: int | None = None, **settings: Any) -> Tokenized:
+    source = open_source(str(path), split="train", subset=None)
+    return tokenize(source, tokenizer, Data.model_validate({"max_length": 64} | settings), limit)
+
+
+def test_the_second_reading_comes_from_the_cache_and_says_so(
+    file: Path, tokenizer: PreTrainedTokenizerBase, own_cache: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    first = read(file, tokenizer)
+    assert "kept in" in caplog.text
+    assert str(own_cache) in caplog.text
+    caplog.clear()
+    second = read(file, tokenizer)
+    assert "from the cache" in caplog.text
+    assert "tokenising" not in caplog.text
+    assert second.facts == first.facts
+    assert second.rows["labels"][:] == first.rows["labels"][:]
+
+
+@pytest.mark.parametrize(
+    "change", [{"max_length": 32}, {"loss_on": "all"}, {"overflow": "split"}, {"limit": 3}, {"format": "messages"}]
+)
+def test_another_setting_is_another_entry(
+    file: Path, tokenizer: PreTrainedTokenizerBase, change: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    read(file, tokenizer)
+    caplog.clear()
+    read(file, tokenizer, **change)
+    assert "tokenising" in caplog.text
+
+
+def test_another_content_under_the_same_name_is_another_entry(
+    file: Path, tokenizer: PreTrainedTokenizerBase, caplog: pytest.LogCaptureFixture
+) -> None:
+    read(file, tokenizer)
+    write_jsonl(file, conversations(6, seed=1))
+    caplog.clear()
+    read(file, tokenizer)
+    assert "tokenising" in caplog.text
+
+
+def test_another_template_is_another_entry(
+    file: Path, tmp_path: Path, tokenizer: PreTrainedTokenizerBase, caplog: pytest.LogCaptureFixture
+) -> None:
+    read(file, tokenizer)
+    path = tmp_path / "loud.jinja"
+    text = str(tokenizer.chat_template).replace('"assistant:"', '"ASSISTANT:"')
+    path.write_text(text, encoding="utf-8")
+    set_template(tokenizer, str(path), "assistant")
+    caplog.clear()
+    read(file, tokenizer)
+    assert "tokenising" in caplog.text
+
+
+def test_another_version_of_this_code_is_another_entry(
+    file: Path, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    read(file, tokenizer)
+    monkeypatch.setattr(tokenize_module, "VERSION", tokenize_module.VERSION + 1)
+    caplog.clear()
+    read(file, tokenizer)
+    assert "tokenising" in caplog.text
+
+
+@pytest.mark.parametrize("ending", ["arrow", "json"])
+@pytest.mark.parametrize("damage", ["cut", "changed", "emptied"])
+def test_a_damaged_entry_is_made_anew(
+    file: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    own_cache: Path,
+    ending: str,
+    damage: str,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    wanted = read(file, tokenizer).rows["input_ids"][:]
+    [path] = own_cache.glob(f"*.{ending}")
+    content = path.read_bytes()
+    middle = len(content) // 2
+    changed = content[:middle] + bytes([content[middle] ^ 255]) + content[middle + 1 :]
+    path.unlink()  # the rows already read stay mapped
+    path.write_bytes({"cut": content[:middle], "changed": changed, "emptied": b""}[damage])
+    caplog.clear()
+    assert read(file, tokenizer).rows["input_ids"][:] == wanted
+    assert "damaged; made anew" in caplog.text
+
+
+@pytest.mark.parametrize("ending", ["arrow", "json"])
+def test_half_an_entry_is_made_anew(
+    file: Path, tokenizer: PreTrainedTokenizerBase, own_cache: Path, ending: str
+) -> None:
+    wanted = read(file, tokenizer).rows["input_ids"][:]
+    [path] = own_cache.glob(f"*.{ending}")
+    path.unlink()
+    assert read(file, tokenizer).rows["input_ids"][:] == wanted
+
+
+def test_a_failed_reading_leaves_nothing_in_the_cache(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase, own_cache: Path
+) -> None:
+    path = write_jsonl(tmp_path / "bad.jsonl", [*conversations(3, 0), {"messages": []}])
+    with pytest.raises(ValueError, match="the conversation is empty"):
+        read(path, tokenizer)
+    assert not list(own_cache.glob("*"))
+
+
+def test_a_broken_off_reading_leaves_nothing_in_the_cache(
+    file: Path, tokenizer: PreTrainedTokenizerBase, own_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*args: Any) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(tokenize_module, "cut", stop)
+    with pytest.raises(KeyboardInterrupt):
+        read(file, tokenizer)
+    assert not list(own_cache.glob("*"))

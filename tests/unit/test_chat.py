@@ -1,0 +1,94 @@
+"""A conversation stays within the model's positions: the oldest turns go, the system message stays, and it is said."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from lowvram_chat import chat
+from lowvram_chat.chat import Messages, fit
+from lowvram_chat.errors import UsageError
+from lowvram_chat.model.open import Opened, open_model
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+SYSTEM = {"role": "system", "content": "Be kind."}
+
+
+@pytest.fixture(scope="module")
+def model(tiny: Path) -> Opened:
+    return open_model(str(tiny))
+
+
+@pytest.fixture
+def opened(model: Opened, tokenizer: PreTrainedTokenizerBase) -> Opened:
+    return Opened(model.model, tokenizer, None)
+
+
+def turns(number: int, words: int = 12) -> Messages:
+    """Return a conversation whose last message is the user's."""
+    said: Messages = []
+    for turn in range(number):
+        said.append({"role": "user", "content": f"question {turn} " + "why " * words})
+        said.append({"role": "assistant", "content": f"answer {turn} " + "so " * words})
+    return [*said, {"role": "user", "content": "and now?"}]
+
+
+def test_positions_are_the_models(opened: Opened) -> None:
+    assert opened.positions == 256
+
+
+def test_a_short_conversation_is_kept_whole(opened: Opened, capsys: pytest.CaptureFixture[str]) -> None:
+    kept, tokens = fit(opened, turns(2), 20)
+    assert kept == turns(2)
+    text = opened.tokenizer.decode(tokens)
+    assert isinstance(text, str)
+    assert text.endswith("user: and now?\nassistant:")
+    assert not capsys.readouterr().err
+
+
+@pytest.mark.parametrize("start", [[], [SYSTEM]], ids=["bare", "system"])
+@pytest.mark.parametrize("new_tokens", [20, 100])
+def test_the_oldest_turns_are_dropped_and_it_is_said(
+    opened: Opened, start: Messages, new_tokens: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said = [*start, *turns(12)]
+    kept, tokens = fit(opened, said, new_tokens)
+    assert len(tokens) + new_tokens <= opened.positions
+    assert kept[: len(start)] == start
+    rest = kept[len(start) :]
+    assert rest == said[-len(rest) :]
+    assert rest[0]["role"] == "user"
+    assert f"the oldest {len(said) - len(kept)} messages" in capsys.readouterr().err
+
+
+def test_no_more_is_dropped_than_needed(opened: Opened) -> None:
+    kept, _ = fit(opened, turns(12), 20)
+    one_more = [*turns(12)[-len(kept) - 2 :]]
+    encoded = opened.tokenizer.apply_chat_template(one_more, add_generation_prompt=True, return_dict=True)
+    assert len(encoded["input_ids"]) + 20 > opened.positions  # type: ignore[index, arg-type]
+
+
+@pytest.mark.parametrize("start", [[], [SYSTEM]], ids=["bare", "system"])
+def test_a_message_that_does_not_fit_by_itself_is_refused(opened: Opened, start: Messages) -> None:
+    with pytest.raises(UsageError, match="Say less"):
+        fit(opened, [*start, *turns(2), {"role": "user", "content": "no " * 400}], 20)
+
+
+def test_an_answer_longer_than_the_positions_leaves_half_for_the_question(opened: Opened) -> None:
+    _, tokens = fit(opened, turns(12), 5000)
+    assert len(tokens) <= opened.positions // 2
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [("temperature", -1.0), ("top_p", 0.0), ("top_p", 1.5), ("max_new_tokens", 0), ("prompt", "  ")],
+)
+def test_sampling_settings_out_of_range_are_refused(setting: str, value: object) -> None:
+    arguments = {"model": "m", "prompt": "Hi", "temperature": 1.0, "top_p": 1.0, "max_new_tokens": 5}
+    with pytest.raises(UsageError, match=f"--{setting.replace('_', '-')}"):
+        chat._check(argparse.Namespace(**(arguments | {setting: value})))

@@ -1,0 +1,117 @@
+"""The command line: exit codes, one-line mistakes, quick answers."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+
+from lowvram_chat import __version__, cli, doctor
+from lowvram_chat.errors import LowVramError, ProofError, RecipeError
+from tests.samples import ROOT
+
+
+def test_without_words_the_commands_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main([]) == 0
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in cli.COMMANDS)
+
+
+def test_the_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["--version"]) == 0
+    assert __version__ in capsys.readouterr().out
+
+
+def test_an_unknown_command_names_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["mergee"]) == 2
+    assert "Did you mean 'merge'?" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", cli.COMMANDS)
+def test_every_command_has_help_with_an_example(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        cli.main([command, "--help"])
+    assert caught.value.code == 0
+    assert f"python -m lowvram_chat.{command}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("words", [["sft"], ["merge", "x", "--dtype", "int3"], ["chat", "m", "--top-p", "high"]])
+def test_a_wrong_word_is_one_line_with_exit_code_2(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        cli.main(words)
+    assert caught.value.code == 2
+    assert len(capsys.readouterr().err.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("raised", "code"),
+    [(RecipeError("r: wrong."), 2), (LowVramError("x"), 2), (ProofError("no"), 1), (KeyboardInterrupt(), 130)],
+)
+def test_an_error_is_a_sentence_and_an_exit_code(
+    raised: BaseException, code: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def work() -> int:
+        raise raised
+
+    assert cli.guarded(work) == code
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_our_own_mistakes_keep_their_traceback() -> None:
+    def work() -> int:
+        raise AssertionError("ours")
+
+    with pytest.raises(AssertionError):
+        cli.guarded(work)
+
+
+def test_doctor_looks_at_everything_and_advises(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["doctor", "--json"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    found = json.loads(lines[-1])["findings"]
+    names = [finding["name"] for finding in found]
+    assert names == ["Python", "Libraries", "torch build", "GPU", "bitsandbytes", "Triton", "Hub", "Disk", "CPU"]
+    assert len(found) == len(doctor.CHECKS)
+    for finding in found:
+        assert finding["found"]
+        assert finding["good"] or finding["advice"], f"{finding['name']}: a lack without advice"
+        assert any(finding["name"] in line and finding["found"] in line for line in lines)
+    hub = next(finding for finding in found if finding["name"] == "Hub")
+    assert "HF_HUB_OFFLINE" in hub["found"]
+
+
+def quickest(words: list[str]) -> tuple[float, subprocess.CompletedProcess[str]]:
+    """Return the best time of three runs, and one of them; which modules were imported stands in its stderr."""
+    seconds = []
+    for _ in range(3):
+        started = time.perf_counter()
+        done = subprocess.run(
+            [sys.executable, "-X", "importtime", "-m", *words],
+            capture_output=True, text=True, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, check=False,
+        )  # fmt: skip
+        seconds.append(time.perf_counter() - started)
+    return min(seconds), done
+
+
+@pytest.mark.parametrize(
+    ("words", "code"),
+    [
+        (["lowvram_chat.sft", "--help"], 0),
+        (["lowvram_chat.sft", "recipes/quickstart.yaml", "train.precison=fp16"], 2),
+        (["lowvram_chat.sft", "recipes/nosuch.yaml"], 2),
+        (["lowvram_chat.sft", "recipes/quickstart.yaml", "--print-recipe"], 0),
+        (["lowvram_chat", "--help"], 0),
+    ],
+    ids=["help", "typo", "missing", "print", "all"],
+)
+def test_help_and_a_wrong_recipe_answer_in_under_a_second_without_torch(words: list[str], code: int) -> None:
+    seconds, done = quickest(words)
+    assert done.returncode == code
+    imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines() if line.startswith("import time:")}
+    assert "lowvram_chat" in imported
+    assert not imported & {"torch", "transformers", "datasets", "numpy", "peft", "trl"}
+    assert seconds < 1.0

@@ -1,0 +1,99 @@
+"""Every format reads right, and a row that cannot be used says why."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+
+from lowvram_chat.data.formats import FORMATS, Conversation, detect_format
+from lowvram_chat.errors import DataError
+from lowvram_chat.recipe import schema
+
+USER = {"role": "user", "content": "Hi"}
+ANSWER = {"role": "assistant", "content": "Hello there"}
+SYSTEM = {"role": "system", "content": "Be kind"}
+EXCHANGE = Conversation(messages=(USER, ANSWER))
+
+EXAMPLES: dict[str, list[tuple[dict[str, Any], Conversation]]] = {
+    "messages": [
+        ({"messages": [SYSTEM, USER, ANSWER]}, Conversation(messages=(SYSTEM, USER, ANSWER))),
+        ({"messages": [USER | {"content": "  Hi\n"}, ANSWER], "id": 7}, EXCHANGE),
+    ],
+    "sharegpt": [
+        ({"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello there"}]}, EXCHANGE),
+        ({"conversations": [{"from": "user", "value": "Hi"}, {"from": "model", "value": "Hello there"}]}, EXCHANGE),
+    ],
+    "alpaca": [
+        ({"instruction": "Hi", "input": "", "output": "Hello there"}, EXCHANGE),
+        ({"instruction": "Hi", "input": None, "output": "Hello there"}, EXCHANGE),
+        (
+            {"instruction": "Add", "input": "1 2", "output": "3"},
+            Conversation(messages=({"role": "user", "content": "Add\n\n1 2"}, {"role": "assistant", "content": "3"})),
+        ),
+    ],
+    "prompt_completion": [
+        ({"prompt": "Hi", "completion": " Hello there"}, EXCHANGE),
+        ({"prompt": [USER], "completion": [ANSWER]}, EXCHANGE),
+    ],
+    "text": [({"text": "Once upon a time \n"}, Conversation(text="Once upon a time"))],
+    "baseline": [
+        ({"messages": [USER, ANSWER, USER]}, Conversation(text="user: Hi\nassistant: Hello there", ends=False)),
+        ({"messages": [USER | {"content": " Hi "}, ANSWER]}, Conversation(text="user:  Hi ", ends=False)),
+    ],
+}
+
+USELESS = [
+    ("messages", {"messages": []}, "the conversation is empty"),
+    ("messages", {"messages": None}, "the conversation is empty"),
+    ("messages", {"messages": [USER]}, "no assistant turn"),
+    ("messages", {"messages": [USER | {"role": "robot"}, ANSWER]}, "message 1 has the unknown role 'robot'"),
+    ("messages", {"messages": [USER, ANSWER | {"content": 5}]}, "message 2 is not text but int"),
+    ("messages", {"messages": [USER, ANSWER | {"content": None}]}, "message 2 is not text but NoneType"),
+    ("messages", {"messages": [USER | {"content": " \n"}, ANSWER]}, "message 1 is empty"),
+    ("messages", {"messages": ["Hi"]}, "message 1 has no 'role' and 'content'"),
+    ("messages", {"messages": [{"role": ["user"], "content": "Hi"}, ANSWER]}, "message 1"),
+    ("sharegpt", {"conversations": [{"from": "human", "text": "Hi"}]}, "message 1 has no 'from' and 'value'"),
+    ("sharegpt", {"conversations": [{"from": "human", "value": "Hi"}]}, "no assistant turn"),
+    ("alpaca", {"instruction": "", "output": "x"}, "'instruction' is empty"),
+    ("alpaca", {"instruction": "Hi", "output": 3}, "'output' is not text"),
+    ("prompt_completion", {"prompt": "Hi", "completion": None}, "'completion' is empty"),
+    ("prompt_completion", {"prompt": [USER], "completion": "Hello"}, "'prompt' is not text"),
+    ("text", {"text": ""}, "'text' is empty"),
+    ("text", {"text": "  "}, "'text' is empty"),
+    ("baseline", {"messages": [USER]}, "fewer than two messages"),
+    ("baseline", {"messages": ["Hi", "Ho"]}, "no 'role' and 'content'"),
+]
+
+
+def test_every_format_has_an_example_and_a_choice_in_the_recipe() -> None:
+    assert set(EXAMPLES) == set(FORMATS) == set(schema.FORMATS)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_format_reads_its_examples(name: str) -> None:
+    for row, conversation in EXAMPLES[name]:
+        assert FORMATS[name].read(row) == conversation
+
+
+@pytest.mark.parametrize("name", [name for name in FORMATS if name != "baseline"])
+def test_a_format_is_detected_from_its_columns(name: str) -> None:
+    for row, _ in EXAMPLES[name]:
+        assert detect_format(row, "f.jsonl:1") == name
+
+
+@pytest.mark.parametrize(("name", "row", "reason"), USELESS)
+def test_a_row_that_cannot_be_used_says_why(name: str, row: dict[str, Any], reason: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(reason)):
+        FORMATS[name].read(row)
+
+
+def test_ultrachat_rows_are_messages_though_they_have_a_prompt() -> None:
+    assert detect_format({"prompt": "Hi", "prompt_id": "1", "messages": [USER, ANSWER]}, "x") == "messages"
+
+
+def test_unknown_columns_are_named_with_the_known_shapes() -> None:
+    with pytest.raises(DataError, match=r"f\.jsonl:1: no known format has the columns question, answer") as caught:
+        detect_format({"question": "Hi", "answer": "Ho"}, "f.jsonl:1")
+    assert "prompt_completion: prompt, completion" in str(caught.value)

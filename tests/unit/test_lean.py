@@ -1,0 +1,70 @@
+"""Lean substitutions are the same function, forward and backward, and each has its switch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
+from transformers.activations import GELUTanh, NewGELUActivation
+
+from lowvram_chat.model.lean import dropout_settings, fuse_gelu
+from lowvram_chat.model.load import load_model
+from lowvram_chat.recipe.schema import Model
+
+
+def gelus(model: Any) -> tuple[int, int]:
+    """Return how many GELUs are written in Python, and how many are one kernel."""
+    modules = list(model.modules())
+    return sum(isinstance(m, NewGELUActivation) for m in modules), sum(isinstance(m, GELUTanh) for m in modules)
+
+
+def test_the_fused_gelu_is_the_same_function_with_the_same_gradient() -> None:
+    x = torch.cat([torch.linspace(-12, 12, 4001), torch.tensor([0.0, 1e-30, -60.0, 60.0])]).requires_grad_()
+    y = x.detach().clone().requires_grad_()
+    NewGELUActivation()(x).sum().backward()
+    GELUTanh()(y).sum().backward()
+    assert torch.allclose(NewGELUActivation()(x), GELUTanh()(y), atol=2e-6)
+    assert x.grad is not None
+    assert y.grad is not None
+    assert torch.allclose(x.grad, y.grad, atol=2e-6)
+
+
+def test_a_model_with_fused_gelus_has_the_same_logits_and_gradients(tiny: Path) -> None:
+    plain, lean = AutoModelForCausalLM.from_pretrained(tiny), AutoModelForCausalLM.from_pretrained(tiny)
+    assert fuse_gelu(lean) == 2
+    assert gelus(plain) == (2, 0)
+    assert gelus(lean) == (0, 2)
+    ids = torch.randint(0, 8192, (2, 30), generator=torch.Generator().manual_seed(0))
+    for model in (plain, lean):
+        model(input_ids=ids, labels=ids).loss.backward()
+    assert torch.allclose(plain(input_ids=ids).logits, lean(input_ids=ids).logits, atol=1e-5)
+    for a, b in zip(plain.parameters(), lean.parameters(), strict=True):
+        assert torch.allclose(a.grad, b.grad, atol=1e-5)
+
+
+def test_what_is_saved_is_an_ordinary_gpt2(tiny: Path, tmp_path: Path) -> None:
+    load_model(Model(name=str(tiny))).save_pretrained(tmp_path)
+    assert AutoConfig.from_pretrained(tmp_path).activation_function == "gelu_new"
+    assert gelus(AutoModelForCausalLM.from_pretrained(tmp_path)) == (2, 0)
+
+
+@pytest.mark.parametrize(("switch", "expected"), [(True, (0, 2)), (False, (2, 0))])
+def test_the_recipe_switches_the_fused_gelu(tiny: Path, switch: bool, expected: tuple[int, int]) -> None:
+    assert gelus(load_model(Model(name=str(tiny), lean_gelu=switch))) == expected
+
+
+@pytest.mark.parametrize(("asked", "probability"), [(None, 0.1), (0.0, 0.0), (0.3, 0.3)])
+def test_the_recipe_sets_every_dropout(tmp_path: Path, asked: float | None, probability: float) -> None:
+    from tests.samples import save_tiny_gpt2
+
+    save_tiny_gpt2(tmp_path, dropout=0.1)
+    model = load_model(Model(name=str(tmp_path), dropout=asked))
+    found = {module.p for module in model.modules() if isinstance(module, torch.nn.Dropout)}
+    assert found == {probability}
+
+
+def test_only_dropouts_that_a_config_has_are_set() -> None:
+    assert dropout_settings(LlamaConfig(), 0.0) == {"attention_dropout": 0.0}

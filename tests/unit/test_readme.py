@@ -1,0 +1,45 @@
+"""README says what the code does: its commands parse, its recipes exist, its wrong recipe gives the message it shows."""
+
+from __future__ import annotations
+
+import importlib
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from lowvram_chat.errors import RecipeError
+from lowvram_chat.recipe.load import load_recipe
+
+ROOT = Path(__file__).parent.parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+COMMANDS = sorted(set(re.findall(r"python -m (lowvram_chat\.\w+[^`\n]*)", README)))
+WRONG = re.search(
+    r"\$ python -m lowvram_chat\.sft ([^\n]*optimizer\.name=adam_8bit[^\n]*)\n(.*?)```", README, re.DOTALL
+)
+
+
+def test_readme_names_the_two_commands_and_every_recipe() -> None:
+    assert "make quickstart" in README
+    assert "make test" in README
+    for path in (ROOT / "recipes").rglob("*.yaml"):
+        assert f"`{path.stem}`" in README, path
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_command_in_readme_is_one_of_ours(command: str) -> None:
+    module, *words = shlex.split(command.split("#")[0])
+    assert callable(importlib.import_module(module).main)
+    overrides = [word for word in words[1:] if "=" in word and not word.startswith("-")]
+    if words and words[0].endswith(".yaml") and "adam_8bit" not in command:
+        load_recipe(ROOT / words[0], overrides)
+
+
+def test_the_wrong_recipe_in_readme_gives_the_message_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert WRONG is not None
+    monkeypatch.chdir(ROOT)
+    path, *overrides = shlex.split(WRONG[1])
+    with pytest.raises(RecipeError) as error:
+        load_recipe(path, overrides)
+    assert str(error.value) == WRONG[2].strip()
