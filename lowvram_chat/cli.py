@@ -17,9 +17,10 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from lowvram_chat import __version__
-from lowvram_chat.errors import LowVramError, ProofError, did_you_mean
+from lowvram_chat.errors import DoesNotFit, LowVramError, ProofError, did_you_mean
 
 COMMANDS: Mapping[str, str] = {
+    "plan": "will it fit? the memory of a recipe, without GPU, weights or data",
     "sft": "fine-tune a model by a recipe",
     "merge": "fold a run's adapter into its base model, with a proof",
     "chat": "talk to a run or model",
@@ -47,7 +48,7 @@ def guarded(work: Callable[[], int]) -> int:
     quiet_libraries()
     try:
         return work()
-    except ProofError as error:
+    except (ProofError, DoesNotFit) as error:
         print(error, file=sys.stderr)
         return 1
     except LowVramError as error:

@@ -8,6 +8,7 @@
     +-- ModelError (RuntimeError)           a model or adapter that cannot do what is asked
     +-- DeviceError (RuntimeError)          this machine cannot do what is asked
     +-- OutOfMemory (MemoryError)           the device ran out of memory
+    +-- DoesNotFit (MemoryError)            a run that is planned not to fit its card
     +-- ProofError (ArithmeticError)        a merge that is not the same function
 
 A message reads `<where>: <what is wrong>. <what to do>.`
@@ -20,7 +21,7 @@ from collections.abc import Iterable
 
 
 class LowVramError(Exception):
-    """Base of all errors that the user can act on; the command line exits with 2 (1 for `ProofError`)."""
+    """Base of all errors that the user can act on; the command line exits with 2 (1 for `ProofError` and `DoesNotFit`)."""
 
 
 class UsageError(LowVramError, ValueError):
@@ -49,6 +50,10 @@ class DeviceError(LowVramError, RuntimeError):
 
 class OutOfMemory(LowVramError, MemoryError):
     """The device ran out of memory; the message says what would fit."""
+
+
+class DoesNotFit(LowVramError, MemoryError):
+    """A run that is planned not to fit its card; the message says what would."""
 
 
 class ProofError(LowVramError, ArithmeticError):

@@ -65,8 +65,9 @@ def run(model: str, data: Sequence[str], *, batch_size: int = 8, **settings: Any
         raise UsageError(f"--batch-size: {batch_size} is below 1. Give the rows of a batch.")
 
     from lowvram_chat.data.hub import work_offline_if_unreachable
+    from lowvram_chat.data.sources import is_remote
 
-    if not all(Path(name).exists() or name.startswith("builtin:") for name in [model, *data]):
+    if any(is_remote(name) for name in [model, *data]):
         work_offline_if_unreachable()
     quiet_transformers()
 

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lowvram_chat.cli import guarded, parser, print_json, quiet_transformers
-from lowvram_chat.errors import UsageError
+from lowvram_chat.errors import ModelError, UsageError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -59,18 +59,22 @@ def _plan(args: argparse.Namespace) -> int:
     from lowvram_chat.memory.plan import plan
     from lowvram_chat.memory.search import advise, fastest
 
+    if args.plot is not None:
+        from lowvram_chat.memory.plot import check_library, draw
+
+        check_library()
     planned = plan(recipe)
-    options = fastest(recipe) if args.search else [] if planned.fits else advise(recipe)
     report.show(recipe, planned)
+    if args.plot is not None:
+        draw(recipe, Path(args.plot))
+        print(f"drawn: {args.plot}", file=sys.stderr)
+    options = fastest(recipe) if args.search else [] if planned.fits else advise(recipe)
+    if not (options or planned.fits):
+        raise ModelError(report.too_large(recipe, planned))
     if args.search:
         report.show_fastest(options)
     elif not planned.fits:
         report.show_advice(options)
-    if args.plot is not None:
-        from lowvram_chat.memory.plot import draw
-
-        draw(recipe, Path(args.plot))
-        print(f"drawn: {args.plot}", file=sys.stderr)
     if args.json:
         print_json({**report.document(planned), "options": [report.option_document(option) for option in options]})
     return 0 if planned.fits else 1
@@ -87,7 +91,9 @@ def _compare(paths: Sequence[str], *, as_json: bool) -> int:
     plans = [plan(recipe) for recipe in recipes]
     report.show_side_by_side(paths, plans)
     if as_json:
-        print_json({"plans": [{"recipe": path, **report.document(one)} for path, one in zip(paths, plans, strict=True)]})
+        print_json(
+            {"plans": [{"recipe": path, **report.document(one)} for path, one in zip(paths, plans, strict=True)]}
+        )
     return 0 if all(one.fits for one in plans) else 1
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from lowvram_chat.cli import guarded, parser, print_json, quiet_transformers
+from lowvram_chat.errors import UsageError
 from lowvram_chat.recipe.load import dump_recipe, load_recipe
 from lowvram_chat.recipe.schema import Recipe
 
@@ -30,6 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     arguments.add_argument("--resume", action="store_true", help="go on from the last whole checkpoint of output.dir")
     arguments.add_argument("--overwrite", action="store_true", help="replace an earlier run in output.dir")
+    arguments.add_argument("--force", action="store_true", help="start even what is planned not to fit")
     arguments.add_argument("--print-recipe", action="store_true", help="show the resolved recipe and stop")
     arguments.add_argument("--max-steps", type=int, metavar="N", help="cut the run short: stop after N optimizer steps")
     arguments.add_argument("--json", action="store_true", help="print result.json as the last line")
@@ -37,11 +39,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def work() -> int:
         steps = [] if args.max_steps is None else [f"train.max_steps={args.max_steps}"]
+        if args.resume and args.overwrite:
+            raise UsageError("--resume and --overwrite exclude each other. Give one.")
         recipe = load_recipe(args.recipe, [*args.overrides, *steps])
         if args.print_recipe:
             print(dump_recipe(recipe), end="")
             return 0
-        result = run(recipe, resume=args.resume, overwrite=args.overwrite)
+        result = run(recipe, resume=args.resume, overwrite=args.overwrite, force=args.force)
         if args.json:
             print_json(result)
         return 0
@@ -49,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return guarded(work)
 
 
-def run(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> dict[str, Any]:
+def run(recipe: Recipe, *, resume: bool = False, overwrite: bool = False, force: bool = False) -> dict[str, Any]:
     """Train by a recipe and return what `result.json` holds.
 
     Raises:
@@ -65,8 +69,9 @@ def run(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> dic
         return finished
 
     from lowvram_chat.data.hub import work_offline_if_unreachable
+    from lowvram_chat.data.sources import is_remote
 
-    if any(_is_remote(name) for name in _names(recipe)):
+    if any(is_remote(name) for name in _names(recipe)):
         work_offline_if_unreachable()
 
     from lowvram_chat.model.device import check_device
@@ -76,7 +81,7 @@ def run(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> dic
 
     from lowvram_chat.train.session import train
 
-    return train(recipe, device=device, resume=resume)
+    return train(recipe, device=device, resume=resume, force=force)
 
 
 def _names(recipe: Recipe) -> list[str]:
@@ -85,10 +90,6 @@ def _names(recipe: Recipe) -> list[str]:
     for source in (recipe.data.source, recipe.data.eval_source or []):
         names += [source] if isinstance(source, str) else source
     return names
-
-
-def _is_remote(name: str) -> bool:
-    return not name.startswith("builtin:") and not Path(name).exists()
 
 
 if __name__ == "__main__":

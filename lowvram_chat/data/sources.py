@@ -6,6 +6,7 @@ import csv
 import glob
 import hashlib
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,6 +78,11 @@ def _open_one(name: str, split: str, subset: str | None) -> Source:
     return _hub(name, split, subset)
 
 
+def is_remote(name: str) -> bool:
+    """Return whether a model's or dataset's name can only be on the hub or in its cache."""
+    return not (name.startswith("builtin:") or Path(name).exists() or glob.glob(name, recursive=True))
+
+
 def _looks_like_a_path(name: str) -> bool:
     return (
         Path(name).suffix in READERS
@@ -104,13 +110,20 @@ def _files(name: str, paths: list[Path]) -> Source:
 
 
 def _jsonl(path: Path) -> Rows:
-    with path.open(encoding="utf-8-sig", errors="replace") as file:
+    with path.open(encoding="utf-8-sig", errors="surrogateescape") as file:
         for number, line in enumerate(file, start=1):
             if line.strip():
                 yield f"{path}:{number}", _json_object(line)
 
 
+NOT_UTF8 = BadRow("not UTF-8 text")
+NOT_UTF8_BYTE = re.compile(r"[\udc80-\udcff]|\\udc[89a-f]")
+"""A byte that is not UTF-8, as Python's surrogateescape holds and shows it."""
+
+
 def _json_object(line: str) -> RawRow:
+    if re.search(r"[\udc80-\udcff]", line):
+        return NOT_UTF8
     try:
         row = json.loads(line)
     except ValueError as error:
@@ -133,10 +146,10 @@ def _json(path: Path) -> Rows:
 
 def _csv(path: Path) -> Rows:
     csv.field_size_limit(2**31 - 1)  # a long conversation in one cell; larger overflows C's long on Windows
-    with path.open(encoding="utf-8-sig", errors="replace", newline="") as file:
+    with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
         reader = csv.DictReader(file)
         for row in reader:
-            yield f"{path}:{reader.line_num}", row
+            yield f"{path}:{reader.line_num}", NOT_UTF8 if NOT_UTF8_BYTE.search(repr(row)) else row
 
 
 def _parquet(path: Path) -> Rows:

@@ -9,7 +9,6 @@ import os
 import torch
 
 from lowvram_chat.errors import DeviceError
-from lowvram_chat.recipe.gpus import CONTEXT_MIB, MIB
 from lowvram_chat.recipe.optimizers import OPTIMIZERS
 from lowvram_chat.recipe.schema import Recipe
 
@@ -37,19 +36,4 @@ def check_device(recipe: Recipe) -> torch.device:
         raise DeviceError("model.attention: flash_attention_2 needs the package flash-attn. Add model.attention=sdpa.")
     if OPTIMIZERS[recipe.optimizer.name].paged and not cuda:
         log.info("optimizer.name: %s pages its states only on CUDA; here they stay in memory", recipe.optimizer.name)
-    if cuda and recipe.memory.limit_mib is not None:
-        cap_memory(recipe.memory.limit_mib)
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if cuda else torch.device("cpu")
-
-
-def cap_memory(limit_mib: int) -> None:
-    """Let this process take no more than so many MiB of the device, the CUDA context included.
-
-    Windows would otherwise spill to shared memory and run tens of times slower instead of failing.
-    """
-    total = torch.cuda.get_device_properties(0).total_memory
-    allowed = max(limit_mib - CONTEXT_MIB, 0) * MIB
-    torch.cuda.set_per_process_memory_fraction(min(1.0, allowed / total))
-    log.info(
-        "memory.limit_mib: this process is held to %d MiB, %d of them for the CUDA context", limit_mib, CONTEXT_MIB
-    )

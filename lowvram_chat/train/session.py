@@ -24,7 +24,7 @@ from lowvram_chat.model.load import check_positions, load_config, load_model, lo
 from lowvram_chat.model.loss import attach_loss
 from lowvram_chat.model.scoring import score
 from lowvram_chat.recipe.schema import Recipe
-from lowvram_chat.train import card, run_dir
+from lowvram_chat.train import budget, card, run_dir
 from lowvram_chat.train.callbacks import Recorder, TokenCounts, memory
 from lowvram_chat.train.oom import advice, halve, sizes
 from lowvram_chat.train.rehearsal import rehearse
@@ -33,6 +33,7 @@ from lowvram_chat.train.run_dir import RunDir
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from lowvram_chat.memory.plan import Plan
     from lowvram_chat.train.trainer import ChatTrainer
 
 log = logging.getLogger(__name__)
@@ -47,9 +48,13 @@ class Session:
     rows: Rows
     model: Any
     """The base model with its loss attached, under its adapter if there is one."""
+    planned: Plan | None = None
+    """The run's memory plan, where it was planned."""
 
     @classmethod
-    def prepare(cls, recipe: Recipe, *, device: torch.device, rows: Rows | None = None) -> Session:
+    def prepare(
+        cls, recipe: Recipe, *, device: torch.device, rows: Rows | None = None, planned: Plan | None = None
+    ) -> Session:
         """Load tokenizer, rows (unless they are there) and model.
 
         Raises:
@@ -62,7 +67,7 @@ class Session:
         set_template(tokenizer, recipe.data.chat_template, recipe.data.loss_on)
         rows = rows or load_rows(recipe.data, tokenizer, recipe.train.seed)
         torch.manual_seed(recipe.train.seed)  # the adapter's random half
-        return cls(recipe, tokenizer, rows, build_model(recipe, device))
+        return cls(recipe, tokenizer, rows, build_model(recipe, device), planned)
 
     def run(self, *, resume: bool) -> dict[str, Any]:
         """Train, save, and return what `result.json` holds.
@@ -132,6 +137,7 @@ class Session:
             "epochs": round(trainer.state.epoch or 0.0, 4),
             **{name: round(value, 2) for name, value in asdict(trainer.counts).items()},
             **memory(),
+            **budget.compared(self.planned),
             "trained_parameters": sum(p.numel() for p in self.model.parameters() if p.requires_grad),
             "parameters": sum(p.numel() for p in self.model.parameters()),
             "data": asdict(self.rows.facts),
@@ -145,16 +151,17 @@ class Session:
         return result
 
 
-def train(recipe: Recipe, *, device: torch.device, resume: bool) -> dict[str, Any]:
+def train(recipe: Recipe, *, device: torch.device, resume: bool, force: bool = False) -> dict[str, Any]:
     """Run a recipe to its end and return what `result.json` holds; `memory.on_oom` says what a full device does.
 
     Raises:
         LowVramError: see `Session.prepare`.
+        DoesNotFit: it is planned not to fit its card, and there is no `force`.
         OutOfMemory: the device is full and `memory.on_oom` says stop, or there is nothing left to halve.
     """
-    rows = None
+    rows, planned = None, budget.prepare(recipe, device, force=force)
     while True:
-        session = Session.prepare(recipe, device=device, rows=rows)
+        session = Session.prepare(recipe, device=device, rows=rows, planned=planned)
         try:
             return session.run(resume=resume)
         except torch.OutOfMemoryError as error:

@@ -1,0 +1,153 @@
+"""A plan in words, tables and JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from lowvram_chat.memory.changes import words
+from lowvram_chat.memory.plan import Plan
+from lowvram_chat.memory.search import Option
+from lowvram_chat.recipe.gpus import GPUS, MIB
+from lowvram_chat.recipe.schema import Recipe
+
+SYSTEMS = {"linux": "Linux", "windows": "Windows"}
+
+
+def show(recipe: Recipe, plan: Plan) -> None:
+    """Prints a plan on stdout."""
+    console = Console(highlight=False, soft_wrap=True)
+    console.print(_categories(plan))
+    console.print(_largest(plan))
+    variation = plan.peak_reserved_bytes - plan.longest_reserved_bytes
+    print(
+        f"peak: {_mib(plan.peak_allocated_bytes)} MiB allocated, {_mib(plan.peak_reserved_bytes)} reserved"
+        + (f" ({_mib(variation)} of it because shorter batches come between)" if variation > 0 else "")
+        + f", {_mib(plan.on_card_bytes)} on the card; it stands in the {plan.moment}"
+    )
+    print(verdict(recipe, plan))
+
+
+def verdict(recipe: Recipe, plan: Plan) -> str:
+    """Returns the verdict in a sentence for each system."""
+    card = GPUS[recipe.memory.gpu].title
+    if recipe.memory.limit_mib is not None:
+        return f"{_fits(plan, plan.system)} in memory.limit_mib = {_mib(plan.limit_bytes)} MiB: {_spare(plan, plan.system)}"
+    return "\n".join(
+        f"{_fits(plan, system)} on {card}, {name} ({_mib(plan.limits[system])} MiB usable): {_spare(plan, system)}"
+        for system, name in SYSTEMS.items()
+    )
+
+
+def show_advice(options: Sequence[Option]) -> None:
+    """Prints what would make a recipe fit."""
+    print("\nwhat makes it fit (MiB on the card; speed is a rough estimate):")
+    for option in options:
+        print(f"  {words(option.change)}")
+        print(f"      {_mib(option.plan.on_card_bytes)} MiB, {_cost(option.cost)}")
+
+
+def too_large(recipe: Recipe, plan: Plan) -> str:
+    """Returns the message for a model that no change of settings makes fit."""
+    return (
+        f"model.name: {recipe.model.name} does not fit {_mib(plan.limit_bytes)} MiB at any setting "
+        f"(its weights alone take {_mib(plan.categories['weights'])}). Take a smaller model, or set memory.gpu to a larger card."
+    )
+
+
+def show_fastest(options: Sequence[Option]) -> None:
+    """Prints the settings that fit as a table, and as words to paste."""
+    table = Table("MiB on the card", "spare", "a step takes (roughly)", "settings")
+    for option in options:
+        cost = _cost(option.cost)
+        table.add_row(_mib(option.plan.on_card_bytes), _mib(option.plan.spare_bytes), cost, words(option.change))
+    Console(highlight=False, soft_wrap=True).print(table)
+    print(f"fastest: {words(options[0].change)}")
+
+
+def show_side_by_side(names: Sequence[str], plans: Sequence[Plan]) -> None:
+    """Prints two plans, category by category."""
+    table = Table("MiB", *names, "difference")
+    for category in plans[0].categories:
+        sizes = [plan.categories.get(category, 0) for plan in plans]
+        table.add_row(category, *map(_mib, sizes), _signed(sizes[1] - sizes[0]))
+    totals = [plan.on_card_bytes for plan in plans]
+    table.add_section()
+    table.add_row("on the card", *map(_mib, totals), _signed(totals[1] - totals[0]))
+    for system, name in SYSTEMS.items():
+        table.add_row(f"fits, {name}", *("yes" if plan.fits_on[system] else "no" for plan in plans), "")
+    Console(highlight=False, soft_wrap=True).print(table)
+
+
+def document(plan: Plan) -> dict[str, Any]:
+    """Returns a plan as JSON."""
+    return {
+        "fits": plan.fits,
+        "fits_on": dict(plan.fits_on),
+        "limit_bytes": dict(plan.limits),
+        "peak_allocated_bytes": plan.peak_allocated_bytes,
+        "peak_reserved_bytes": plan.peak_reserved_bytes,
+        "longest_reserved_bytes": plan.longest_reserved_bytes,
+        "on_card_bytes": plan.on_card_bytes,
+        "spare_bytes": plan.spare_bytes,
+        "moment": plan.moment,
+        "categories": dict(plan.categories),
+        "largest": [
+            {"bytes": t.nbytes, "count": t.count, "category": t.category, "origin": t.origin} for t in plan.largest
+        ],
+        "parameters": plan.parameters,
+        "trained_parameters": plan.trained,
+    }
+
+
+def option_document(option: Option) -> dict[str, Any]:
+    """Returns an option as JSON."""
+    return {
+        "change": dict(option.change),
+        "words": words(option.change),
+        "on_card_bytes": option.plan.on_card_bytes,
+        "spare_bytes": option.plan.spare_bytes,
+        "rough_cost": round(option.cost, 3),
+    }
+
+
+def _categories(plan: Plan) -> Table:
+    table = Table("at the peak", "MiB", "share")
+    for category, nbytes in sorted(plan.categories.items(), key=lambda item: -item[1]):
+        table.add_row(category, _mib(nbytes), f"{nbytes / plan.on_card_bytes:.0%}")
+    return table
+
+
+def _largest(plan: Plan) -> Table:
+    table = Table("largest tensors", "tensors", "MiB", "made by")
+    for tensor in plan.largest:
+        table.add_row(tensor.category, str(tensor.count), _mib(tensor.nbytes), tensor.origin)
+    return table
+
+
+def _fits(plan: Plan, system: str) -> str:
+    return "fits" if plan.fits_on[system] else "DOES NOT FIT"
+
+
+def _spare(plan: Plan, system: str) -> str:
+    spare = plan.limits[system] - plan.on_card_bytes
+    if spare >= 0:
+        return f"{_mib(spare)} MiB to spare"
+    if plan.fits_on[system]:
+        return f"only just: {_mib(-spare)} MiB must be given back and taken anew, which costs time"
+    return f"{_mib(-spare)} MiB too much"
+
+
+def _cost(cost: float) -> str:
+    return "about as fast" if abs(cost) < 0.01 else f"about {abs(cost):.0%} {'slower' if cost > 0 else 'faster'}"
+
+
+def _mib(nbytes: float) -> str:
+    return f"{nbytes / MIB:,.0f}"
+
+
+def _signed(nbytes: float) -> str:
+    return f"{nbytes / MIB:+,.0f}"

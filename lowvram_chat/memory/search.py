@@ -1,0 +1,159 @@
+"""What would make a recipe fit, cheapest first; and the fastest settings that fit.
+
+Every answer is planned like the recipe itself; only its speed is a rough word. Of the ways to cut a step into
+micro-batches the largest that fits is taken, found by halving: a micro-batch needs no more memory than a larger one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from lowvram_chat.memory.changes import Change, changed, lighter_optimizers, micro_batches, without_cost
+from lowvram_chat.memory.plan import Plan, plan
+from lowvram_chat.memory.rough_speed import seconds_per_step
+from lowvram_chat.recipe.schema import Recipe
+
+MOST_ROWS = 1024
+"""Of a micro-batch, that are looked at."""
+KEPT = ("weights", "optimizer state", "gradients", "cuBLAS", "context")
+"""Categories that no smaller micro-batch makes smaller."""
+ENOUGH = 4
+"""Changes that an advice names."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Option:
+    """Settings that fit."""
+
+    change: Change
+    """What to set, beside what the recipe says."""
+    plan: Plan
+    cost: float
+    """About how much longer a step takes than the recipe's own: 0.33 is a third; negative is faster."""
+
+
+def advise(recipe: Recipe) -> list[Option]:
+    """Returns changes that make the recipe fit, the cheapest in speed first; empty where none does.
+
+    Raises:
+        NotFoundError, ModelError: the model or its adapter cannot be had.
+    """
+    found: list[Option] = []
+    for ladder in _ladders(recipe):
+        enough = [option.change.items() for option in found]
+        new = (change for change in ladder if not any(part <= change.items() for part in enough))
+        options = (_option(recipe, change) for change in new if not _hopeless(recipe, change))
+        found += [option for option in options if option is not None][:1]
+        if len(found) == ENOUGH:
+            break
+    return sorted(found, key=lambda option: option.cost)
+
+
+def fastest(recipe: Recipe) -> list[Option]:
+    """Returns the settings that fit, the fastest first: same rows a step, same length, same function.
+
+    Raises:
+        NotFoundError, ModelError: the model or its adapter cannot be had.
+    """
+    free = without_cost(recipe)
+    found = []
+    for optimizer in [{}, *lighter_optimizers(recipe)]:
+        for checkpointing in (False, True):
+            change = {**free, **optimizer, **_checkpointing(recipe, checkpointing)}
+            option = _largest_micro_batch(recipe, change)
+            if option is not None:
+                found.append(option)
+    return sorted(found, key=lambda option: (option.cost, option.plan.on_card_bytes))
+
+
+def largest_micro_batch(recipe: Recipe, system: str) -> int:
+    """Returns the most rows of a micro-batch that fit on "linux" or "windows"; 0 where not even one does.
+
+    What a row adds is nearly the same for every row, so a straight line through two plans leads to the next guess.
+    """
+    fits, fails, rows = 0, MOST_ROWS + 1, 1
+    peaks: dict[int, int] = {}
+    while fails - fits > 1:
+        planned = plan(changed(recipe, {"train.per_device_train_batch_size": rows}))
+        peaks[rows] = planned.on_card_bytes
+        fits, fails = (rows, fails) if planned.fits_on[system] else (fits, rows)
+        low, high = min(peaks), max(peaks)
+        a_row = (peaks[high] - peaks[low]) / (high - low) if high > low else 0
+        guess = low + int((planned.limits[system] - peaks[low]) / a_row) if a_row > 0 else 2 * rows
+        rows = min(max(guess, fits + 1), fails - 1)
+    return fits
+
+
+def _ladders(recipe: Recipe) -> Iterator[Iterable[Change]]:
+    """Yields what to try, roughly from cheap to dear; of each ladder, the first rung that fits is taken."""
+    free, halves = without_cost(recipe), list(_smaller(recipe))
+    optimizers, checkpointing = lighter_optimizers(recipe), _checkpointing(recipe, True)
+    if plan(recipe).moment == "evaluation":
+        yield [{"train.per_device_eval_batch_size": recipe.train.per_device_train_batch_size}]
+    if free:
+        yield [free]
+    yield optimizers
+    yield halves
+    yield [{**free, **optimizer, **half} for half in halves for optimizer in optimizers]
+    if checkpointing:
+        yield [checkpointing]
+        yield [{**free, **half, **checkpointing} for half in halves]
+        yield [{**free, **optimizer, **half, **checkpointing} for half in halves for optimizer in optimizers]
+    lora = {**free, "adapter.kind": "lora"} if recipe.adapter is None else free
+    smaller = [{}, *halves, *({**half, **checkpointing} for half in halves)]
+    if recipe.adapter is None:
+        yield [{**lora, **less} for less in smaller]
+    if recipe.model.load_in is None:
+        yield [{**lora, "model.dtype": "float16", "model.load_in": "4bit", **less} for less in smaller]
+
+
+def _hopeless(recipe: Recipe, change: Change) -> bool:
+    """Whether a change cannot be enough: what must stay on the card is already too much, so no trace is needed."""
+    own = plan(recipe)
+    keep = {name: own.categories[name] for name in KEPT}
+    if "model.load_in" in change:
+        keep["weights"] //= 8
+    if "adapter.kind" in change:
+        keep |= {"gradients": 0, "optimizer state": 0}
+    if "optimizer.name" in change:
+        keep["optimizer state"] = 0
+    share = change.get("train.per_device_train_batch_size", recipe.train.per_device_train_batch_size)
+    share /= recipe.train.per_device_train_batch_size
+    activations = 0 if "train.gradient_checkpointing" in change or "model.lean_gelu" in change else share
+    return sum(keep.values()) + activations * own.categories["activations"] > own.limit_bytes
+
+
+def _smaller(recipe: Recipe) -> Iterable[Change]:
+    """The micro-batches below the recipe's own: half of it, a quarter, ... and one row."""
+    own = recipe.train.per_device_train_batch_size
+    sizes = {own >> shift for shift in range(1, own.bit_length())}
+    return [change for change in micro_batches(recipe) if change["train.per_device_train_batch_size"] in sizes]
+
+
+def _largest_micro_batch(recipe: Recipe, change: dict[str, Any]) -> Option | None:
+    cuts = list(micro_batches(recipe))
+    first, last = 0, len(cuts)
+    while first < last:
+        middle = (first + last) // 2
+        if plan(changed(recipe, {**change, **cuts[middle]})).fits:
+            last = middle
+        else:
+            first = middle + 1
+    return _option(recipe, {**change, **cuts[first]}) if first < len(cuts) else None
+
+
+def _checkpointing(recipe: Recipe, wanted: bool) -> dict[str, Any]:
+    return {} if recipe.train.gradient_checkpointing == wanted else {"train.gradient_checkpointing": wanted}
+
+
+def _option(recipe: Recipe, change: Change) -> Option | None:
+    """The change as an option, where it fits."""
+    own, new = plan(recipe), changed(recipe, change)
+    planned = plan(new)
+    if not planned.fits:
+        return None
+    before = seconds_per_step(recipe, own.parameters, own.trained)
+    after = seconds_per_step(new, planned.parameters, planned.trained)
+    return Option(change=change, plan=planned, cost=after / before - 1)

@@ -1,0 +1,176 @@
+"""The second witness: a recipe's trace by the CPU's rules takes what a real step on the CPU takes, within 1 %.
+
+The real step is counted by torch's own profiler. The same loop runs on real and on fake tensors; that it is the
+Trainer's loop is held by the last test.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from lowvram_chat.memory import recipe_model, recipe_optimizer
+from lowvram_chat.memory.recipe_step import Run, Shape, trace
+from lowvram_chat.memory.rules import Rules
+from lowvram_chat.memory.witness import profiled_peak_bytes, traced_peak_bytes
+from lowvram_chat.recipe.schema import Recipe
+from lowvram_chat.train import run_dir
+from lowvram_chat.train.callbacks import TokenCounts
+from lowvram_chat.train.session import Session, build_model
+from tests.runs import Bench
+from tests.samples import save_tiny_gpt2, write_jsonl
+
+bitsandbytes: Any = pytest.importorskip("bitsandbytes")
+bnb: Any = torch.ops.bitsandbytes
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+class CpuRules(Rules):
+    """The CPU, with what bitsandbytes' CPU kernels hold while they run (they are Python, and no trace sees inside).
+
+    Source: bitsandbytes/backends/cpu/ops.py, `_optimizer_update_8bit_blockwise_cpu`, `_optimizer_update_32bit_cpu`;
+    backends/default/ops.py, `_gemm_4bit_default_impl`.
+    """
+
+    def temporaries(self, func: Any, args: tuple[Any, ...], result: Any) -> Iterable[int]:
+        if func is bnb.optimizer_update_8bit_blockwise.default:
+            return [4 * args[1].numel()] * 5
+        if func is bnb.optimizer_update_32bit.default:
+            return [4 * args[1].numel()] * 3
+        if func is bnb.gemm_4bit.default:
+            rows, columns = args[2]
+            return [rows * columns * args[0].element_size()]
+        return ()
+
+
+KINDS: dict[str, dict[str, Any]] = {
+    "full": {},
+    "lora": {"adapter": {"r": 8}},
+    "rslora": {"adapter": {"kind": "rslora", "r": 8}},
+    "dora": {"adapter": {"kind": "dora", "r": 8}},
+    "pissa": {"adapter": {"kind": "pissa", "r": 8}},
+    "lora with dropout": {"adapter": {"r": 8, "dropout": 0.1}},
+    "qlora": {"adapter": {"r": 8}, "model": {"load_in": "4bit"}},
+    "adamw unfused": {"optimizer": {"name": "adamw_unfused"}},
+    "adamw 8-bit": {"optimizer": {"name": "adamw_8bit"}},
+    "lora, adamw 8-bit": {"adapter": {"r": 8}, "optimizer": {"name": "adamw_8bit"}},
+    "sgd": {"optimizer": {"name": "sgd"}},
+    "adafactor": {"optimizer": {"name": "adafactor"}},
+    "checkpointed": {"train": {"gradient_checkpointing": True}},
+    "lora, checkpointed": {"adapter": {"r": 8}, "train": {"gradient_checkpointing": True}},
+    "accumulated": {"train": {"gradient_accumulation_steps": 3}},
+    "bf16": {"train": {"precision": "bf16"}},
+    "eager": {"model": {"attention": "eager"}},
+    "gelu_new": {"model": {"lean_gelu": False}},
+}
+
+
+def _recipe(folder: Path | str, **sections: dict[str, Any]) -> Recipe:
+    model = {"name": str(folder), "dropout": 0.0, **sections.get("model", {})}
+    train = {"precision": "fp32", "per_device_train_batch_size": 4, **sections.get("train", {})}
+    return Recipe.model_validate(
+        {
+            "model": model,
+            "train": train,
+            "optimizer": sections.get("optimizer", {"name": "adamw"}),
+            "adapter": sections.get("adapter"),
+            "data": {"max_length": 96},
+        }
+    )
+
+
+@pytest.fixture(scope="module")
+def small_gpt2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("small-gpt2")
+    config = GPT2Config(
+        vocab_size=3001, n_positions=128, n_embd=128, n_layer=4, n_head=4, bos_token_id=0, eos_token_id=0
+    )
+    GPT2LMHeadModel(config).save_pretrained(folder)
+    return folder
+
+
+def _held(model: Any) -> int:
+    """Bytes of a model: parameters, buffers, and the scales of 4-bit weights."""
+    states = [getattr(parameter, "quant_state", None) for parameter in model.parameters()]
+    scales = [state.absmax for state in states if state is not None]
+    return sum(tensor.nbytes for tensor in [*{*model.parameters(), *model.buffers()}, *scales])
+
+
+def _real(recipe: Recipe, model: Any, steps: list[list[Shape]]) -> int:
+    run = Run(recipe, model, recipe_optimizer.prepare(recipe, model)({}))
+    return _held(model) + profiled_peak_bytes(lambda: run.train(steps))
+
+
+def _traced(recipe: Recipe, steps: list[list[Shape]]) -> int:
+    plain = not any(shape.packed for step in steps for shape in step)
+    return traced_peak_bytes(trace(recipe, CpuRules(plain_rows=plain), steps).events)
+
+
+def _steps(recipe: Recipe, *, packed: bool = False) -> list[list[Shape]]:
+    length, count = recipe.data.max_length, recipe.train.gradient_accumulation_steps
+    return [
+        [Shape(length, packed=packed)] * count,
+        [Shape(length // 2, packed=packed), Shape(length, packed=packed)][-count:],
+    ]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_recipe_s_trace_has_the_peak_of_a_real_cpu_step(kind: str, small_gpt2: Path) -> None:
+    recipe = _recipe(small_gpt2, **KINDS[kind])
+    model = recipe_model.ready(build_model(recipe, torch.device("cpu")), recipe)
+    steps = _steps(recipe)
+    assert _traced(recipe, steps) == pytest.approx(_real(recipe, model, steps), rel=0.01)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_packed_rows_take_what_they_take_for_real(attention: str, small_gpt2: Path) -> None:
+    recipe = _recipe(small_gpt2, model={"attention": attention})
+    model = recipe_model.ready(build_model(recipe, torch.device("cpu")), recipe)
+    steps = _steps(recipe, packed=True)
+    assert _traced(recipe, steps) == pytest.approx(_real(recipe, model, steps), rel=0.01)
+
+
+@pytest.mark.parametrize("kind", ["full", "lora", "adamw 8-bit"])
+def test_the_same_holds_for_gpt2_small(kind: str) -> None:
+    recipe = _recipe("openai-community/gpt2", **KINDS[kind])
+    steps = _steps(recipe)[:1]
+    assert _traced(recipe, steps) == pytest.approx(_real(recipe, recipe_model.build(recipe, "cpu"), steps), rel=0.01)
+
+
+TRAINER_KINDS = {
+    "full, accumulated": {"train__gradient_accumulation_steps": 2},
+    "checkpointed": {"train__gradient_checkpointing": True},
+    "adamw 8-bit": {"optimizer__name": "adamw_8bit"},
+    "lora": {"adapter__r": 8},
+    "lora, checkpointed": {"adapter__r": 8, "train__gradient_checkpointing": True},
+    "qlora": {"adapter__r": 8, "model__load_in": "4bit"},
+}
+
+
+@pytest.mark.parametrize("kind", TRAINER_KINDS)
+def test_the_traced_loop_takes_what_the_trainer_s_own_takes(kind: str, bench: Bench, tmp_path: Path) -> None:
+    length, rows = 96, 8
+    recipe = bench.recipe(
+        "run",
+        model__name=str(save_tiny_gpt2(tmp_path / "wide", width=128, layers=4)),
+        data={"source": str(_long_texts(tmp_path / "long.jsonl")), "loss_on": "all", "max_length": length},
+        train__per_device_train_batch_size=rows,
+        train__max_steps=2,
+        **TRAINER_KINDS[kind],  # type: ignore[arg-type]
+    )
+    session = Session.prepare(recipe, device=torch.device("cpu"))
+    trainer = session._trainer(run_dir.create(recipe, resume=False), TokenCounts())
+    real = _held(session.model) + profiled_peak_bytes(trainer.train)
+    steps = [[Shape(length)] * recipe.train.gradient_accumulation_steps] * 2
+    assert _traced(recipe, steps) == pytest.approx(real, rel=0.01)
+
+
+def _long_texts(path: Path) -> Path:
+    """Rows that all fill the longest row, so that the Trainer's batches are those that are traced."""
+    return write_jsonl(path, [{"text": f"{number} is a number and there are more. " * 40} for number in range(64)])

@@ -1,0 +1,260 @@
+"""A plan adds up, gives the same verdict as the allocator, and its changes are settings that fit."""
+
+from __future__ import annotations
+
+import functools
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lowvram_chat import plan as command
+from lowvram_chat.memory import recipe_optimizer
+from lowvram_chat.memory.changes import changed, words
+from lowvram_chat.memory.compose import Lives, Segment, play
+from lowvram_chat.memory.configs import KNOWN, config_of
+from lowvram_chat.memory.plan import longest_run, plan, rules_of, steps_of
+from lowvram_chat.memory.recipe_step import Shape, trace
+from lowvram_chat.memory.replay import replay
+from lowvram_chat.memory.search import advise, fastest, largest_micro_batch
+from lowvram_chat.recipe.gpus import MIB
+from lowvram_chat.recipe.load import load_recipe
+from lowvram_chat.recipe.optimizers import OPTIMIZERS
+from lowvram_chat.recipe.schema import Recipe
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+FOLDER = Path(tempfile.mkdtemp(prefix="lowvram-chat-plans-"))
+
+
+def gpt2(layers: int = 1, width: int = 128) -> str:
+    """A GPT-2 of one layer as a folder with nothing but its configuration: all that a plan needs."""
+    path = FOLDER / f"{layers}x{width}"
+    path.mkdir(exist_ok=True)
+    config = {"model_type": "gpt2", "n_layer": layers, "n_embd": width, "n_head": 2, "vocab_size": 5000}
+    (path / "config.json").write_text(json.dumps(config))
+    return str(path)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def folder() -> Iterator[None]:
+    yield
+    shutil.rmtree(FOLDER)
+
+
+def recipe(**sections: Any) -> Recipe:
+    tree: dict[str, Any] = {"model": {"name": gpt2()}, "data": {"max_length": 256}, "train": {}, **sections}
+    return Recipe.model_validate(tree)
+
+
+def test_the_categories_add_up_to_what_is_on_the_card() -> None:
+    planned = plan(recipe())
+    assert sum(planned.categories.values()) == planned.on_card_bytes
+    assert min(planned.categories.values()) >= 0
+    assert planned.peak_allocated_bytes <= planned.peak_reserved_bytes
+
+
+def test_full_fine_tuning_holds_gradients_and_states_of_the_size_of_the_weights() -> None:
+    planned = plan(recipe(optimizer={"name": "adamw"}, train={"gradient_accumulation_steps": 2}))
+    weights = planned.categories["weights"]
+    assert planned.trained == planned.parameters == weights // 4
+    assert planned.categories["gradients"] == pytest.approx(weights, rel=0.01)
+    assert planned.categories["optimizer state"] == pytest.approx(2 * weights, rel=0.01)
+
+
+def test_paged_states_take_nothing_on_the_card_and_8_bit_ones_less_than_32_bit_ones() -> None:
+    states = {name: plan(recipe(optimizer={"name": name})).categories["optimizer state"] for name in OPTIMIZERS}
+    assert states["paged_adamw_8bit"] < states["adamw_8bit"] / 10
+    assert (
+        states["lion_8bit"] < states["adamw_8bit"] < states["adamw"] == pytest.approx(states["adamw_unfused"], rel=0.01)
+    )
+    assert states["sgd"] < states["adafactor"] < states["lion_8bit"]
+
+
+def test_settings_that_take_no_memory_are_not_traced_again() -> None:
+    once = plan(recipe(train={"learning_rate": 1e-4}))
+    assert plan(recipe(train={"learning_rate": 1e-4, "logging_steps": 3}, output={"dir": "elsewhere"})) is once
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    what=st.sampled_from(["batch", "length", "rank", "layers"]),
+    one=st.integers(1, 6),
+    other=st.integers(1, 6),
+    adapter=st.booleans(),
+)
+def test_the_allocated_peak_grows_with_batch_length_rank_and_layers(
+    what: str, one: int, other: int, adapter: bool
+) -> None:
+    low, high = (_allocated(what, number, adapter or what == "rank") for number in sorted((one, other)))
+    assert low <= high
+
+
+@functools.cache
+def _allocated(what: str, number: int, adapter: bool) -> int:
+    asked = recipe(
+        model={"name": gpt2(number if what == "layers" else 1, 64)},
+        adapter={"r": number if what == "rank" else 8} if adapter else None,
+        data={"max_length": 24 * number if what == "length" else 64},
+        train={"per_device_train_batch_size": number if what == "batch" else 2},
+        optimizer={"name": "adamw"},
+    )
+    steps = [[Shape(asked.data.max_length)]] * 2
+    return replay(trace(asked, rules_of(asked), steps).events).peak_allocated_bytes
+
+
+def test_a_played_run_is_the_traced_one_where_the_order_is_the_same() -> None:
+    asked = recipe(train={"gradient_accumulation_steps": 2})
+    traced = trace(asked, rules_of(asked), steps_of(asked))
+    lives = Lives(traced.events)
+    end, last = traced.steps[0][1], traced.steps[-1][1]
+    segments = [Segment(traced.events, span, lives) for span in traced.steps[1:]]
+    before = traced.events[:end]
+    played = play(before, Segment(traced.events, (0, end), lives).left, segments)
+    plain = [(event.storage.nbytes, event.is_birth) for event in traced.events[:last]]
+    assert [(event.storage.nbytes, event.is_birth) for event in played] == plain
+
+
+def test_every_storage_of_a_played_run_is_born_once_and_dies_once() -> None:
+    alive = set()
+    for storage, is_birth in longest_run(recipe(data={"max_length": 128, "eval_fraction": 0.1})):
+        assert (storage in alive) != is_birth
+        alive.symmetric_difference_update([storage])
+
+
+def test_a_limit_below_the_peak_is_a_no_and_the_changes_fit() -> None:
+    asked = recipe(train={"per_device_train_batch_size": 16}, optimizer={"name": "adamw"})
+    tight = plan(asked).on_card_bytes // MIB - 100
+    asked = changed(asked, {"memory.limit_mib": tight})
+    assert not plan(asked).fits
+    options = advise(asked)
+    assert options
+    for option in options:
+        assert plan(changed(asked, option.change)).on_card_bytes == option.plan.on_card_bytes
+        assert option.plan.fits
+    assert [option.cost for option in options] == sorted(option.cost for option in options)
+
+
+def test_the_words_of_a_change_load_as_that_change(tmp_path: Path) -> None:
+    file = tmp_path / "recipe.yaml"
+    file.write_text(f"model: {{name: '{gpt2()}'}}\n")
+    change = {"train.gradient_checkpointing": True, "optimizer.name": "adamw_8bit", "adapter.kind": "lora"}
+    assert load_recipe(file, words(change).split()) == changed(load_recipe(file), change)
+
+
+def test_the_fastest_settings_fit_and_keep_the_rows_of_a_step() -> None:
+    asked = recipe(train={"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2})
+    for option in fastest(asked):
+        train = changed(asked, option.change).train
+        assert train.per_device_train_batch_size * train.gradient_accumulation_steps == 8
+        assert option.plan.fits
+
+
+def test_the_largest_micro_batch_fits_and_one_row_more_does_not() -> None:
+    asked = recipe(memory={"limit_mib": 500})
+    rows = largest_micro_batch(asked, "linux")
+    assert plan(changed(asked, {"train.per_device_train_batch_size": rows})).fits
+    assert not plan(changed(asked, {"train.per_device_train_batch_size": rows + 1})).fits
+
+
+@pytest.mark.parametrize("name", sorted(KNOWN))
+def test_known_names_need_neither_network_nor_cache(name: str) -> None:
+    model = recipe(model={"name": name}).model
+    assert config_of(model).vocab_size in (50257, 49152)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_the_optimizer_is_the_one_that_the_trainer_makes(name: str, tmp_path: Path) -> None:
+    from transformers import Trainer, TrainingArguments
+
+    section = recipe(optimizer={"name": name}).optimizer
+    row = OPTIMIZERS[name]
+    momentum = f"momentum={section.momentum}" if name == "sgd" else None
+    arguments = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, optim=row.optim, optim_args=momentum)
+    kind, kwargs = Trainer.get_optimizer_cls_and_kwargs(arguments)
+    ours = dict(recipe_optimizer.MAKERS[row.optim](section))
+    assert ours.pop("kind") is kind
+    assert (
+        {**ours, "lr": kwargs["lr"]} == {**kwargs, "is_paged": kwargs.get("is_paged")}
+        if "is_paged" in kwargs
+        else kwargs
+    )
+
+
+def test_the_groups_are_those_of_the_trainer(tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config_of(recipe().model))
+    model.tie_weights()
+    trainer = Trainer(model=torch.nn.Linear(1, 1), args=TrainingArguments(output_dir=str(tmp_path), use_cpu=True))
+    decaying = set(trainer.get_decay_parameter_names(model))
+    ours = recipe_optimizer.groups(model, 0.1)[0]["params"]
+    assert {name for name, parameter in model.named_parameters() if any(parameter is p for p in ours)} == decaying
+
+
+# The command.
+
+
+def _file(folder: Path, **settings: Any) -> str:
+    path = folder / "recipe.yaml"
+    path.write_text(json.dumps({"model": {"name": gpt2()}, "data": {"max_length": 128}, **settings}))
+    return str(path)
+
+
+def test_the_command_says_yes_with_exit_code_0(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert command.main([_file(tmp_path), "--json"]) == 0
+    document = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert document["fits"]
+    assert document["on_card_bytes"] == sum(document["categories"].values())
+
+
+def test_the_command_says_no_with_exit_code_1_and_what_would_fit(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = _file(tmp_path, train={"per_device_train_batch_size": 64})
+    assert command.main([file, "memory.limit_mib=480"]) == 1
+    shown = capsys.readouterr().out
+    assert "DOES NOT FIT" in shown
+    assert "train.per_device_train_batch_size=" in shown
+
+
+def test_a_model_too_large_at_any_setting_is_one_message(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert command.main([_file(tmp_path), "memory.limit_mib=301"]) == 2
+    error = capsys.readouterr().err
+    assert "does not fit 301 MiB at any setting" in error
+    assert "Traceback" not in error
+
+
+def test_a_card_that_is_not_in_the_table_is_named_with_the_nearest(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert command.main([_file(tmp_path), "memory.gpu=rtx-2050"]) == 2
+    assert "Did you mean 'rtx-2050-laptop-4gb'?" in capsys.readouterr().err
+
+
+def test_two_recipes_stand_side_by_side(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = _file(tmp_path)
+    assert command.main(["--compare", file, file]) == 0
+    assert "+0" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("words", [[], ["a.yaml", "--validate", "b.csv"]])
+def test_the_command_wants_one_thing_at_a_time(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert command.main(words) == 2
+    assert "give one recipe" in capsys.readouterr().err
+
+
+def test_a_plot_without_matplotlib_says_what_to_install(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
+    assert command.main([_file(tmp_path), "--plot", str(tmp_path / "out.png")]) == 2
+    assert "pip install 'lowvram-chat[plot]'" in capsys.readouterr().err

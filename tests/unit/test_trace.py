@@ -1,0 +1,258 @@
+"""The recorder finds what a real step allocates, and the CUDA rules change exactly what they name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from lowvram_chat.memory.cuda_rules import CudaRules
+from lowvram_chat.memory.materialise import materialise, repoint
+from lowvram_chat.memory.replay import replay
+from lowvram_chat.memory.rules import Rules
+from lowvram_chat.memory.trace import Event, Recorder, Storage
+from lowvram_chat.memory.witness import profiled_peak_bytes, traced_peak_bytes
+
+VOCABULARY, WIDTH, LAYERS = 1003, 64, 2
+
+
+def _model(attention: str = "sdpa", **settings: Any) -> Any:
+    dropout = settings.pop("dropout", 0.0)
+    config = GPT2Config(
+        vocab_size=VOCABULARY,
+        n_positions=64,
+        n_embd=WIDTH,
+        n_layer=LAYERS,
+        n_head=4,
+        resid_pdrop=dropout,
+        embd_pdrop=dropout,
+        attn_pdrop=dropout,
+        bos_token_id=0,
+        eos_token_id=0,
+        **settings,
+    )
+    model = GPT2LMHeadModel._from_config(config, attn_implementation=attention)
+    model.train()
+    return model
+
+
+def _meta(build: Callable[[], Any]) -> Any:
+    with torch.device("meta"):
+        return build()
+
+
+def _adamw(model: Any) -> torch.optim.Optimizer:
+    return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3, foreach=True)
+
+
+def _step(model: Any, optimizer: torch.optim.Optimizer, ids: torch.Tensor, micro_batches: int = 1) -> None:
+    for _ in range(micro_batches):
+        model(input_ids=ids, labels=ids).loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def _bytes(model: Any) -> int:
+    return sum(tensor.nbytes for tensor in {*model.parameters(), *model.buffers()})
+
+
+def _real_and_traced(build: Callable[[], Any], rows: int, micro_batches: int) -> tuple[int, int]:
+    """The peaks of two steps, weights included: profiled on the CPU, and traced by the CPU's rules."""
+    model = build()
+    optimizer, ids = _adamw(model), torch.zeros(rows, 32, dtype=torch.int64)
+    held = _bytes(model)
+
+    def two_steps() -> None:
+        _step(model, optimizer, ids, micro_batches)
+        _step(model, optimizer, ids, micro_batches)
+
+    real = profiled_peak_bytes(two_steps)
+    traced = _meta(build)
+    with Recorder(Rules(plain_rows=True)) as recorder:
+        materialise(traced, recorder)
+        optimizer, ids = _adamw(traced), torch.empty(rows, 32, dtype=torch.int64)
+        start = len(recorder.events)
+        for _ in range(2):
+            _step(traced, optimizer, ids, micro_batches)
+    return held + real, held + traced_peak_bytes(recorder.events[start:])
+
+
+def _checkpointed() -> Any:
+    model = _model()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return model
+
+
+def _lora() -> Any:
+    peft = pytest.importorskip("peft")
+    targets = ["c_attn", "c_proj", "c_fc"]
+    return peft.get_peft_model(_model(), peft.LoraConfig(r=4, target_modules=targets, fan_in_fan_out=True))
+
+
+@pytest.mark.parametrize("rows", [1, 16], ids=["peak in the optimizer", "peak in the loss"])
+@pytest.mark.parametrize("micro_batches", [1, 2])
+@pytest.mark.parametrize(
+    "build",
+    [lambda: _model("eager"), _model, lambda: _model(dropout=0.1), _checkpointed, _lora],
+    ids=["eager", "sdpa", "dropout", "checkpointed", "lora"],
+)
+@pytest.mark.filterwarnings("ignore")
+def test_a_trace_by_the_cpu_s_rules_has_the_peak_that_the_profiler_counts(
+    build: Callable[[], Any], micro_batches: int, rows: int
+) -> None:
+    real, traced = _real_and_traced(build, rows, micro_batches)
+    assert traced == pytest.approx(real, rel=0.01)
+
+
+def _trace(step: Callable[[], object], rules: Rules | None = None) -> list[Event]:
+    with Recorder(rules) as recorder:
+        step()
+    return recorder.events
+
+
+def _born(events: list[Event], operation: str) -> list[int]:
+    return [event.storage.nbytes for event in events if event.is_birth and event.storage.operation == operation]
+
+
+def test_gradients_that_only_the_engine_holds_are_added_in_place() -> None:
+    def step() -> None:
+        weight = torch.empty(256, 256, requires_grad=True)
+        ((weight * 2) + (weight * 3).tanh()).sum().backward()
+
+    assert not _born(_trace(step), "aten.add.Tensor")[1:]
+
+
+def test_a_custom_backward_that_adds_makes_a_new_tensor() -> None:
+    class Doubled(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, tensor: torch.Tensor) -> torch.Tensor:
+            return tensor.clone()
+
+        @staticmethod
+        def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
+            return gradient + gradient
+
+    def step() -> None:
+        weight = torch.empty(256, requires_grad=True)
+        result: Any = Doubled.apply(weight * 2)  # type: ignore[no-untyped-call]
+        result.sum().backward()
+
+    assert _born(_trace(step), "aten.add.Tensor") == [1024]
+
+
+def test_every_storage_dies_after_it_was_born_and_once() -> None:
+    with Recorder() as recorder:
+        model = _meta(_model)
+        materialise(model, recorder)
+        _step(model, _adamw(model), torch.empty(2, 32, dtype=torch.int64))
+    alive: set[Storage] = set()
+    for storage, is_birth in recorder.events:
+        assert (storage in alive) is not is_birth
+        (alive.add if is_birth else alive.remove)(storage)
+
+
+def test_a_tied_weight_is_moved_once_and_stays_tied() -> None:
+    model = _meta(_model)
+    with Recorder() as recorder:
+        materialise(model, recorder)
+    assert model.lm_head.weight is model.transformer.wte.weight
+    assert sum(event.storage.nbytes for event in recorder.events) == _bytes(model)
+    assert recorder.events[0].storage.category == "weights"
+
+
+def test_an_optimizer_built_before_steps_on_the_traced_weights() -> None:
+    model = _meta(lambda: torch.nn.Linear(8, 8))
+    optimizer = _adamw(model)
+    with Recorder() as recorder:
+        repoint(optimizer, materialise(model, recorder))
+        model(torch.empty(2, 8)).sum().backward()
+        optimizer.step()
+        recorder.label(optimizer.state[model.weight].values(), "optimizer state")
+    states = [event for event in recorder.events if event.storage.category == "optimizer state"]
+    assert sum(event.storage.nbytes for event in states) >= 2 * 4 * 64
+
+
+def test_cuda_s_dropout_keeps_a_mask_of_one_byte_that_it_takes_first() -> None:
+    events = _trace(lambda: functional.dropout(torch.empty(1024), 0.1), CudaRules())
+    assert _born(events, "aten.native_dropout.default") == [1024, 4096]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "masked", "capability", "width", "kernel"),
+    [
+        (torch.float16, False, (8, 6), 64, "flash"),
+        (torch.float16, False, (7, 5), 64, "efficient"),
+        (torch.float16, True, (8, 6), 64, "efficient"),
+        (torch.float32, False, (8, 6), 64, "efficient"),
+        (torch.float32, False, (8, 6), 6, ""),
+    ],
+)
+def test_attention_takes_the_kernel_that_cuda_picks(
+    dtype: torch.dtype, masked: bool, capability: tuple[int, int], width: int, kernel: str
+) -> None:
+    def step() -> None:
+        query = torch.empty(2, 4, 32, width, dtype=dtype, requires_grad=True)
+        mask = torch.ones(2, 1, 32, 32, dtype=torch.bool) if masked else None
+        functional.scaled_dot_product_attention(query, query, query, mask, is_causal=not masked).sum().backward()
+
+    events = _trace(step, CudaRules(capability))
+    for name in ("flash", "efficient"):
+        assert bool(_born(events, f"aten._scaled_dot_product_{name}_attention.default")) is (name == kernel)
+
+
+def test_autocast_runs_layer_norm_and_softmax_in_fp32_as_on_cuda() -> None:
+    def step() -> None:
+        with torch.autocast("cpu", dtype=torch.float16):
+            half = torch.empty(4, 8) @ torch.empty(8, 8)
+            assert half.dtype == torch.float16
+            assert functional.layer_norm(half, (8,)).dtype == torch.float32
+            assert half.softmax(-1).dtype == torch.float32
+
+    _trace(step, CudaRules())
+    with torch.autocast("cpu", dtype=torch.float16):
+        assert functional.layer_norm(torch.ones(4, 8).half(), (8,)).dtype == torch.float16, (
+            "the rules stay in their block"
+        )
+
+
+def test_a_checkpoint_s_second_forward_follows_the_rules_too() -> None:
+    def step() -> None:
+        weight = torch.empty(64, 64, requires_grad=True)
+        result: Any = checkpoint(lambda x: functional.dropout(x.tanh(), 0.1), weight, use_reentrant=False)
+        result.sum().backward()
+
+    assert len(_born(_trace(step, CudaRules()), "aten.native_dropout.default")) == 4
+
+
+def test_a_gradient_scaler_steps() -> None:
+    def step() -> None:
+        weight = torch.nn.Parameter(torch.empty(64, 64))
+        optimizer, scaler = _adamw(torch.nn.ParameterList([weight])), torch.amp.GradScaler("cpu")
+        scaler.scale((weight * 2).sum()).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        assert optimizer.state[weight]
+
+    _trace(step, CudaRules())
+
+
+def test_each_thread_takes_its_cublas_workspace_once() -> None:
+    def step() -> None:
+        weight = torch.empty(8, 8, requires_grad=True)
+        (weight @ weight @ weight).sum().backward()
+
+    events = _trace(step, CudaRules(cublas_workspace_bytes=1000))
+    assert [event.storage.nbytes for event in events if event.storage.category == "workspace"] == [1000, 1000]
+
+
+def test_a_limit_below_the_peak_names_the_storage_that_found_no_room() -> None:
+    events = _trace(lambda: [torch.empty(1 << 22) for _ in range(4)])
+    assert replay(events).peak_allocated_bytes == 4 << 24
+    failed = replay(events, limit_bytes=3 << 24).out_of_memory_at
+    assert failed is not None
+    assert failed.nbytes == 1 << 24
