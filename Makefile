@@ -8,7 +8,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
 
-.PHONY: quickstart test check venv smollm2 schema golden clean
+.PHONY: quickstart test check validate tables golden venv smollm2 schema clean
 
 quickstart: $(READY)
 	$(BIN)/python -m lowvram_chat.sft recipes/quickstart.yaml --overwrite
@@ -18,6 +18,11 @@ quickstart: $(READY)
 	  $(BIN)/python -m lowvram_chat.chat runs/quickstart/merged --prompt "$$question" --max-new-tokens 40 --seed 1 || exit 1; \
 	done
 
+validate: benchmarks/data/vram_measured.csv
+	$(PYTHON) -m venv $(VENV)-validate
+	$(VENV)-validate/bin/python -m pip install -q --disable-pip-version-check torch==2.13.0 transformers==4.51.3 pydantic PyYAML rich numpy
+	$(VENV)-validate/bin/python -m lowvram_chat.plan --validate $<
+
 test: $(READY)
 	$(BIN)/python -m pytest tests
 
@@ -26,6 +31,7 @@ check: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python tools/make_schema.py --check
+	$(BIN)/python tools/make_tables.py --check
 
 schema: $(READY)
 	$(BIN)/python tools/make_schema.py
@@ -45,5 +51,8 @@ $(READY): constraints.txt pyproject.toml
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $(READY)
 
+tables: $(READY)
+	$(BIN)/python tools/make_tables.py
+
 clean:
-	rm -rf $(VENV) runs
+	rm -rf $(VENV) $(VENV)-validate runs

@@ -72,7 +72,7 @@ def _plan(args: argparse.Namespace) -> int:
     if not (options or planned.fits):
         raise ModelError(report.too_large(recipe, planned))
     if args.search:
-        report.show_fastest(options)
+        report.show_fastest(recipe, options)
     elif not planned.fits:
         report.show_advice(options)
     if args.json:

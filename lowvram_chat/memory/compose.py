@@ -17,12 +17,17 @@ Span = tuple[int, int]
 
 
 class Segment:
-    """A part of a trace that can be played again and again, since what it makes dies in it or is handed on."""
+    """A part of a trace that can be played again and again, since what it makes dies in it or is handed on.
 
-    def __init__(self, events: Sequence[Event], span: Span, lives: Lives) -> None:
+    What is born in it and never dies is there for good (a workspace, the optimizer's states) and not played anew; but
+    where the part is `steady`, one of many alike, it is handed on too: only the trace's end kept it from its death.
+    """
+
+    def __init__(self, events: Sequence[Event], span: Span, lives: Lives, *, steady: bool = False) -> None:
         start, end = span
-        self.events = [event for event in events[start:end] if event.storage in lives.died]
-        self.left = [e.storage for e in self.events if e.is_birth and lives.died[e.storage] >= end]
+        self.events = [event for event in events[start:end] if steady or event.storage in lives.died]
+        never = len(events)
+        self.left = [e.storage for e in self.events if e.is_birth and lives.died.get(e.storage, never) >= end]
         """What is born here and dies later, in order."""
         before = [e.storage for e in self.events if not e.is_birth and lives.born[e.storage] < start]
         self.taken = sorted(before, key=lives.born.__getitem__)

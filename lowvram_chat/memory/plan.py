@@ -218,7 +218,7 @@ def _runs(traced: Trace) -> Iterator[list[Event]]:
     lives = Lives(traced.events)
     before = traced.events[: traced.steps[0][1]]
     handed_on = Segment(traced.events, (0, len(before)), lives).left
-    longest, *others = (Segment(traced.events, span, lives) for span in traced.steps[1:])
+    longest, *others = (Segment(traced.events, span, lives, steady=True) for span in traced.steps[1:])
     pause = [Segment(traced.events, traced.evaluation, lives)] if traced.evaluation else []
     yield play(before, handed_on, [longest, *pause, longest, *pause])
     for seed in range(ORDERS):

@@ -6,14 +6,15 @@ from collections.abc import Sequence
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
-from lowvram_chat.memory.changes import words
+from lowvram_chat.memory.changes import changed, words
 from lowvram_chat.memory.plan import Plan
 from lowvram_chat.memory.search import Option
 from lowvram_chat.recipe.gpus import GPUS, MIB
 from lowvram_chat.recipe.schema import Recipe
 
+FASTEST_COLUMNS = ("batch", "checkpointing", "optimizer")
 SYSTEMS = {"linux": "Linux", "windows": "Windows"}
 
 
@@ -58,19 +59,28 @@ def too_large(recipe: Recipe, plan: Plan) -> str:
     )
 
 
-def show_fastest(options: Sequence[Option]) -> None:
+def show_fastest(recipe: Recipe, options: Sequence[Option]) -> None:
     """Prints the settings that fit as a table, and as words to paste."""
-    table = Table("MiB on the card", "spare", "a step takes (roughly)", "settings")
-    for option in options:
-        cost = _cost(option.cost)
-        table.add_row(_mib(option.plan.on_card_bytes), _mib(option.plan.spare_bytes), cost, words(option.change))
-    Console(highlight=False, soft_wrap=True).print(table)
-    print(f"fastest: {words(options[0].change)}")
+    table = Table("", "MiB", "spare", "a step, roughly", *FASTEST_COLUMNS)
+    for number, option in enumerate(options, start=1):
+        chosen = changed(recipe, option.change)
+        table.add_row(
+            str(number),
+            _mib(option.plan.on_card_bytes),
+            _mib(option.plan.spare_bytes),
+            _cost(option.cost),
+            f"{chosen.train.per_device_train_batch_size} x {chosen.train.gradient_accumulation_steps}",
+            "yes" if chosen.train.gradient_checkpointing else "no",
+            chosen.optimizer.name,
+        )
+    Console(highlight=False).print(table)
+    for number, option in enumerate(options, start=1):
+        print(f"{number}: {words(option.change)}")
 
 
 def show_side_by_side(names: Sequence[str], plans: Sequence[Plan]) -> None:
     """Prints two plans, category by category."""
-    table = Table("MiB", *names, "difference")
+    table = Table("MiB", *(Column(name, overflow="fold") for name in names), "difference")
     for category in plans[0].categories:
         sizes = [plan.categories.get(category, 0) for plan in plans]
         table.add_row(category, *map(_mib, sizes), _signed(sizes[1] - sizes[0]))

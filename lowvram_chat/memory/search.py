@@ -6,17 +6,21 @@ micro-batches the largest that fits is taken, found by halving: a micro-batch ne
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import itertools
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from lowvram_chat.memory.changes import Change, changed, lighter_optimizers, micro_batches, without_cost
 from lowvram_chat.memory.plan import Plan, plan
 from lowvram_chat.memory.rough_speed import seconds_per_step
+from lowvram_chat.recipe.gpus import MIB
 from lowvram_chat.recipe.schema import Recipe
 
 MOST_ROWS = 1024
 """Of a micro-batch, that are looked at."""
+SPARE_BYTES = 50 * MIB
+"""What a proposal leaves free: the size of a CUDA context is known no better."""
 KEPT = ("weights", "optimizer state", "gradients", "cuBLAS", "context")
 """Categories that no smaller micro-batch makes smaller."""
 ENOUGH = 4
@@ -45,7 +49,7 @@ def advise(recipe: Recipe) -> list[Option]:
         enough = [option.change.items() for option in found]
         new = (change for change in ladder if not any(part <= change.items() for part in enough))
         options = (_option(recipe, change) for change in new if not _hopeless(recipe, change))
-        found += [option for option in options if option is not None][:1]
+        found += itertools.islice((option for option in options if option is not None), 1)
         if len(found) == ENOUGH:
             break
     return sorted(found, key=lambda option: option.cost)
@@ -73,17 +77,23 @@ def largest_micro_batch(recipe: Recipe, system: str) -> int:
 
     What a row adds is nearly the same for every row, so a straight line through two plans leads to the next guess.
     """
-    fits, fails, rows = 0, MOST_ROWS + 1, 1
+    fits, fails, rows = 0, MOST_ROWS + 1, max(1, recipe.train.per_device_train_batch_size)
     peaks: dict[int, int] = {}
     while fails - fits > 1:
         planned = plan(changed(recipe, {"train.per_device_train_batch_size": rows}))
         peaks[rows] = planned.on_card_bytes
         fits, fails = (rows, fails) if planned.fits_on[system] else (fits, rows)
-        low, high = min(peaks), max(peaks)
-        a_row = (peaks[high] - peaks[low]) / (high - low) if high > low else 0
-        guess = low + int((planned.limits[system] - peaks[low]) / a_row) if a_row > 0 else 2 * rows
-        rows = min(max(guess, fits + 1), fails - 1)
+        rows = min(max(_guess(peaks, planned.limits[system], rows), fits + 1), fails - 1)
     return fits
+
+
+def _guess(peaks: Mapping[int, int], limit: int, rows: int) -> int:
+    """The rows at which a line through the two known peaks that are nearest to the limit meets it."""
+    if len(peaks) == 1:
+        return 2 * rows if peaks[rows] < limit else rows // 2
+    one, other = sorted(peaks, key=lambda known: abs(peaks[known] - limit))[:2]
+    a_row = (peaks[other] - peaks[one]) / (other - one)
+    return round(one + (limit - peaks[one]) / a_row) if a_row > 0 else (one + other) // 2
 
 
 def _ladders(recipe: Recipe) -> Iterator[Iterable[Change]]:
@@ -137,7 +147,7 @@ def _largest_micro_batch(recipe: Recipe, change: dict[str, Any]) -> Option | Non
     first, last = 0, len(cuts)
     while first < last:
         middle = (first + last) // 2
-        if plan(changed(recipe, {**change, **cuts[middle]})).fits:
+        if _fits_well(plan(changed(recipe, {**change, **cuts[middle]}))):
             last = middle
         else:
             first = middle + 1
@@ -148,11 +158,15 @@ def _checkpointing(recipe: Recipe, wanted: bool) -> dict[str, Any]:
     return {} if recipe.train.gradient_checkpointing == wanted else {"train.gradient_checkpointing": wanted}
 
 
+def _fits_well(planned: Plan) -> bool:
+    return planned.fits and planned.spare_bytes >= SPARE_BYTES
+
+
 def _option(recipe: Recipe, change: Change) -> Option | None:
     """The change as an option, where it fits."""
     own, new = plan(recipe), changed(recipe, change)
     planned = plan(new)
-    if not planned.fits:
+    if not _fits_well(planned):
         return None
     before = seconds_per_step(recipe, own.parameters, own.trained)
     after = seconds_per_step(new, planned.parameters, planned.trained)
