@@ -56,11 +56,13 @@ def plan_table(rows: Mapping[str, Any]) -> str:
         "| recipe | micro-batch | predicted on the card, MiB | to spare, Linux | to spare, Windows | largest micro-batch, Linux "
         "| largest micro-batch, Windows |\n|---|---|---|---|---|---|---|\n"
     )
-    return head + "\n".join(
-        f"| `{name}` | {row['micro_batch']} | {row['on_card_mib']:,} | {row['spare_mib']['linux']:,} "
-        f"| {_spare(row['spare_mib']['windows'])} | {row['largest_micro_batch']['linux']} | {row['largest_micro_batch']['windows']} |"
-        for name, row in rows.items()
-    )
+    return head + "\n".join(f"| `{name}` | {' | '.join(_cells(row))} |" for name, row in rows.items())
+
+
+def _cells(row: Mapping[str, Any]) -> list[str]:
+    spare, largest = row["spare_mib"], row["largest_micro_batch"]
+    sizes = [_spare(spare[system]) for system in ("linux", "windows")]
+    return [str(row["micro_batch"]), f"{row['on_card_mib']:,}", *sizes, str(largest["linux"]), str(largest["windows"])]
 
 
 def _spare(mib: int) -> str:
