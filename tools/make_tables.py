@@ -95,9 +95,12 @@ def _line(title: str, errors: list[float]) -> str:
 
 def write(text: str, name: str, table: str) -> str:
     """Return the text with what stands between the markers of a table replaced."""
-    begin, end = f"<!-- {name} -->\n", f"\n<!-- /{name} -->"
+    begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
     before, _, rest = text.partition(begin)
-    return before + begin + table + end + rest.partition(end)[2]
+    _, found, after = rest.partition(end)
+    if not found:
+        sys.exit(f"README.md: the markers {begin} and {end} are missing. Put them where the table goes.")
+    return f"{before}{begin}\n{table}\n{end}{after}"
 
 
 def main() -> None:

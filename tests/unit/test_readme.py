@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from lowvram_chat.cli import COMMANDS as COMMAND_NAMES
 from lowvram_chat.errors import RecipeError
 from lowvram_chat.recipe.load import load_recipe
 
@@ -25,6 +26,12 @@ def test_readme_names_the_two_commands_and_every_recipe() -> None:
     assert "make test" in README
     for path in (ROOT / "recipes").rglob("*.yaml"):
         assert f"`{path.stem}`" in README, path
+
+
+def test_readme_shows_every_command() -> None:
+    for name in COMMAND_NAMES:
+        assert f"python -m lowvram_chat.{name}" in README, name
+    assert README.rstrip().endswith("`tools/make_tiny_gpt2.py`.")  # a generator of tables has not cut it short
 
 
 @pytest.mark.parametrize("command", COMMANDS)
