@@ -1,0 +1,34 @@
+"""A run is planned first: what cannot fit is refused with nothing written, unless it is forced."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from lowvram_chat import sft
+from tests.runs import Bench
+
+
+def test_a_run_that_cannot_fit_is_refused_before_anything_is_written(
+    bench: Bench, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert sft.main([str(bench.file("r", memory={"limit_mib": 301}))]) == 1
+    told = capsys.readouterr().err
+    assert "DOES NOT FIT" in told
+    assert "--force" in told
+    assert "Traceback" not in told
+    assert not (bench.folder / "r").exists()
+
+
+def test_a_forced_run_writes_the_prediction_into_its_result(bench: Bench) -> None:
+    words = [str(bench.file("r", memory={"limit_mib": 301}, train__max_steps=1)), "--force"]
+    assert sft.main(words) == 0
+    planned = json.loads((bench.folder / "r" / "result.json").read_text(encoding="utf-8"))["memory_plan"]
+    assert planned["predicted_reserved_bytes"] >= planned["predicted_allocated_bytes"] > 0
+    assert planned["error_percent"] is None  # nothing is measured without a card
+
+
+def test_a_run_on_a_cpu_without_a_memory_section_is_not_planned(bench: Bench) -> None:
+    assert sft.main([str(bench.file("r", train__max_steps=1))]) == 0
+    assert "memory_plan" not in json.loads((bench.folder / "r" / "result.json").read_text(encoding="utf-8"))
