@@ -12,6 +12,7 @@ Exit code 0: it fits. 1: it does not, and what would is printed.
 from __future__ import annotations
 
 import argparse
+import gc
 import os
 import sys
 from collections.abc import Sequence
@@ -63,6 +64,7 @@ def _plan(args: argparse.Namespace) -> int:
         from lowvram_chat.memory.plot import check_library, draw
 
         check_library()
+    gc.freeze()  # what the imports made stays: a trace makes much garbage, and each collection would walk all of it
     planned = plan(recipe)
     report.show(recipe, planned)
     if args.plot is not None:
