@@ -1,7 +1,9 @@
 """The graphics cards a recipe can name.
 
-Source: shared facts of the project, from vendor data sheets and TechPowerUp (compute capability, memory, FP16 tensor
-rate with fp32 accumulation by power limit, FP32 rate, bandwidth).
+Source: the project's collected facts (compute capability, memory, FP16 tensor rate with fp32 accumulation by power
+limit, FP32 rate, bandwidth; usable memory of 4 GB cards). Estimates of ours, measured by nobody: what is usable of cards
+other than 4 GB ones, the power limits of the cards that have a single one (but 45 W), and the T600's FP16 rate (twice its
+FP32 rate).
 """
 
 from __future__ import annotations

@@ -20,8 +20,6 @@ class Optimizer:
     """State tensors held for each trained tensor (Adafactor: factored, so less than one)."""
     paged: bool = False
     """Whether the states live in CUDA unified memory, outside the allocator's count."""
-    on_cpu: str | None = None
-    """`optim` to use where no CUDA device is; None: the same."""
 
 
 ADAM = frozenset({"beta1", "beta2", "eps"})

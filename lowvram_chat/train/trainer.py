@@ -99,7 +99,7 @@ def sft_config(recipe: Recipe, run: RunDir, *, evaluate: bool) -> SFTConfig:
         activation_offloading=False,
         average_tokens_across_devices=True,
         # the optimizer
-        optim=optim(recipe, cuda=cuda),
+        optim=OPTIMIZERS[optimizer.name].optim,
         optim_args=f"momentum={optimizer.momentum}" if optimizer.name == "sgd" else None,
         learning_rate=train.learning_rate,
         weight_decay=optimizer.weight_decay,
@@ -129,9 +129,3 @@ def sft_config(recipe: Recipe, run: RunDir, *, evaluate: bool) -> SFTConfig:
         disable_tqdm=True,
         push_to_hub=False,
     )
-
-
-def optim(recipe: Recipe, *, cuda: bool) -> str:
-    """Return the `TrainingArguments.optim` of the recipe's optimizer on this device."""
-    row = OPTIMIZERS[recipe.optimizer.name]
-    return row.optim if cuda or row.on_cpu is None else row.on_cpu

@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import bitsandbytes  # noqa: F401  (registers its operations)
 import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
@@ -25,7 +26,6 @@ from lowvram_chat.train.session import Session, build_model
 from tests.runs import Bench
 from tests.samples import save_tiny_gpt2, write_jsonl
 
-bitsandbytes: Any = pytest.importorskip("bitsandbytes")
 bnb: Any = torch.ops.bitsandbytes
 
 pytestmark = pytest.mark.filterwarnings("ignore")
