@@ -55,7 +55,7 @@ def _plan(args: argparse.Namespace) -> int:
     from lowvram_chat.recipe.load import load_recipe
 
     recipe = load_recipe(args.recipe, args.overrides)
-    quiet_transformers()
+    _import_planner()
     from lowvram_chat.memory import report
     from lowvram_chat.memory.plan import plan
     from lowvram_chat.memory.search import advise, fastest
@@ -64,7 +64,6 @@ def _plan(args: argparse.Namespace) -> int:
         from lowvram_chat.memory.plot import check_library, draw
 
         check_library()
-    gc.freeze()  # what the imports made stays: a trace makes much garbage, and each collection would walk all of it
     planned = plan(recipe)
     report.show(recipe, planned)
     if args.plot is not None:
@@ -82,11 +81,24 @@ def _plan(args: argparse.Namespace) -> int:
     return 0 if planned.fits else 1
 
 
+def _import_planner() -> None:
+    """Import the planner, which takes longer than the plan, with garbage collection off.
+
+    Imports make much that stays and little garbage, and each collection would walk all of it; later ones need not.
+    """
+    gc.disable()
+    quiet_transformers()
+    import lowvram_chat.memory.search  # noqa: F401
+
+    gc.freeze()
+    gc.enable()
+
+
 def _compare(paths: Sequence[str], *, as_json: bool) -> int:
     from lowvram_chat.recipe.load import load_recipe
 
     recipes = [load_recipe(path) for path in paths]
-    quiet_transformers()
+    _import_planner()
     from lowvram_chat.memory import report
     from lowvram_chat.memory.plan import plan
 

@@ -26,8 +26,9 @@ from lowvram_chat.recipe.schema import Recipe
 
 CUBLAS_WORKSPACE_BYTES = 8519680
 """Of one thread, below compute capability 9.0. Source: aten/src/ATen/cuda/CublasHandlePool.cpp, `:4096:2:16:8`."""
-ORDERS, STEPS_IN_ORDER = 6, 12
-"""Orders of lengths that are tried, and the optimizer steps of each."""
+ORDERS, STEPS_IN_ORDER = 3, 12
+"""Orders of lengths that are tried, and the optimizer steps of each; 16 orders raised no shipped recipe's peak by more
+than 2 MiB over the first one's."""
 LARGEST = 8
 """Tensors that a plan names."""
 
@@ -147,7 +148,7 @@ def steps_of(recipe: Recipe) -> list[list[Shape]]:
         return Shape(max(2, int(share * longest)), labelled)
 
     if recipe.train.gradient_accumulation_steps == 1:
-        return [[shape(1)], [shape(1)], [shape(0.6, 0.7)], [shape(0.3)], [shape(0.8, 0.4)]]
+        return [[shape(1)], [shape(1)], [shape(0.6, 0.7)], [shape(0.3)]]
     return [[shape(1), shape(0.6, 0.7)], [shape(1), shape(1)], [shape(0.3), shape(0.8, 0.4)]]
 
 

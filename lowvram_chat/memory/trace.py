@@ -23,9 +23,10 @@ from types import FrameType
 from typing import Any, NamedTuple
 
 import torch
-from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from lowvram_chat.memory.fake_mode import BriefFakeTensorMode
 from lowvram_chat.memory.rules import Rules, Scalar
 
 aten = torch.ops.aten
@@ -79,9 +80,14 @@ class Recorder(TorchDispatchMode):
         self._names: dict[int, str] = {}
         self._exits = contextlib.ExitStack()
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """No: nothing is compiled here, and torch's wrapper against it would be called with every operation."""
+        return False
+
     def __enter__(self) -> Recorder:
         """Puts fake tensors below, the rules around them and this recorder above both."""
-        self._exits.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+        self._exits.enter_context(BriefFakeTensorMode(allow_non_fake_inputs=True))
         self._exits.enter_context(self.rules.active())
         self._exits.enter_context(_module_names(self._modules, self._names))
         super().__enter__()  # type: ignore[no-untyped-call]
