@@ -40,12 +40,13 @@ def test_a_recipe_that_is_too_large_does_not_fit() -> None:
     assert not plan(too_large).fits_on["linux"]
 
 
-def test_planning_gpt2_small_is_quick() -> None:
-    words = [sys.executable, "-m", "lowvram_chat.plan", str(ROOT / "recipes" / "full_fp16.yaml")]
+@pytest.mark.parametrize("recipe", ["full_fp16", "lora_fp16", "qlora_nf4"])
+def test_planning_gpt2_small_is_quick(recipe: str) -> None:
+    words = [sys.executable, "-m", "lowvram_chat.plan", str(ROOT / "recipes" / f"{recipe}.yaml")]
     seconds = []
     for _ in range(3):
         started = time.monotonic()
         subprocess.run(words, check=True, capture_output=True)
         seconds.append(time.monotonic() - started)
-    print(f"plan of full_fp16: {statistics.median(seconds):.1f} s (of {', '.join(f'{s:.1f}' for s in seconds)})")
+    print(f"plan of {recipe}: {statistics.median(seconds):.1f} s (of {', '.join(f'{s:.1f}' for s in seconds)})")
     assert statistics.median(seconds) <= SECONDS

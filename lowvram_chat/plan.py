@@ -61,14 +61,16 @@ def _plan(args: argparse.Namespace) -> int:
     from lowvram_chat.memory.search import advise, fastest
 
     if args.plot is not None:
-        from lowvram_chat.memory.plot import check_library, draw
+        from lowvram_chat.memory.plot import check, draw
 
-        check_library()
+        check(Path(args.plot))
     planned = plan(recipe)
     report.show(recipe, planned)
     if args.plot is not None:
         draw(recipe, Path(args.plot))
         print(f"drawn: {args.plot}", file=sys.stderr)
+    if args.search or not planned.fits:
+        print("looking for settings that fit, some 3 seconds for each that is tried ...", file=sys.stderr, flush=True)
     options = fastest(recipe) if args.search else [] if planned.fits else advise(recipe)
     if not (options or planned.fits):
         raise ModelError(report.too_large(recipe, planned))

@@ -8,11 +8,12 @@ Source: bitsandbytes/nn/modules.py, `Linear4bit`; functional.py, `quantize_4bit`
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from typing import Any
 
 import torch
-from bitsandbytes.functional import QuantState
+from bitsandbytes.functional import QuantState, dequantize_4bit
 from bitsandbytes.nn import Linear4bit
 from transformers.pytorch_utils import Conv1D
 
@@ -63,6 +64,34 @@ def add_scales(shapes: dict[Linear4bit, torch.Size], recorder: Recorder) -> None
         layer.weight.quant_state = layer.quant_state = QuantState(
             absmax=scales, shape=shape, code=code, blocksize=BLOCK, quant_type="nf4", dtype=layer.compute_dtype
         )
+
+
+@contextlib.contextmanager
+def read_by_dora() -> Iterator[None]:
+    """Lets DoRA, which takes the norm of the whole weight in each forward pass, dequantise these weights.
+
+    PEFT looks at a weight's class, which does not survive the move onto the traced card.
+    Source: peft/utils/integrations.py, `dequantize_module_weight`.
+    """
+    from peft.tuners.lora import dora
+
+    module: Any = dora
+    plain = module.dequantize_module_weight
+    module.dequantize_module_weight = lambda layer: (
+        _dequantised(layer) if isinstance(layer, Linear4bit) else plain(layer)
+    )
+    try:
+        yield
+    finally:
+        module.dequantize_module_weight = plain
+
+
+def _dequantised(layer: Linear4bit) -> torch.Tensor:
+    state = getattr(layer.weight, "quant_state", None)
+    if state is None:  # still being built
+        return torch.empty(layer.out_features, layer.in_features, dtype=layer.compute_dtype, device="meta")
+    weight: torch.Tensor = dequantize_4bit(layer.weight, state)
+    return weight
 
 
 def _layers(model: torch.nn.Module) -> Iterator[Linear4bit]:

@@ -222,10 +222,20 @@ def _runs(traced: Trace) -> Iterator[list[Event]]:
     longest, *others = (Segment(traced.events, span, lives, steady=True) for span in traced.steps[1:])
     pause = [Segment(traced.events, traced.evaluation, lives)] if traced.evaluation else []
     yield play(before, handed_on, [longest, *pause, longest, *pause])
+    yield play(_resumed(before, traced.steps[0][0]), handed_on, [longest, *pause])
     for seed in range(ORDERS):
         order = random.Random(seed).choices([longest, *others], k=STEPS_IN_ORDER)
         half = STEPS_IN_ORDER // 2
         yield play(before, handed_on, [longest, *order[:half], *pause, *order[half:], longest, *pause])
+
+
+def _resumed(before: Sequence[Event], first_step: int) -> list[Event]:
+    """A run up to its first optimizer step, where a checkpoint gave the optimizer its states before that step.
+
+    Source: transformers/trainer.py, `_load_optimizer_and_scheduler`: read on the host, then put where the weights are.
+    """
+    loaded = [event for event in before[first_step:] if event.storage.category == "optimizer state"]
+    return [*before[:first_step], *loaded, *(event for event in before[first_step:] if event not in set(loaded))]
 
 
 def _fits(runs: Sequence[Sequence[Event]], replays: Sequence[Replay], limit_bytes: int) -> bool:

@@ -8,7 +8,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from lowvram_chat.errors import DeviceError
+from lowvram_chat.errors import DeviceError, UsageError
 from lowvram_chat.memory.allocator import CachingAllocator
 from lowvram_chat.memory.plan import category_of, limits, longest_run
 from lowvram_chat.recipe.gpus import CONTEXT_MIB, GPUS, MIB
@@ -27,10 +27,22 @@ ORDER = (
 """From the bottom: what stays, then what comes and goes."""
 
 
-def check_library() -> None:
-    """Refuses to draw where matplotlib is missing. Raises: DeviceError."""
+ENDINGS = (".png", ".svg", ".pdf")
+
+
+def check(path: Path) -> None:
+    """Refuses to draw where matplotlib is missing, or into a file that cannot be.
+
+    Raises:
+        DeviceError: no matplotlib.
+        UsageError: an unknown ending, or no such folder.
+    """
     if importlib.util.find_spec("matplotlib") is None:
         raise DeviceError("--plot: matplotlib is not installed. pip install 'lowvram-chat[plot]', or leave --plot out.")
+    if path.suffix.lower() not in ENDINGS:
+        raise UsageError(f"--plot: {path} does not say what to draw. End it in one of {', '.join(ENDINGS)}.")
+    if not path.parent.is_dir():
+        raise UsageError(f"--plot: {path.parent} is no folder. Make it first, or give another.")
 
 
 def series(recipe: Recipe) -> tuple[dict[str, list[float]], list[float]]:
@@ -55,8 +67,8 @@ def series(recipe: Recipe) -> tuple[dict[str, list[float]], list[float]]:
 
 
 def draw(recipe: Recipe, path: Path) -> None:
-    """Writes the picture; its type follows the ending. Raises: as `check_library` and `series`."""
-    check_library()
+    """Writes the picture; its type follows the ending. Raises: as `check` and `series`."""
+    check(path)
     allocated, reserved = series(recipe)
     importlib.import_module("matplotlib").use("Agg")
     pyplot = importlib.import_module("matplotlib.pyplot")
@@ -65,10 +77,19 @@ def draw(recipe: Recipe, path: Path) -> None:
     axes.stackplot(places, *allocated.values(), labels=list(allocated), step="post")
     axes.plot(places, reserved, color="black", linewidth=0.8, label="reserved")
     _limits(axes, recipe)
-    axes.set(xlabel="allocations and frees, in order", ylabel="MiB", xlim=(0, len(reserved)), title=recipe.model.name)
+    axes.set(xlabel="allocations and frees, in order", ylabel="MiB", xlim=(0, len(reserved)))
+    axes.set_title(_title(recipe))
     axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
+
+
+def _title(recipe: Recipe) -> str:
+    adapter = "full fine-tuning" if recipe.adapter is None else recipe.adapter.kind
+    return (
+        f"predicted memory: {recipe.model.name}, {adapter}, micro-batch {recipe.train.per_device_train_batch_size} x "
+        f"{recipe.data.max_length}\nrehearsal, evaluation, first step, then full steps and evaluations"
+    )
 
 
 def _limits(axes: Any, recipe: Recipe) -> None:

@@ -62,7 +62,7 @@ def trace(recipe: Recipe, rules: Rules, steps: Sequence[Sequence[Shape]]) -> Tra
     Raises:
         NotFoundError, ModelError: the model or its adapter cannot be had.
     """
-    with _no_garbage_collection():
+    with _no_garbage_collection(), _four_bit_readable(recipe):
         return _trace(recipe, rules, steps)
 
 
@@ -74,8 +74,10 @@ def _trace(recipe: Recipe, rules: Rules, steps: Sequence[Sequence[Shape]]) -> Tr
     with Recorder(rules) as recorder, _loss_marked(recorder):
         moved = _load(recipe, model, recorder)
         run = Run(recipe, model, make_optimizer(moved), recorder)
+        run.rehearse()
         evaluation = run.evaluate()
         places = run.train(steps)
+        run.save()
     return _on_the_card(Trace(recorder.events, evaluation, places, parameters, trained))
 
 
@@ -135,6 +137,21 @@ class Run:
             places.append((start, len(self.recorder.events)))
         return places
 
+    def rehearse(self) -> None:
+        """Runs the longest batch once before all else and lets its gradients go, as `train.rehearsal` does."""
+        batch = self._batch(Shape(self.recipe.data.max_length))
+        self._micro_batch(batch, batch["loss_positions"].numel(), scaled=False)
+        self.model.zero_grad()
+
+    def save(self) -> None:
+        """Gathers what a checkpoint writes: all of it is there already, and goes to the host piece by piece.
+
+        A merge takes nothing either: `merge` runs on the CPU.
+        """
+        with self.recorder.moment("saving"):
+            held = _trained(self.model, self.recipe), self.optimizer.state_dict()
+            del held
+
     def evaluate(self) -> Span | None:
         """Scores one batch of the longest rows, where the recipe evaluates."""
         data, rows = self.recipe.data, self.recipe.train.per_device_eval_batch_size
@@ -163,14 +180,14 @@ class Run:
         self.recorder.label(batch.values(), "batch")
         return batch
 
-    def _micro_batch(self, inputs: Batch, tokens: Any) -> torch.Tensor:
+    def _micro_batch(self, inputs: Batch, tokens: Any, *, scaled: bool = True) -> torch.Tensor:
         """The Trainer's `training_step` with `ChatTrainer.compute_loss`; returns the detached loss ()."""
         with self.recorder.moment("forward"), autocast("cpu", self.recipe.train.precision):
             output = self.model(**inputs)
         loss: torch.Tensor = output["loss"] * 1 / tokens  # one process
         del output
         with self.recorder.moment("backward"):
-            (loss if self.scaler is None else self.scaler.scale(loss)).backward()  # type: ignore[no-untyped-call]
+            (self.scaler.scale(loss) if self.scaler and scaled else loss).backward()  # type: ignore[no-untyped-call]
             self.recorder.label((p.grad for p in self.model.parameters()), "gradients")
         return loss.detach()
 
@@ -190,6 +207,23 @@ class Run:
             recipe_optimizer.label_states(self.optimizer, self.recipe, self.recorder)
         self.model.zero_grad()
         return norm
+
+
+def _trained(model: Any, recipe: Recipe) -> dict[str, torch.Tensor]:
+    """What a checkpoint holds of the model."""
+    if recipe.adapter is None:
+        return dict(model.state_dict())
+    from peft import get_peft_model_state_dict
+
+    return dict(get_peft_model_state_dict(model, save_embedding_layers=False))
+
+
+def _four_bit_readable(recipe: Recipe) -> contextlib.AbstractContextManager[None]:
+    if recipe.model.load_in != "4bit":
+        return contextlib.nullcontext()
+    from lowvram_chat.memory.four_bit import read_by_dora
+
+    return read_by_dora()
 
 
 @contextlib.contextmanager

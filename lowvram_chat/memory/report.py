@@ -54,8 +54,9 @@ def show_advice(options: Sequence[Option]) -> None:
 def too_large(recipe: Recipe, plan: Plan) -> str:
     """Returns the message for a model that no change of settings makes fit."""
     return (
-        f"model.name: {recipe.model.name} does not fit {_mib(plan.limit_bytes)} MiB at any setting "
-        f"(its weights alone take {_mib(plan.categories['weights'])}). Take a smaller model, or set memory.gpu to a larger card."
+        f"model.name: {recipe.model.name} does not fit {_mib(plan.limit_bytes)} MiB at any setting, not even one short row "
+        f"at a time with LoRA (its weights take {_mib(plan.categories['weights'])} MiB, the CUDA context "
+        f"{_mib(plan.context_bytes)}). Take a smaller model, or set memory.gpu to a larger card."
     )
 
 

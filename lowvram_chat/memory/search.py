@@ -23,6 +23,8 @@ SPARE_BYTES = 50 * MIB
 """What a proposal leaves free: the size of a CUDA context is known no better."""
 KEPT = ("weights", "optimizer state", "gradients", "cuBLAS", "context")
 """Categories that no smaller micro-batch makes smaller."""
+SHORTEST = 32
+"""Tokens of a row that a chat can still be learned from."""
 ENOUGH = 4
 """Changes that an advice names."""
 
@@ -44,15 +46,28 @@ def advise(recipe: Recipe) -> list[Option]:
     Raises:
         NotFoundError, ModelError: the model or its adapter cannot be had.
     """
+    found = _climb(recipe, _ladders(recipe)) or _climb(recipe, _last_resort(recipe))
+    useful = (one for one in found if not any(_betters(other, one) for other in found))
+    return sorted(useful, key=lambda option: option.cost)
+
+
+def _climb(recipe: Recipe, ladders: Iterable[Iterable[Change]]) -> list[Option]:
+    """Returns the first change of each ladder that fits, and that is not an earlier one with more added."""
     found: list[Option] = []
-    for ladder in _ladders(recipe):
+    for ladder in ladders:
         enough = [option.change.items() for option in found]
-        new = (change for change in ladder if not any(part <= change.items() for part in enough))
+        # An adapter is a change of its own, worth more than what it is added to.
+        new = (c for c in ladder if "adapter.kind" in c or not any(part <= c.items() for part in enough))
         options = (_option(recipe, change) for change in new if not _hopeless(recipe, change))
         found += itertools.islice((option for option in options if option is not None), 1)
         if len(found) == ENOUGH:
             break
-    return sorted(found, key=lambda option: option.cost)
+    return found
+
+
+def _betters(other: Option, one: Option) -> bool:
+    """Whether the other option changes fewer settings and is as fast."""
+    return other.change.keys() < one.change.keys() and other.cost <= one.cost
 
 
 def fastest(recipe: Recipe) -> list[Option]:
@@ -119,6 +134,23 @@ def _ladders(recipe: Recipe) -> Iterator[Iterable[Change]]:
         yield [{**lora, "model.dtype": "float16", "model.load_in": "4bit", **less} for less in smaller]
 
 
+def _last_resort(recipe: Recipe) -> Iterator[Iterable[Change]]:
+    """Yields the least that a step can be, then shorter rows, which change what is learned; in LoRA too."""
+    rows = recipe.train.per_device_train_batch_size * recipe.train.gradient_accumulation_steps
+    least: dict[str, Any] = {
+        **without_cost(recipe),
+        "train.per_device_train_batch_size": 1,
+        "train.gradient_accumulation_steps": rows,
+        "train.per_device_eval_batch_size": 1,
+        **_checkpointing(recipe, True),
+    }
+    lengths = [recipe.data.max_length >> shift for shift in range(1, 4)]
+    rungs = [least, *({**least, "data.max_length": length} for length in lengths if length >= SHORTEST)]
+    yield rungs
+    if recipe.adapter is None:
+        yield [{**rung, "adapter.kind": "lora"} for rung in rungs]
+
+
 def _hopeless(recipe: Recipe, change: Change) -> bool:
     """Whether a change cannot be enough: what must stay on the card is already too much, so no trace is needed."""
     own = plan(recipe)
@@ -132,7 +164,7 @@ def _hopeless(recipe: Recipe, change: Change) -> bool:
     share = change.get("train.per_device_train_batch_size", recipe.train.per_device_train_batch_size)
     share /= recipe.train.per_device_train_batch_size
     activations = 0 if "train.gradient_checkpointing" in change or "model.lean_gelu" in change else share
-    return sum(keep.values()) + activations * own.categories["activations"] > own.limit_bytes
+    return sum(keep.values()) + activations * own.categories["activations"] + SPARE_BYTES > own.limit_bytes
 
 
 def _smaller(recipe: Recipe) -> Iterable[Change]:

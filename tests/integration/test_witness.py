@@ -57,6 +57,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "pissa": {"adapter": {"kind": "pissa", "r": 8}},
     "lora with dropout": {"adapter": {"r": 8, "dropout": 0.1}},
     "qlora": {"adapter": {"r": 8}, "model": {"load_in": "4bit"}},
+    "qlora, dora": {"adapter": {"kind": "dora", "r": 8}, "model": {"load_in": "4bit"}},
     "adamw unfused": {"optimizer": {"name": "adamw_unfused"}},
     "adamw 8-bit": {"optimizer": {"name": "adamw_8bit"}},
     "lora, adamw 8-bit": {"adapter": {"r": 8}, "optimizer": {"name": "adamw_8bit"}},
@@ -136,11 +137,23 @@ def test_packed_rows_take_what_they_take_for_real(attention: str, small_gpt2: Pa
     assert _traced(recipe, steps) == pytest.approx(_real(recipe, model, steps), rel=0.01)
 
 
-@pytest.mark.parametrize("kind", ["full", "lora", "adamw 8-bit"])
-def test_the_same_holds_for_gpt2_small(kind: str) -> None:
-    recipe = _recipe("openai-community/gpt2", **KINDS[kind])
-    steps = _steps(recipe)[:1]
-    assert _traced(recipe, steps) == pytest.approx(_real(recipe, recipe_model.build(recipe, "cpu"), steps), rel=0.01)
+@pytest.fixture(scope="module")
+def gpt2_small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """GPT-2 small with random weights."""
+    folder = tmp_path_factory.mktemp("gpt2-small")
+    GPT2LMHeadModel(GPT2Config()).save_pretrained(folder)
+    return folder
+
+
+SMALL_KINDS = ["full", "lora", "dora", "qlora", "adamw unfused", "adamw 8-bit", "checkpointed", "accumulated", "packed"]
+
+
+@pytest.mark.parametrize("kind", SMALL_KINDS)
+def test_the_same_holds_for_gpt2_small(kind: str, gpt2_small: Path) -> None:
+    recipe = _recipe(gpt2_small, **KINDS.get(kind, {}))
+    model = recipe_model.ready(build_model(recipe, torch.device("cpu")), recipe)
+    steps = _steps(recipe, packed=kind == "packed")[:1]
+    assert _traced(recipe, steps) == pytest.approx(_real(recipe, model, steps), rel=0.01)
 
 
 TRAINER_KINDS = {

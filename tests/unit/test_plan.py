@@ -261,3 +261,25 @@ def test_a_plot_without_matplotlib_says_what_to_install(
     monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
     assert command.main([_file(tmp_path), "--plot", str(tmp_path / "out.png")]) == 2
     assert "pip install 'lowvram-chat[plot]'" in capsys.readouterr().err
+
+
+def test_a_plot_is_drawn(tmp_path: Path) -> None:
+    picture = tmp_path / "out.png"
+    assert command.main([_file(tmp_path), "--plot", str(picture)]) == 0
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("name", ["out.xyz", "nowhere/out.png"])
+def test_a_plot_that_cannot_be_written_is_refused_before_planning(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert command.main([_file(tmp_path), "--plot", str(tmp_path / name)]) == 2
+    assert "--plot: " in capsys.readouterr().err
+
+
+def test_a_budget_that_only_short_rows_fit_is_answered_with_short_rows(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = _file(tmp_path, data={"max_length": 1024})
+    assert command.main([file, "memory.limit_mib=405"]) == 1
+    assert "data.max_length=256" in capsys.readouterr().out
