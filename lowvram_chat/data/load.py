@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from lowvram_chat.data.packing import pack
 from lowvram_chat.data.rows import split_by_conversation
 from lowvram_chat.data.sources import Source, open_source
 from lowvram_chat.data.tokenize import Facts, tokenize
@@ -40,6 +41,8 @@ def load_rows(data: Data, tokenizer: PreTrainedTokenizerBase, seed: int) -> Rows
         if not len(train) or not len(held_out):
             empty = "held out" if len(train) else "left to train on"
             raise DataError(f"data.eval_fraction: nothing is {empty}. Change it, or add conversations.")
+    if data.rows == "packed":
+        train = pack(train, data.max_length)
     return Rows(train=train, held_out=held_out, facts=training.facts)
 
 

@@ -1,7 +1,7 @@
 """Token rows: cut to length, split into held-out and training, and collated into rectangular batches.
 
 A row's padding stands on the right and the model is causal, so no real token ever sees it: batches carry no attention
-mask, and attention runs its plain causal kernel.
+mask, and attention runs its plain causal kernel. Packed rows carry positions that restart with each document.
 """
 
 from __future__ import annotations
@@ -15,6 +15,9 @@ if TYPE_CHECKING:
 
 IGNORED = -100
 """Label of a token that carries no loss (torch.nn.functional.cross_entropy's default)."""
+
+MODEL_INPUTS = ("input_ids", "labels", "loss_positions", "position_ids", "attention_mask")
+"""What of a batch the model is given, where the batch has it."""
 
 
 @dataclass(frozen=True)
@@ -64,25 +67,42 @@ class Collator:
     """Rows become a batch: right-padded (B, T) int64 tensors, and where its loss is.
 
     `loss_positions` (N,) are the places, in the flattened (B * T,) batch, of the tokens that predict a labelled one. They
-    are found here, on the host, so that the loss needs no device synchronisation.
+    are found here, on the host, so that the loss needs no device synchronisation. `position_ids` (B, T) only come with
+    packed rows, `attention_mask` (B, T) only where it is asked for.
     """
 
-    def __init__(self, pad_token_id: int) -> None:
+    def __init__(self, pad_token_id: int, *, length: int | None = None, attention_mask: bool = False) -> None:
+        """`length` is that of every batch; None: as long as a batch's longest row."""
         self.pad_token_id = pad_token_id
+        self.length = length
+        self.attention_mask = attention_mask
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         import torch
 
         lengths = [len(row["input_ids"]) for row in rows]
-        shape = (len(rows), max(lengths))
+        shape = (len(rows), self.length or max(lengths))
         input_ids = torch.full(shape, self.pad_token_id, dtype=torch.int64)
         labels = torch.full(shape, IGNORED, dtype=torch.int64)
         for number, (row, length) in enumerate(zip(rows, lengths, strict=True)):
             input_ids[number, :length] = torch.as_tensor(row["input_ids"], dtype=torch.int64)
             labels[number, :length] = torch.as_tensor(row["labels"], dtype=torch.int64)
-        return {
+        batch = {
             "input_ids": input_ids,
             "labels": labels,
             "loss_positions": labels.flatten().ne(IGNORED).nonzero().flatten() - 1,
             "real_tokens": sum(lengths),
         }
+        if "documents" in rows[0]:
+            batch["position_ids"] = torch.stack([_positions(row["documents"], shape[1]) for row in rows])
+        if self.attention_mask:
+            batch["attention_mask"] = (torch.arange(shape[1]) < torch.tensor(lengths)[:, None]).long()
+        return batch
+
+
+def _positions(documents: Sequence[int], length: int) -> Any:
+    """Return the positions (T,) of a row of documents; its padding is one more document, which nobody sees."""
+    import torch
+
+    rest = length - sum(documents)
+    return torch.cat([torch.arange(part) for part in (*documents, rest)])

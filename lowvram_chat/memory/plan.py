@@ -144,8 +144,10 @@ def steps_of(recipe: Recipe) -> list[list[Shape]]:
     """
     longest = recipe.data.max_length
 
+    packed = recipe.data.rows == "packed"  # and so all of one length
+
     def shape(share: float, labelled: float = 1.0) -> Shape:
-        return Shape(max(2, int(share * longest)), labelled)
+        return Shape(longest if packed else max(2, int(share * longest)), labelled * (share if packed else 1), packed)
 
     if recipe.train.gradient_accumulation_steps == 1:
         return [[shape(1)], [shape(1)], [shape(0.6, 0.7)], [shape(0.3)]]
@@ -200,7 +202,12 @@ def _what_matters(recipe: Recipe) -> Recipe:
     evaluates = data.eval_source is not None or data.eval_split is not None or data.eval_fraction is not None
     return recipe.model_copy(
         update={
-            "data": type(data)(max_length=data.max_length, eval_source="-" if evaluates else None),
+            "data": type(data)(
+                max_length=data.max_length,
+                eval_source="-" if evaluates else None,
+                rows="packed" if data.rows == "packed" else "padded",
+                attention_mask=data.attention_mask,
+            ),
             "train": type(train)(
                 precision=train.precision,
                 gradient_checkpointing=train.gradient_checkpointing,

@@ -27,7 +27,7 @@ def build(recipe: Recipe, device: str = "meta") -> Any:
     """
     with torch.device(device):
         model = _base(recipe.model, recipe.data.max_length)
-        attach_loss(model)
+        attach_loss(model, lean=recipe.model.lean_loss, pad_vocabulary=recipe.model.pad_vocabulary)
         if recipe.adapter is not None:
             model = _adapted(model, recipe)
     return ready(model, recipe)

@@ -139,7 +139,7 @@ class Run:
 
     def rehearse(self) -> None:
         """Runs the longest batch once before all else and lets its gradients go, as `train.rehearsal` does."""
-        batch = self._batch(Shape(self.recipe.data.max_length))
+        batch = self._batch(Shape(self.recipe.data.max_length, packed=self.recipe.data.rows == "packed"))
         self._micro_batch(batch, batch["loss_positions"].numel(), scaled=False)
         self.model.zero_grad()
 
@@ -177,6 +177,8 @@ class Run:
         }
         if shape.packed:
             batch["position_ids"] = torch.arange(shape.length).remainder_(max(1, shape.length // 2)).repeat(rows, 1)
+        if self.recipe.data.attention_mask:
+            batch["attention_mask"] = torch.ones(rows, shape.length, dtype=torch.int64)
         self.recorder.label(batch.values(), "batch")
         return batch
 

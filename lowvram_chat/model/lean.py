@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import contextlib
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
 
+import torch
+from transformers import masking_utils
 from transformers.activations import GELUTanh, NewGELUActivation
 
 if TYPE_CHECKING:
@@ -25,6 +29,34 @@ def fuse_gelu(model: nn.Module) -> int:
     for parent, name in places:
         setattr(parent, name, GELUTanh())
     return len(places)
+
+
+@contextlib.contextmanager
+def positions_as_given(*, packed: bool) -> Iterator[None]:
+    """Tell transformers whether rows are packed, where it would look into their positions on the device, and wait for it.
+
+    Source: transformers/masking_utils.py, `find_packed_sequence_indices` (5.x).
+    """
+    module: Any = masking_utils
+    name = "find_packed_sequence_indices"
+    looks = getattr(module, name, None)
+    if looks is None:
+        yield
+        return
+    setattr(module, name, _documents if packed else _no_documents)
+    try:
+        yield
+    finally:
+        setattr(module, name, looks)
+
+
+def _documents(position_ids: torch.Tensor) -> torch.Tensor:
+    """Return the number of each token's document (B, T): one more wherever positions start again."""
+    return (position_ids == 0).cumsum(-1)
+
+
+def _no_documents(position_ids: torch.Tensor) -> None:
+    """Rows of one document each need no mask."""
 
 
 DROPOUTS = (

@@ -17,11 +17,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.nn import functional as F
 
+from lowvram_chat.model.lean import positions_as_given
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 TILE = 512
 """Rows of logits held at once: 512 x 50,257 are 98 MiB in fp32 and 49 in fp16, both there for a moment."""
+
+VOCABULARY_MULTIPLE = 64
+"""Half-precision products are fast where a matrix's rows begin at multiples of 16 bytes: 50,257 columns do not, 50,304 do.
+Source: NVIDIA's deep-learning performance guide, "Requirements to use tensor cores"."""
 
 SAFE = 0.125
 """Logit gradients are held at this scale in fp16, against overflow of their sum over a tile."""
@@ -31,10 +37,18 @@ class _TiledCrossEntropy(torch.autograd.Function):
     """Sum of cross-entropies of (N, d) hidden states under a (V, d) head with (V,) bias or none."""
 
     @staticmethod
-    def forward(
-        ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, targets: torch.Tensor
+    def forward(  # noqa: PLR0917  (autograd hands them over by place)
+        ctx: Any,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        targets: torch.Tensor,
+        multiple: int,
     ) -> torch.Tensor:
-        """Return the summed loss (), fp32, and keep the gradients for the backward pass."""
+        """Return the summed loss (), fp32, and keep the gradients for the backward pass.
+
+        `multiple` is what the vocabulary is rounded up to in half precision.
+        """
         device = hidden.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
         needs_hidden, needs_weight, needs_bias = (needed for needed in ctx.needs_input_grad[:3])
@@ -42,23 +56,24 @@ class _TiledCrossEntropy(torch.autograd.Function):
         d_hidden = torch.empty_like(hidden) if needs_hidden else None
         d_weight = torch.zeros_like(weight) if needs_weight else None
         d_bias = torch.zeros_like(bias) if bias is not None and needs_bias else None
-        head = weight.to(dtype)
+        size, head = weight.size(0), _head(weight, dtype, multiple)
         with torch.autocast(device, enabled=False):
             for start in range(0, hidden.size(0), TILE):
                 rows = slice(start, start + TILE)
                 states = hidden[rows].to(dtype)
                 logits = F.linear(states, head).float()
+                logits[:, size:] = -torch.inf
                 if bias is not None:
-                    logits += bias
+                    logits[:, :size] += bias
                 loss, gradient = _loss_and_gradient(logits, targets[rows, None], dtype)
                 total += loss
                 del logits
                 if d_hidden is not None:
                     d_hidden[rows] = gradient @ head
                 if d_weight is not None:
-                    d_weight += gradient.t() @ states
+                    d_weight += (gradient.t() @ states)[:size]
                 if d_bias is not None:
-                    d_bias += gradient.sum(0)
+                    d_bias += gradient.sum(0)[:size]
                 del gradient
         ctx.gradients = [d_hidden, d_weight, d_bias]
         return total
@@ -67,7 +82,16 @@ class _TiledCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, *upstream: torch.Tensor) -> Any:
         """Return the kept gradients times the upstream one (); they are given away, so this runs once."""
         gradients, ctx.gradients = ctx.gradients, None
-        return (*(None if g is None else g.mul_(upstream[0] / SAFE) for g in gradients), None)
+        return (*(None if g is None else g.mul_(upstream[0] / SAFE) for g in gradients), None, None)
+
+
+def _head(weight: torch.Tensor, dtype: torch.dtype, multiple: int) -> torch.Tensor:
+    """Return the head (V, d) in the type of the products; a copy has zeros (V', d) below, up to the multiple."""
+    if dtype == weight.dtype:
+        return weight
+    head = weight.new_zeros((-(-weight.size(0) // multiple) * multiple, weight.size(1)), dtype=dtype)
+    head[: weight.size(0)] = weight
+    return head
 
 
 def _loss_and_gradient(
@@ -88,7 +112,11 @@ def _loss_and_gradient(
 
 
 def summed_loss(
-    hidden: torch.Tensor, head: torch.nn.Module, labels: torch.Tensor, loss_positions: torch.Tensor
+    hidden: torch.Tensor,
+    head: torch.nn.Module,
+    labels: torch.Tensor,
+    loss_positions: torch.Tensor,
+    vocabulary_multiple: int = VOCABULARY_MULTIPLE,
 ) -> torch.Tensor:
     """Return the summed cross-entropy () in nats of the labelled tokens, fp32.
 
@@ -97,22 +125,30 @@ def summed_loss(
     """
     states = hidden.flatten(0, 1).index_select(0, loss_positions)
     targets = labels.flatten().index_select(0, loss_positions + 1)
-    return _TiledCrossEntropy.apply(states, head.weight, getattr(head, "bias", None), targets)  # type: ignore[no-any-return, no-untyped-call]
+    loss: torch.Tensor = _TiledCrossEntropy.apply(  # type: ignore[no-untyped-call]
+        states, head.weight, getattr(head, "bias", None), targets, vocabulary_multiple
+    )
+    return loss
 
 
-def attach_loss(model: PreTrainedModel) -> None:
+def attach_loss(model: PreTrainedModel, *, lean: bool = True, pad_vocabulary: bool = True) -> None:
     """Let `model(input_ids, labels=, loss_positions=)` return the summed loss; other calls are as before.
 
+    `lean=False` takes the model's own loss from all logits instead. Where `position_ids` are given, rows are packed.
     The forward is replaced on the object, not called around it, so that wrappers (PEFT, DistributedDataParallel) see it.
     """
     original = model.forward
+    multiple = VOCABULARY_MULTIPLE if pad_vocabulary else 1
 
     @functools.wraps(type(model).forward)
     def forward(self: PreTrainedModel, *args: Any, loss_positions: torch.Tensor | None = None, **kwargs: Any) -> Any:
         if loss_positions is None:
             return original(*args, **kwargs)
-        labels = kwargs.pop("labels")
-        hidden = self.base_model(*args, use_cache=False, **kwargs).last_hidden_state
-        return {"loss": summed_loss(hidden, self.get_output_embeddings(), labels, loss_positions)}
+        with positions_as_given(packed=kwargs.get("position_ids") is not None):
+            if not lean:
+                return {"loss": original(*args, use_cache=False, num_items_in_batch=1, **kwargs).loss}
+            labels = kwargs.pop("labels")
+            hidden = self.base_model(*args, use_cache=False, **kwargs).last_hidden_state
+        return {"loss": summed_loss(hidden, self.get_output_embeddings(), labels, loss_positions, multiple)}
 
     model.forward = MethodType(forward, model)

@@ -10,6 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from lowvram_chat.data.rows import MODEL_INPUTS
+from lowvram_chat.model.compiled import as_written
+
 if TYPE_CHECKING:
     import datasets
     from torch import nn
@@ -54,12 +57,13 @@ def score(
     order = sorted(range(len(rows)), key=lambda number: -lengths[number])
     total = torch.zeros((), dtype=torch.float64, device=device if device.type != "mps" else "cpu")
     tokens = 0
-    for start in range(0, len(order), batch_size):
-        batch = collate([rows[number] for number in order[start : start + batch_size]])
-        tokens += batch["loss_positions"].numel()
-        inputs = {name: batch[name].to(device) for name in ("input_ids", "labels", "loss_positions")}
-        with autocast(device.type, precision):
-            total += model(**inputs)["loss"]
+    with as_written(model):
+        for start in range(0, len(order), batch_size):
+            batch = collate([rows[number] for number in order[start : start + batch_size]])
+            tokens += batch["loss_positions"].numel()
+            inputs = {name: batch[name].to(device) for name in MODEL_INPUTS if name in batch}
+            with autocast(device.type, precision):
+                total += model(**inputs)["loss"]
     model.train(was_training)
     return Score(nats=total.item(), tokens=tokens)
 

@@ -64,6 +64,11 @@ class Model(Section):
     """Every dropout probability of the base model; null keeps the model's own (GPT-2: 0.1)."""
     lean_gelu: bool = True
     """Run GPT-2's `gelu_new` as one kernel (the same function in half the activation memory)."""
+    lean_loss: bool = True
+    """Score labelled tokens only, in tiles that never hold all logits; false: the model's own loss, for comparison."""
+    pad_vocabulary: bool = True
+    """Round the vocabulary up to a multiple of 64 in the loss's half-precision matrix products, which run faster so;
+    the weights stay as they are."""
 
 
 class Adapter(Section):
@@ -118,6 +123,12 @@ class Data(Section):
     """Tokens of a row at most; GPT-2 has 1,024 positions."""
     overflow: Literal["truncate", "split"] = "truncate"
     """What becomes of a longer conversation: cut off, or split into windows so that no text is lost."""
+    rows: Literal["padded", "grouped", "packed"] = "padded"
+    """How rows become batches: `padded` in random order; `grouped` with others of like length, the longest first;
+    `packed`: several conversations in a row of max_length, none of which sees another."""
+    attention_mask: bool = False
+    """Hand the model the mask of padded batches. It changes no loss, since padding stands where no token looks, and costs
+    attention its fast kernel; for comparison."""
     chat_template: str = "plain"
     """`plain` (user: ... / assistant: ... lines), `chatml`, `own` (the tokenizer's), or a .jinja file."""
 
@@ -147,6 +158,13 @@ class Train(Section):
     """Type of the matrix products (autocast); weights that are trained stay fp32."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
+    compile: bool | Literal["if_possible"] = False
+    """Compile the blocks (torch.compile, batches of one shape). true refuses where a compiler is missing; if_possible goes
+    on without."""
+    fp16_accumulation: bool = False
+    """Sum fp16 matrix products in fp16: up to twice the rate on GeForce cards, and a risk: sums can overflow or round."""
+    dataloader_num_workers: Annotated[int, Field(ge=0)] | None = None
+    """Processes that prepare batches; null: 2 on CUDA, none on a CPU."""
     seed: Annotated[int, Field(ge=0)] = 42
     """Seed of shuffling, dropout, adapter weights and the held-out split."""
     logging_steps: Positive = 10
@@ -238,6 +256,15 @@ def _disagreements(recipe: Recipe) -> list[tuple[bool, str]]:
         (
             sum(value is not None for value in held_out) > 1,
             "data: eval_source, eval_split and eval_fraction exclude each other. Keep one.",
+        ),
+        (
+            data.rows == "packed" and data.attention_mask,
+            "data.attention_mask: packed rows are told apart by their positions, which a mask would override. Leave it out.",
+        ),
+        (
+            recipe.train.fp16_accumulation and recipe.train.precision != "fp16",
+            f"train.fp16_accumulation: sums of {recipe.train.precision} products are not fp16. Leave it out, or set "
+            "train.precision=fp16.",
         ),
         *[
             (

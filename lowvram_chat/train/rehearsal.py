@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from lowvram_chat.data.rows import Collator
+from lowvram_chat.data.rows import MODEL_INPUTS, Collator
 from lowvram_chat.model.scoring import autocast, row_lengths
 
 
@@ -25,7 +25,7 @@ def rehearse(model: Any, rows: Any, collate: Collator, batch_size: int, precisio
     was_training = model.training
     model.train()
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        inputs = {name: batch[name].to(device) for name in ("input_ids", "labels", "loss_positions")}
+        inputs = {name: batch[name].to(device) for name in MODEL_INPUTS if name in batch}
         with autocast(device.type, precision):
             loss = model(**inputs)["loss"]
         (loss / inputs["loss_positions"].numel()).backward()

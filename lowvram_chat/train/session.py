@@ -20,6 +20,9 @@ from lowvram_chat.data.rows import Collator
 from lowvram_chat.data.template import set_template
 from lowvram_chat.errors import DeviceError, OutOfMemory
 from lowvram_chat.model.adapters import add_adapter, save_adapter
+from lowvram_chat.model.compiled import compile_blocks, wants_compile
+from lowvram_chat.model.device import sum_in_fp16
+from lowvram_chat.model.isolation import check_isolation
 from lowvram_chat.model.load import check_positions, load_config, load_model, load_tokenizer
 from lowvram_chat.model.loss import attach_loss
 from lowvram_chat.model.scoring import score
@@ -50,6 +53,8 @@ class Session:
     """The base model with its loss attached, under its adapter if there is one."""
     planned: Plan | None = None
     """The run's memory plan, where it was planned."""
+    compiled: bool = False
+    """Whether the blocks are compiled, which wants batches of one shape."""
 
     @classmethod
     def prepare(
@@ -65,9 +70,16 @@ class Session:
         check_positions(load_config(base.name, base.revision), recipe.data.max_length, base.name)
         tokenizer = load_tokenizer(base.name, base.revision)
         set_template(tokenizer, recipe.data.chat_template, recipe.data.loss_on)
+        compiled = wants_compile(recipe.train, device)
+        sum_in_fp16(wanted=recipe.train.fp16_accumulation)
         rows = rows or load_rows(recipe.data, tokenizer, recipe.train.seed)
         torch.manual_seed(recipe.train.seed)  # the adapter's random half
-        return cls(recipe, tokenizer, rows, build_model(recipe, device), planned)
+        model = build_model(recipe, device)
+        if recipe.data.rows == "packed":
+            check_isolation(model)
+        if compiled:
+            compile_blocks(model)
+        return cls(recipe, tokenizer, rows, model, planned, compiled)
 
     def run(self, *, resume: bool) -> dict[str, Any]:
         """Train, save, and return what `result.json` holds.
@@ -109,20 +121,28 @@ class Session:
             args=sft_config(self.recipe, run, evaluate=self.rows.held_out is not None),
             train_dataset=self.rows.train,
             eval_dataset=self.rows.held_out,
-            data_collator=Collator(int(self.tokenizer.pad_token_id)),  # type: ignore[arg-type]
+            data_collator=self._collator(),
+            held_out_collator=self._collator(training=False),
             processing_class=self.tokenizer,
             callbacks=[Recorder(run, counts)],
             counts=counts,
             precision=self.recipe.train.precision,
+            grouped=self.recipe.data.rows == "grouped",
         )
         trainer.remove_callback(PrinterCallback)
         return trainer
+
+    def _collator(self, *, training: bool = True) -> Collator:
+        data = self.recipe.data
+        fixed = training and (self.compiled or data.rows == "packed")
+        pad = int(self.tokenizer.pad_token_id)  # type: ignore[arg-type]
+        return Collator(pad, length=data.max_length if fixed else None, attention_mask=data.attention_mask)
 
     def _held_out_loss(self, trainer: ChatTrainer) -> float | None:
         if self.rows.held_out is None:
             return None
         batch_size, precision = self.recipe.train.per_device_eval_batch_size, self.recipe.train.precision
-        return score(trainer.model, self.rows.held_out, trainer.data_collator, batch_size, precision).loss
+        return score(trainer.model, self.rows.held_out, trainer.held_out_collator, batch_size, precision).loss
 
     def _finish(self, run: RunDir, trainer: ChatTrainer, before: float | None, after: float | None) -> dict[str, Any]:
         """Save the adapter or model, its card and the result."""
@@ -196,7 +216,7 @@ def _check_trackers(names: list[str]) -> None:
 def build_model(recipe: Recipe, device: torch.device) -> Any:
     """Return the recipe's model with its loss attached and its adapter on, as it will be trained."""
     model = load_model(recipe.model, device=device)
-    attach_loss(model)
+    attach_loss(model, lean=recipe.model.lean_loss, pad_vocabulary=recipe.model.pad_vocabulary)
     if recipe.adapter is None:
         return model
     return add_adapter(model, recipe.adapter)

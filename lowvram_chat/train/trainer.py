@@ -9,9 +9,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
+from transformers.trainer_pt_utils import LengthGroupedSampler
 from trl import SFTConfig, SFTTrainer
 
-from lowvram_chat.model.scoring import score
+from lowvram_chat.data.rows import Collator
+from lowvram_chat.model.scoring import row_lengths, score
 from lowvram_chat.recipe.optimizers import OPTIMIZERS
 from lowvram_chat.recipe.schema import Recipe
 from lowvram_chat.train.run_dir import RunDir
@@ -20,13 +22,37 @@ if TYPE_CHECKING:
     from lowvram_chat.train.callbacks import TokenCounts
 
 
+class GroupedSampler(LengthGroupedSampler):
+    """transformers' batches of like length, the longest first, in an order that depends on seed and epoch alone."""
+
+    def __init__(self, args: SFTConfig, lengths: list[int]) -> None:
+        rows = args.train_batch_size * args.gradient_accumulation_steps
+        super().__init__(rows, lengths=lengths, generator=torch.Generator())
+        self.seed = args.data_seed or 0
+        self.set_epoch(0)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Begin an epoch: a resumed run finds the order of the one it goes on with."""
+        self.generator.manual_seed(self.seed + epoch)
+
+
 class ChatTrainer(SFTTrainer):
     """SFTTrainer with the loss of `model.loss` and a held-out loss that is exact to the token."""
 
     control: Any
     loss_is_scaled_for_ga = True  # by `num_items_in_batch`, the labelled tokens of the whole accumulated batch
 
-    def __init__(self, *args: Any, counts: TokenCounts, precision: str, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        counts: TokenCounts,
+        precision: str,
+        held_out_collator: Collator,
+        grouped: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        self.grouped = grouped
+        self.held_out_collator = held_out_collator
         super().__init__(*args, **kwargs)
         self.counts = counts
         self.precision = precision
@@ -53,11 +79,17 @@ class ChatTrainer(SFTTrainer):
     ) -> dict[str, float]:
         """Return and log the held-out loss of `eval_dataset` (default: the trainer's)."""
         rows = self.eval_dataset if eval_dataset is None else eval_dataset
-        held_out = score(self.model, rows, self.data_collator, self.args.eval_batch_size, self.precision)
+        held_out = score(self.model, rows, self.held_out_collator, self.args.eval_batch_size, self.precision)
         metrics = {f"{metric_key_prefix}_loss": held_out.loss}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        """Return the order of rows: random, or in batches of like length."""
+        if not self.grouped:
+            return super()._get_train_sampler(train_dataset)
+        return GroupedSampler(self.args, row_lengths(self.train_dataset))
 
     def gather_counts(self) -> None:
         """Sum the token counts over all processes."""
@@ -72,6 +104,7 @@ def sft_config(recipe: Recipe, run: RunDir, *, evaluate: bool) -> SFTConfig:
     """Return every setting of TRL and transformers that matters, none left to a default that could move."""
     train, optimizer = recipe.train, recipe.optimizer
     cuda = torch.cuda.is_available()
+    workers = train.dataloader_num_workers if train.dataloader_num_workers is not None else 2 * cuda
     return SFTConfig(
         output_dir=str(run.checkpoints),
         use_cpu=not cuda,
@@ -83,7 +116,8 @@ def sft_config(recipe: Recipe, run: RunDir, *, evaluate: bool) -> SFTConfig:
         padding_free=False,
         assistant_only_loss=False,
         completion_only_loss=False,
-        dataloader_num_workers=0,
+        dataloader_num_workers=workers,
+        dataloader_persistent_workers=workers > 0,
         dataloader_pin_memory=cuda,
         dataloader_drop_last=False,
         # the step

@@ -54,6 +54,8 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
     "4bit": (["model.load_in=4bit"], "Add an adapter section"),
     "4bit pissa": (["model.load_in=4bit", "adapter.kind=pissa"], "pissa"),
     "flash": (["model.attention=flash_attention_2"], "model.attention=sdpa"),
+    "packed and masked": (["data.rows=packed", "data.attention_mask=true"], "told apart by their positions"),
+    "fp16 sums": (["train.fp16_accumulation=true"], "Leave it out, or set train.precision=fp16"),
     "tracker": (["output.report_to=[nosuch]"], "nosuch"),
     "eval": (["data.eval_fraction=0.1"], "exclude each other"),
     "steps": (["--max-steps", "0"], "train.max_steps"),
@@ -170,3 +172,20 @@ def test_a_merge_onto_a_base_that_is_gone(lora_run: Path, tmp_path: Path, capsys
     words = [str(lora_run), "--base", "./gone", "--out", str(tmp_path / "m")]
     assert "./gone" in refused(words, capsys, merge.main)
     assert not list(tmp_path.iterdir())
+
+
+def test_compiling_without_a_compiler_names_what_is_missing(
+    bench: Bench, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lowvram_chat.model.compiled.missing_compiler", lambda _: "a C++ compiler (g++ or clang)")
+    said = refused([str(bench.file("run")), "train.compile=true"], capsys)
+    assert "train.compile: this machine lacks a C++ compiler (g++ or clang). Install it, or add" in said
+    assert sft.main([str(bench.file("run")), "train.compile=if_possible", "--max-steps", "1"]) == 0
+    assert "not compiled, since this machine lacks a C++ compiler" in capsys.readouterr().err
+
+
+def test_packing_rows_for_a_model_that_cannot_tell_them_apart_is_refused(
+    bench: Bench, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lowvram_chat.model.isolation.isolates_documents", lambda _: False)
+    assert "Set data.rows=grouped" in refused([str(bench.file("run")), "data.rows=packed"], capsys)

@@ -33,6 +33,8 @@ KINDS: dict[str, dict[str, Any]] = {
     "full 8bit": {"optimizer": {"name": "adamw_8bit"}},
     "lora": {"adapter": {"kind": "lora", "dropout": 0.1}, "train__learning_rate": 2e-2},
     "pissa": {"adapter": {"kind": "pissa"}},
+    "grouped": {"data__rows": "grouped"},
+    "packed": {"data__rows": "packed"},
 }
 
 

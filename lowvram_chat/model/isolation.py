@@ -1,0 +1,59 @@
+"""Packed documents must not see each other: asked of the model itself, before a run relies on it.
+
+transformers isolates documents by positions that restart, but only where an attention implementation builds its mask from
+them; others let documents see each other without a word.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from lowvram_chat.errors import ModelError
+from lowvram_chat.model.lean import positions_as_given
+
+LENGTH = 8
+"""Tokens of each of the two documents."""
+TOLERANCE = 1e-2
+"""Largest difference, relative to the largest state: fp32 kernels differ by 1e-6 and fp16 ones by 1e-3, a document that is
+seen by 0.1 and more."""
+
+
+@torch.no_grad()
+def isolates_documents(model: Any) -> bool:
+    """Return whether a packed document has the states that it has alone, whatever stands before it in its row."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    device = next(model.parameters()).device
+    was_training = model.training
+    model.eval()
+    second = torch.arange(1, LENGTH + 1, device=device)[None]
+    positions = torch.arange(LENGTH, device=device)[None]
+
+    def states(before: int) -> torch.Tensor:
+        row = torch.cat([torch.full_like(second, before), second], dim=1)
+        with positions_as_given(packed=True):
+            output = base.base_model(row, position_ids=torch.cat([positions, positions], dim=1), use_cache=False)
+        return output.last_hidden_state[:, LENGTH:].float()  # type: ignore[no-any-return]
+
+    alone = base.base_model(second, use_cache=False).last_hidden_state.float()
+    try:
+        largest = max(float((states(before) - alone).abs().max()) for before in (1, 2))
+    except TypeError:  # no such argument as position_ids
+        largest = float("inf")
+    model.train(was_training)
+    return largest <= TOLERANCE * float(alone.abs().max())
+
+
+def check_isolation(model: Any) -> None:
+    """Refuse packed rows for a model that lets documents see each other.
+
+    Raises:
+        ModelError: with what to set instead.
+    """
+    if not isolates_documents(model):
+        config = model.config
+        raise ModelError(
+            f"data.rows: packed, but {config.model_type} with {config._attn_implementation} attention lets packed conversations "
+            "see each other (tried on this model). Set data.rows=grouped."
+        )

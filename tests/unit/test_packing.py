@@ -1,0 +1,153 @@
+"""Packed rows: no row too long, nothing lost, documents apart; and other collations of the same rows."""
+
+from __future__ import annotations
+
+import pickle
+from typing import Any
+
+import datasets
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.utils.data import DataLoader
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, GPTNeoConfig, OPTConfig
+
+from lowvram_chat.data.packing import best_fit_decreasing, pack
+from lowvram_chat.data.rows import IGNORED, Collator
+from lowvram_chat.errors import ModelError
+from lowvram_chat.model.isolation import check_isolation, isolates_documents
+from lowvram_chat.model.loss import attach_loss
+
+CAPACITY = 32
+LENGTHS = st.lists(st.integers(1, CAPACITY), min_size=1, max_size=120)
+
+
+@given(LENGTHS)
+def test_each_row_stands_in_one_bin_and_no_bin_is_too_full(lengths: list[int]) -> None:
+    bins = best_fit_decreasing(lengths, CAPACITY)
+    assert sorted(item for items in bins for item in items) == list(range(len(lengths)))
+    assert all(0 < sum(lengths[item] for item in items) <= CAPACITY for items in bins)
+
+
+@given(LENGTHS)
+def test_it_is_best_fit_decreasing(lengths: list[int]) -> None:
+    # The plain quadratic way: the longest first, each into the fullest bin that holds it.
+    spaces: list[int] = []
+    for size in sorted(lengths, reverse=True):
+        fitting = [number for number, space in enumerate(spaces) if space >= size]
+        if fitting:
+            spaces[min(fitting, key=spaces.__getitem__)] -= size
+        else:
+            spaces.append(CAPACITY - size)
+    bins = best_fit_decreasing(lengths, CAPACITY)
+    assert sorted(CAPACITY - sum(lengths[item] for item in items) for items in bins) == sorted(spaces)
+
+
+def rows(lengths: list[int]) -> datasets.Dataset:
+    """Rows whose tokens say which row they belong to; the first label of each is ignored, as `cut` has it."""
+    ids = [[100 * number + place for place in range(length)] for number, length in enumerate(lengths)]
+    labels = [[IGNORED, *tokens[1:]] for tokens in ids]
+    return datasets.Dataset.from_dict({"input_ids": ids, "labels": labels, "length": lengths})
+
+
+def test_a_packed_row_is_its_documents_one_after_the_other() -> None:
+    packed = pack(rows([3, 7, 5, 2]), 10)
+    assert [row["documents"] for row in packed] == [[7, 3], [5, 2]]
+    assert list(packed["length"]) == [10, 7]
+    assert packed[1]["input_ids"].tolist() == [200, 201, 202, 203, 204, 300, 301]
+    batch = Collator(0, length=10)([packed[0], packed[1]])
+    assert batch["position_ids"].tolist() == [[0, 1, 2, 3, 4, 5, 6, 0, 1, 2], [0, 1, 2, 3, 4, 0, 1, 0, 1, 2]]
+    assert batch["real_tokens"] == 17
+    # No token is predicted from another document's last one.
+    flat = batch["input_ids"].flatten()
+    assert all(flat[place + 1] == flat[place] + 1 for place in batch["loss_positions"].tolist())
+    assert batch["loss_positions"].numel() == 17 - 4
+
+
+def test_an_attention_mask_comes_only_where_asked_for() -> None:
+    short = rows([3, 5])
+    assert "attention_mask" not in Collator(0)(list(short))
+    assert Collator(0, attention_mask=True)(list(short))["attention_mask"].tolist() == [[1, 1, 1, 0, 0], [1] * 5]
+
+
+@pytest.mark.parametrize("context", ["fork", "spawn"])
+def test_worker_processes_give_the_same_batches(context: str) -> None:
+    packed = pack(rows([3, 7, 5, 2, 9, 4]), 10)
+    collate = Collator(0, length=10)
+    options: dict[str, Any] = {"batch_size": 2, "collate_fn": collate}
+    here = list(DataLoader(packed, **options))  # type: ignore[arg-type]
+    there = list(DataLoader(packed, num_workers=1, multiprocessing_context=context, **options))  # type: ignore[arg-type]
+    assert [batch["input_ids"].tolist() for batch in here] == [batch["input_ids"].tolist() for batch in there]
+    assert [batch["position_ids"].tolist() for batch in here] == [batch["position_ids"].tolist() for batch in there]
+
+
+def test_packed_rows_and_their_collator_can_be_pickled() -> None:
+    packed = pickle.loads(pickle.dumps(pack(rows([3, 7]), 10)))
+    assert pickle.loads(pickle.dumps(Collator(0)))([packed[0]])["input_ids"].shape == (1, 10)
+
+
+def small(attention: str = "sdpa") -> GPT2LMHeadModel:
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=50, n_positions=32, n_embd=32, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=0)
+    model: GPT2LMHeadModel = AutoModelForCausalLM.from_config(config, attn_implementation=attention)
+    return model
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_a_document_does_not_feel_its_neighbour(attention: str) -> None:
+    model = small(attention).train()  # as in a step; there is no dropout to speak of below
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    attach_loss(model)
+    positions = torch.cat([torch.arange(10), torch.arange(6)])[None]
+    only_second = torch.arange(10, 15)  # places that predict the second document's tokens
+
+    def second_loss(neighbour: int) -> float:
+        ids = torch.cat([torch.full((10,), neighbour), torch.arange(1, 7)])[None]
+        output = model(input_ids=ids, labels=ids.clone(), loss_positions=only_second, position_ids=positions)
+        return float(output["loss"])
+
+    assert second_loss(3) == pytest.approx(second_loss(30), abs=1e-6)
+    alone = torch.arange(1, 7)[None]
+    assert second_loss(3) == pytest.approx(
+        float(model(input_ids=alone, labels=alone.clone(), loss_positions=torch.arange(5))["loss"]), abs=1e-5
+    )
+
+
+def test_without_restarting_positions_it_would_feel_it() -> None:
+    model = small().eval()
+    attach_loss(model)
+    places = torch.arange(10, 15)
+
+    def loss(neighbour: int) -> float:
+        ids = torch.cat([torch.full((10,), neighbour), torch.arange(1, 7)])[None]
+        return float(model(input_ids=ids, labels=ids.clone(), loss_positions=places)["loss"])
+
+    assert abs(loss(3) - loss(30)) > 1e-3
+
+
+def test_gpt2_isolates_documents_and_opt_is_refused() -> None:
+    assert isolates_documents(small())
+    opt = OPTConfig(
+        vocab_size=50, hidden_size=32, num_hidden_layers=2, ffn_dim=64, num_attention_heads=2, word_embed_proj_dim=32
+    )
+    neo = GPTNeoConfig(
+        vocab_size=50,
+        hidden_size=32,
+        num_layers=2,
+        num_heads=2,
+        attention_types=[[["global", "local"], 1]],
+        window_size=4,
+    )
+    verdicts = {
+        config.model_type: isolates_documents(AutoModelForCausalLM.from_config(config)) for config in (opt, neo)
+    }
+    assert verdicts == {"opt": False, "gpt_neo": True}
+
+
+def test_the_refusal_says_why_and_what_to_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lowvram_chat.model.isolation.isolates_documents", lambda _: False)
+    with pytest.raises(ModelError, match=r"gpt2 with sdpa attention lets packed conversations see each other.*grouped"):
+        check_isolation(small())
