@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from lowvram_chat.data.packing import pack
+from lowvram_chat.data.reader import Facts
 from lowvram_chat.data.rows import split_by_conversation
 from lowvram_chat.data.sources import Source, open_source
-from lowvram_chat.data.tokenize import Facts, tokenize
+from lowvram_chat.data.tokenize import tokenize
 from lowvram_chat.errors import DataError
 from lowvram_chat.recipe.schema import Data
 

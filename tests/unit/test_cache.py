@@ -8,6 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from lowvram_chat.data import encode as encode_module
+from lowvram_chat.data import reader as reader_module
+from lowvram_chat.data import rows as rows_module
 from lowvram_chat.data import tokenize as tokenize_module
 from lowvram_chat.data.sources import open_source
 from lowvram_chat.data.template import set_template
@@ -128,22 +131,80 @@ def test_half_an_entry_is_made_anew(
     assert read(file, tokenizer).rows["input_ids"][:] == wanted
 
 
+def kept(cache: Path) -> list[str]:
+    """Return the endings of what is in the cache; an empty lock file says nothing of rows."""
+    return sorted(path.suffix for path in cache.glob("*") if path.suffix != ".lock")
+
+
 def test_a_failed_reading_leaves_nothing_in_the_cache(
     tmp_path: Path, tokenizer: PreTrainedTokenizerBase, own_cache: Path
 ) -> None:
     path = write_jsonl(tmp_path / "bad.jsonl", [*conversations(3, 0), {"messages": []}])
     with pytest.raises(ValueError, match="the conversation is empty"):
         read(path, tokenizer)
-    assert not list(own_cache.glob("*"))
+    assert not kept(own_cache)
 
 
-def test_a_broken_off_reading_leaves_nothing_in_the_cache(
-    file: Path, tokenizer: PreTrainedTokenizerBase, own_cache: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.fixture
+def many(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A file that takes ten blocks, with rows that cannot be used among them."""
+    monkeypatch.setattr(tokenize_module, "BLOCK", 10)
+    monkeypatch.setattr(encode_module, "BATCH", 8)
+    raw = conversations(100, seed=2)
+    for place in (3, 40, 41, 99):
+        raw.insert(place, {"messages": []})
+    return write_jsonl(tmp_path / "many.jsonl", raw)
+
+
+def interrupt(monkeypatch: pytest.MonkeyPatch, conversation: int) -> None:
+    """Let Ctrl-C come at a conversation."""
+    original, count = rows_module.cut, iter(range(10**6))
+
+    def cut(*args: Any) -> Any:
+        if next(count) == conversation:
+            raise KeyboardInterrupt
+        return original(*args)
+
+    monkeypatch.setattr(reader_module, "cut", cut)
+
+
+@pytest.mark.parametrize("conversation", [0, 5, 37, 80])
+def test_an_interrupted_reading_goes_on_where_it_was(
+    conversation: int,
+    many: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    own_cache: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
-    def stop(*args: Any) -> Any:
-        raise KeyboardInterrupt
+    with monkeypatch.context() as patched:
+        interrupt(patched, conversation)
+        with pytest.raises(KeyboardInterrupt):
+            read(many, tokenizer, max_bad_rows=9)
+    assert ".arrow" not in kept(own_cache)
+    again = read(many, tokenizer, max_bad_rows=9)
+    assert ("going on after" in caplog.text) == (conversation > 10)
+    monkeypatch.setenv("LOWVRAM_CHAT_CACHE", str(own_cache / "other"))
+    whole = read(many, tokenizer, max_bad_rows=9)
+    assert again.facts == whole.facts
+    assert again.facts.bad_rows == 4
+    assert again.rows.to_dict() == whole.rows.to_dict()
+    assert kept(own_cache) == ["", ".arrow", ".json"]  # "" is the other cache
 
-    monkeypatch.setattr(tokenize_module, "cut", stop)
-    with pytest.raises(KeyboardInterrupt):
-        read(file, tokenizer)
-    assert not list(own_cache.glob("*"))
+
+def test_a_damaged_unfinished_reading_begins_anew(
+    many: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    own_cache: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    with monkeypatch.context() as patched:
+        interrupt(patched, 50)
+        with pytest.raises(KeyboardInterrupt):
+            read(many, tokenizer, max_bad_rows=9)
+    [partial] = own_cache.glob("*.partial")
+    content = partial.read_bytes()
+    partial.write_bytes(content[:500] + bytes([content[500] ^ 255]) + content[501:])
+    assert read(many, tokenizer, max_bad_rows=9).facts.conversations == 100
+    assert "going on after" not in caplog.text

@@ -1,0 +1,81 @@
+"""Tokens and labels are those of the tokenizer's own chat template, whether a text was cut before or not."""
+
+from __future__ import annotations
+
+import random
+from typing import TYPE_CHECKING
+
+import pytest
+
+from lowvram_chat.data import encode as encode_module
+from lowvram_chat.data.encode import Encoder
+from lowvram_chat.data.formats import Conversation
+from lowvram_chat.data.rows import IGNORED
+from lowvram_chat.data.template import set_template
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+WORDS = [
+    "hello",
+    "world,",
+    "don't",
+    "42",
+    "  two spaces",
+    "\nline",
+    "naïve",
+    "emoji 🙂",
+    "A.B.C.",
+    "x" * 30,
+    "\t",
+    "?!",
+]
+
+
+def conversation(seed: int, words: int) -> Conversation:
+    """A conversation of ugly text; every fifth message is long."""
+    choose = random.Random(seed)
+    messages = []
+    for number in range(2 * choose.randint(1, 4)):
+        text = " ".join(choose.choice(WORDS) for _ in range(choose.randint(1, words * (1 + 4 * (number % 5 == 0)))))
+        messages.append({"role": ("user", "assistant")[number % 2], "content": text.strip() or "-"})
+    return Conversation(messages=tuple(messages))
+
+
+@pytest.mark.parametrize("loss_on", ["assistant", "all"])
+def test_tokens_and_labels_are_those_of_the_template(loss_on: str, tokenizer: PreTrainedTokenizerBase) -> None:
+    set_template(tokenizer, "plain", loss_on)
+    talks = [conversation(seed, 20) for seed in range(40)]
+    for talk, (ids, labels) in zip(talks, Encoder(tokenizer, loss_on, None)(talks), strict=True):
+        wanted = tokenizer.apply_chat_template(
+            list(talk.messages), tokenize=True, return_dict=True, return_assistant_tokens_mask=loss_on == "assistant"
+        )
+        assert ids == wanted["input_ids"]
+        marks = wanted["assistant_masks"] if loss_on == "assistant" else [1] * len(ids)
+        assert labels == [token if mark else IGNORED for token, mark in zip(ids, marks, strict=True)]
+
+
+@pytest.mark.parametrize("keep", [8, 33, 100])
+def test_a_text_that_is_cut_first_gives_the_same_head(
+    keep: int, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(encode_module, "BATCH", 16)
+    set_template(tokenizer, "plain", "assistant")
+    talks = [conversation(seed, 60) for seed in range(100)]
+    whole = list(Encoder(tokenizer, "assistant", None)(talks))
+    headed = list(Encoder(tokenizer, "assistant", keep)(talks))
+    assert any(len(cut[0]) < len(full[0]) for cut, full in zip(headed, whole, strict=True))
+    for (ids, labels), (all_ids, all_labels) in zip(headed, whole, strict=True):
+        assert ids[:keep] == all_ids[:keep]
+        assert labels[:keep] == all_labels[:keep]
+        assert len(ids) >= min(len(all_ids), keep + 1)  # so that a conversation over the length is seen to be one
+
+
+def test_a_text_of_long_words_that_proves_too_short_is_encoded_whole(tokenizer: PreTrainedTokenizerBase) -> None:
+    set_template(tokenizer, "plain", "assistant")
+    wide = Conversation(
+        messages=({"role": "user", "content": " " * 5000 + "end"}, {"role": "assistant", "content": "ok"})
+    )
+    [(ids, _)] = Encoder(tokenizer, "assistant", 64)([wide])
+    [(wanted, _)] = Encoder(tokenizer, "assistant", None)([wide])
+    assert ids[:64] == wanted[:64]
