@@ -83,12 +83,14 @@ class Recorder(TrainerCallback):
         self.display.show(line, state.max_steps)
 
     def _rates(self) -> dict[str, float]:
-        """Return the tokens per second since the last logged step."""
+        """Return the tokens per second since the last logged step, and all tokens and seconds so far."""
         now = time.monotonic()
         seconds = max(now - self.logged_at, 1e-9)
         rates = {
             "real_tokens_per_second": round((self.counts.real_tokens - self.logged.real_tokens) / seconds, 1),
             "padded_tokens_per_second": round((self.counts.padded_tokens - self.logged.padded_tokens) / seconds, 1),
+            "real_tokens": self.counts.real_tokens,
+            "seconds": round(self.counts.seconds, 3),
         }
         self.logged_at, self.logged = now, TokenCounts(**asdict(self.counts))
         return rates

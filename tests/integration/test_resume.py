@@ -16,7 +16,7 @@ from lowvram_chat.train.run_dir import RunDir
 from lowvram_chat.train.trainer import ChatTrainer
 from tests.runs import Bench, curve, metrics, result
 
-RATES = {"real_tokens_per_second", "padded_tokens_per_second", "peak_resident_bytes"}
+RATES = {"real_tokens_per_second", "padded_tokens_per_second", "seconds", "peak_resident_bytes"}
 MEASURED = {"seconds", "peak_resident_bytes", "adapter", "model"}
 
 # Dropout, accumulation, unequal lengths and a data order that is drawn anew in the second epoch: all must be restored.
