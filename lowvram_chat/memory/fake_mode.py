@@ -41,4 +41,11 @@ class BriefFakeTensorMode(FakeTensorMode):
 
 def _described(tensor: FakeTensor) -> Iterable[object]:
     # `fake_device`, since asking for `device` is a dispatched operation of its own.
-    return tensor.fake_device, tensor.dtype, tensor.shape, tensor.stride(), tensor.storage_offset(), tensor.requires_grad
+    return (
+        tensor.fake_device,
+        tensor.dtype,
+        tensor.shape,
+        tensor.stride(),
+        tensor.storage_offset(),
+        tensor.requires_grad,
+    )

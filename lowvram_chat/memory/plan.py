@@ -18,6 +18,7 @@ from functools import lru_cache
 
 from lowvram_chat.memory.compose import Lives, Segment, play
 from lowvram_chat.memory.cuda_rules import CudaRules
+from lowvram_chat.memory.operations import Operation
 from lowvram_chat.memory.recipe_step import Shape, Trace, trace
 from lowvram_chat.memory.replay import Replay, alive_at, replay
 from lowvram_chat.memory.trace import Event, Storage
@@ -126,6 +127,12 @@ def longest_run(recipe: Recipe) -> list[Event]:
     """Returns the events of a run whose batches are all of the longest rows; raises as `plan`."""
     asked = _what_matters(recipe)
     return next(_runs(_traced(_Question(asked.model_dump_json(), asked))))
+
+
+def work(recipe: Recipe) -> list[list[Operation]]:
+    """Returns the operations of an optimizer step of the longest rows, as `recipe_step.Trace.work`; raises as `plan`."""
+    asked = _what_matters(recipe)
+    return _traced(_Question(asked.model_dump_json(), asked)).work
 
 
 def limits(recipe: Recipe) -> dict[str, int]:
