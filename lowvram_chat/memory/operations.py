@@ -87,8 +87,14 @@ TOUCHES_FEW: Mapping[str, int] = {
     "aten.scatter_add_.default": 0,
 }
 """Operation -> the argument of which hardly anything is touched: one element for each index."""
-UNWRITTEN: Mapping[str, int] = {"aten._fused_adamw_.default": 1, "aten._fused_adam_.default": 1}
-"""Operation -> the argument that its schema calls written and its kernel leaves: gradients, unless it unscales them."""
+UNWRITTEN: Mapping[str, int] = {
+    "aten._fused_adamw_.default": 1,
+    "aten._fused_adam_.default": 1,
+    "bitsandbytes.optimizer_update_32bit.default": 1,
+    "bitsandbytes.optimizer_update_8bit_blockwise.default": 1,
+}
+"""Operation -> the argument that its schema calls written and its kernel leaves: gradients (torch's fused optimizers
+write them only where they unscale them, which clipping has done before)."""
 KERNELS: Mapping[str, int] = {
     "aten.native_layer_norm_backward.default": 2,
     "aten.embedding_dense_backward.default": 2,
@@ -215,7 +221,7 @@ def _precision(matrices: list[torch.Tensor]) -> Precision:
 
 def _is_aligned(matrix: torch.Tensor) -> bool:
     """Whether the rows (or columns, where it is transposed) of a matrix begin at multiples of `ALIGNMENT_BYTES`."""
-    if matrix.dim() < 2:
+    if matrix.dim() < 2 or not matrix.is_floating_point():  # log-sums of attention; packed weights
         return True
     step = max(matrix.stride()[-2:])
     return bool(step * matrix.element_size() % ALIGNMENT_BYTES == 0)
@@ -233,7 +239,7 @@ def _multi_launches(args: tuple[Any, ...]) -> int:
 
 def _gemm_4bit_flops(states: torch.Tensor, _: Any, shape: Any, *__: Any, out_val: Any = None) -> int:
     rows, columns = shape
-    return 2 * states.numel() // states.shape[-1] * rows * columns
+    return 2 * (states.numel() // states.shape[-1]) * int(rows) * int(columns)
 
 
 def _gemm_4bit_bytes(args: tuple[Any, ...]) -> int:
