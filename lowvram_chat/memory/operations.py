@@ -1,6 +1,6 @@
 """What a traced operation asks of a card: products, bytes read and written, kernels launched, and in what precision.
 
-The recorder (`trace`) calls `Describer.describe` for each operation while it is told to list them. Views, allocations and
+The recorder (`trace`) calls `describe` for each operation while it is told to list them. Views, allocations and
 questions about a tensor launch nothing and are left out. Bytes are those of the tensors' own elements: what is expanded
 counts once, a gather reads what it returns. FLOPs are those of `torch.utils.flop_counter`, which is the convention of
 published utilisations: a multiply-add is two, and causal attention counts in full although flash kernels skip the upper
@@ -10,22 +10,19 @@ half (so their share of the peak, lower than a plain product's, is hidden in the
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
-from functools import cache
+from collections.abc import Callable, Iterator
 from typing import Any, Literal, NamedTuple
 
 import torch
-from torch.utils.flop_counter import flop_registry
 
-aten = torch.ops.aten
+from lowvram_chat.memory.kernels import GATHERS, HIDDEN_BYTES, KERNELS, TOUCHES_FEW, WAIT, Kind, kind_of
 
 Precision = Literal["half", "single", "none"]
 """Of an operation's products: fp16 or bf16, fp32 (TF32 where it is allowed), or no products at all."""
-
-
 Moved = dict[object, int]
 """Storage -> bytes."""
 StorageOf = Callable[[torch.Tensor], object]
+"""Tensor -> what stands for its storage."""
 
 
 class Piece(NamedTuple):
@@ -60,90 +57,9 @@ ALIGNMENT_BYTES = 16
 """Tensor-core kernels load this much at a time. Source: NVIDIA, Matrix Multiplication Background User's Guide, section
 "Tensor Core Requirements": dimensions that are multiples of 16 bytes."""
 HALF_TYPES = frozenset({torch.float16, torch.bfloat16})
-WAIT = aten._local_scalar_dense.default
-NO_KERNEL = frozenset(
-    {
-        "aten.detach.default",
-        "aten.alias.default",
-        "aten._unsafe_view.default",
-        "aten._reshape_alias.default",
-        "aten.lift_fresh.default",
-        "aten.is_same_size.default",
-        "aten.set_.source_Storage",
-        "prim.device.default",
-        "profiler._record_function_enter_new.default",
-        "profiler._record_function_exit._RecordFunction",
-    }
-)
-ALLOCATIONS = ("aten.empty", "aten.new_empty")
-FILLS = ("aten.new_", "aten.zeros", "aten.ones", "aten.full", "aten.arange")
-WRITES_ONLY = frozenset({"aten.copy_.default", "aten.fill_.Scalar", "aten.fill_.Tensor", "aten.zero_.default"})
-"""In-place operations that do not read what they overwrite."""
-GATHERS = frozenset({"aten.embedding.default", "aten.index_select.default", "aten.gather.default", "aten.index.Tensor"})
-"""Of the first argument, as many bytes are read as are returned."""
-TOUCHES_FEW: Mapping[str, int] = {
-    "aten.nll_loss_forward.default": 0,
-    "aten.nll_loss_backward.default": 1,
-    "aten.scatter_add_.default": 0,
-}
-"""Operation -> the argument of which hardly anything is touched: one element for each index."""
-UNWRITTEN: Mapping[str, int] = {
-    "aten._fused_adamw_.default": 1,
-    "aten._fused_adam_.default": 1,
-    "bitsandbytes.optimizer_update_32bit.default": 1,
-    "bitsandbytes.optimizer_update_8bit_blockwise.default": 1,
-}
-"""Operation -> the argument that its schema calls written and its kernel leaves: gradients (torch's fused optimizers
-write them only where they unscale them, which clipping has done before)."""
-KERNELS: Mapping[str, int] = {
-    "aten.native_layer_norm_backward.default": 2,
-    "aten.embedding_dense_backward.default": 2,
-    "aten.nll_loss_backward.default": 2,
-    "aten._scaled_dot_product_flash_attention_backward.default": 3,
-    "aten._scaled_dot_product_efficient_attention_backward.default": 2,
-    "bitsandbytes.gemm_4bit.default": 2,
-}
-"""Operation -> kernels, where it is not one. Source: the operations' files in aten/src/ATen/native/cuda."""
 CHUNK, CHUNKS_OF_LAUNCH, TENSORS_OF_LAUNCH = 65536, 320, (110, 64, 48, 36, 30)
 """Elements of a chunk; chunks of a launch; tensors of a launch over one to five lists.
 Source: aten/src/ATen/native/cuda/MultiTensorApply.cuh, `kChunkSize`, `depth_to_max_blocks`, `depth_to_max_tensors`."""
-
-
-class Kind(NamedTuple):
-    """What can be said of an operation before its tensors are seen."""
-
-    name: str
-    launches: bool
-    written: frozenset[int]
-    """Places of the arguments that it writes into."""
-    fills: bool
-    """Whether it makes a tensor of nothing but a shape."""
-    overwritten: bool
-    """Whether it does so without reading them."""
-    flops: Callable[..., int] | None
-    is_multi: bool
-    """Whether it runs over lists of tensors, a few kernels for all."""
-
-
-@cache
-def kind_of(func: Any) -> Kind:
-    """Returns what an operation's schema and its name say of it."""
-    name = str(func)
-    written = {
-        place
-        for place, argument in enumerate(func._schema.arguments)
-        if argument.alias_info is not None and argument.alias_info.is_write
-    } - {UNWRITTEN.get(name)}
-    launches = not (name in NO_KERNEL or name.startswith(ALLOCATIONS) or func.is_view)
-    return Kind(
-        name=name,
-        launches=launches,
-        written=frozenset(written),
-        fills=name.startswith(FILLS),
-        overwritten=name in WRITES_ONLY,
-        flops=FLOPS_BY_NAME.get(name) or flop_registry.get(func.overloadpacket),
-        is_multi="foreach" in name or "_fused_a" in name,
-    )
 
 
 def describe(func: Any, args: tuple[Any, ...], result: Any, moment: str, storage_of: StorageOf) -> Operation | None:
@@ -235,20 +151,3 @@ def _multi_launches(args: tuple[Any, ...]) -> int:
     chunks = sum(math.ceil(tensor.numel() / CHUNK) for tensor in _tensors(lists[0]))
     tensors = TENSORS_OF_LAUNCH[min(len(lists), len(TENSORS_OF_LAUNCH)) - 1]
     return max(1, math.ceil(chunks / CHUNKS_OF_LAUNCH), math.ceil(len(lists[0]) / tensors))
-
-
-def _gemm_4bit_flops(states: torch.Tensor, _: Any, shape: Any, *__: Any, out_val: Any = None) -> int:
-    rows, columns = shape
-    return 2 * (states.numel() // states.shape[-1]) * int(rows) * int(columns)
-
-
-def _gemm_4bit_bytes(args: tuple[Any, ...]) -> int:
-    """The dequantised weight, written and read. Source: bitsandbytes/backends/cuda/ops.py, `_dequant_linear_fallback`."""
-    rows, columns = args[2]
-    return 2 * int(rows) * int(columns) * int(args[0].element_size())
-
-
-HIDDEN_BYTES: Mapping[str, Callable[[tuple[Any, ...]], int]] = {"bitsandbytes.gemm_4bit.default": _gemm_4bit_bytes}
-"""Operation -> bytes that pass between its own kernels, which the trace cannot see."""
-FLOPS_BY_NAME: Mapping[str, Callable[..., int]] = {"bitsandbytes.gemm_4bit.default": _gemm_4bit_flops}
-"""For operations that torch's registry lacks."""

@@ -27,7 +27,8 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lowvram_chat.memory.fake_mode import BriefFakeTensorMode
-from lowvram_chat.memory.operations import WAIT, Operation, describe
+from lowvram_chat.memory.kernels import WAIT
+from lowvram_chat.memory.operations import Operation, describe
 from lowvram_chat.memory.rules import Rules, Scalar
 
 aten = torch.ops.aten
@@ -141,16 +142,17 @@ class Recorder(TorchDispatchMode):
             self._pass(self.rules.temporaries(func, args, result), func)
             self._workspace(self.rules.workspace(func), func)
             if self.operations is not None:
-                self._list(func, args, result)
+                self._list(self.operations, func, args, result)
         return result
 
-    def _list(self, func: Any, args: tuple[Any, ...], result: Any) -> None:
-        if func is WAIT and _is_on_the_host(self._storage_of(args[0])):
-            return
+    def _list(self, operations: list[Operation], func: Any, args: tuple[Any, ...], result: Any) -> None:
+        if func is WAIT:
+            asked = self._storage_of(args[0])
+            if asked is None or asked.category == "optimizer state":
+                return  # a number that stays on the host: a literal, or the step count of an unfused optimizer
         operation = describe(func, args, result, self._moment, self._storage_of)
         if operation is not None:
-            assert self.operations is not None
-            self.operations.append(operation)
+            operations.append(operation)
 
     def _storage_of(self, tensor: torch.Tensor) -> Storage | None:
         """The record of a tensor's storage; None for the host's own scalars."""
@@ -204,11 +206,6 @@ class Recorder(TorchDispatchMode):
         """Notes temporaries that live inside one operation's kernel, all at once."""
         records = [Storage(nbytes, "temporaries", str(operation), "", self._moment) for nbytes in sizes]
         self.events += [Event(record, is_birth) for is_birth in (True, False) for record in records]
-
-
-def _is_on_the_host(storage: Storage | None) -> bool:
-    """True for a number that a card's run keeps beside it: a literal, or the step count of an unfused optimizer."""
-    return storage is None or storage.category == "optimizer state"
 
 
 def _tensors(result: object) -> Iterator[torch.Tensor]:
