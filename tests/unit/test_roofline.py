@@ -87,8 +87,8 @@ def test_an_accumulated_step_is_one_first_micro_batch_the_later_ones_and_an_upda
 
 def test_what_is_made_and_used_up_between_two_products_costs_a_compiled_step_nothing() -> None:
     chain = [
-        operation({"x": MB}, {"a": MB}),
-        operation({"a": MB, "x": MB}, {"b": MB}),
+        operation({"x": 4 * MB}, {"a": MB}),
+        operation({"a": MB, "x": 4 * MB}, {"b": MB}),
         operation({"b": MB}, {"y": MB}),
         operation({"y": MB}, {"z": MB}, flops=1),
     ]
