@@ -5,6 +5,7 @@
     python -m lowvram_chat.plan recipes/full_fp16.yaml --search
     python -m lowvram_chat.plan --compare recipes/full_fp16.yaml recipes/lora_fp16.yaml
     python -m lowvram_chat.plan --validate measured.csv
+    python -m lowvram_chat.plan --speeds
 
 Exit code 0: it fits. 1: it does not, and what would is printed.
 """
@@ -33,19 +34,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments.add_argument("--compare", nargs=2, metavar="RECIPE", help="two recipes side by side")
     arguments.add_argument("--plot", metavar="FILE.png", help="draw memory over the step (needs matplotlib)")
     arguments.add_argument("--validate", metavar="FILE.csv", help="predict measured runs, and show the error")
+    arguments.add_argument("--speeds", action="store_true", help="hold the time model against published speeds")
     arguments.add_argument("--json", action="store_true", help="print one JSON document as the last line")
     args = arguments.parse_intermixed_args(argv)
     return guarded(lambda: _work(args))
 
 
 def _work(args: argparse.Namespace) -> int:
-    wanted = [args.recipe, args.compare, args.validate]
+    wanted = [args.recipe, args.compare, args.validate, args.speeds or None]
     if sum(word is not None for word in wanted) != 1:
-        raise UsageError("plan: give one recipe, or --compare with two, or --validate with a file. Add --help.")
+        raise UsageError("plan: give one recipe, --compare with two, --validate with a file, or --speeds. Add --help.")
     # Planning compiles nothing, and bitsandbytes imports half as long when told so.
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
     if args.validate is not None:
         return _validate(Path(args.validate), as_json=args.json)
+    if args.speeds:
+        return _speeds(as_json=args.json)
     if args.compare is not None:
         return _compare(args.compare, as_json=args.json)
     return _plan(args)
@@ -79,7 +83,9 @@ def _plan(args: argparse.Namespace) -> int:
     elif not planned.fits:
         report.show_advice(options)
     if args.json:
-        print_json({**report.document(planned), "options": [report.option_document(option) for option in options]})
+        print_json(
+            {**report.document(recipe, planned), "options": [report.option_document(option) for option in options]}
+        )
     return 0 if planned.fits else 1
 
 
@@ -105,12 +111,26 @@ def _compare(paths: Sequence[str], *, as_json: bool) -> int:
     from lowvram_chat.memory.plan import plan
 
     plans = [plan(recipe) for recipe in recipes]
-    report.show_side_by_side(paths, plans)
+    report.show_side_by_side(paths, recipes, plans)
     if as_json:
         print_json(
-            {"plans": [{"recipe": path, **report.document(one)} for path, one in zip(paths, plans, strict=True)]}
+            {
+                "plans": [
+                    {"recipe": path, **report.document(recipe, one)}
+                    for path, recipe, one in zip(paths, recipes, plans, strict=True)
+                ]
+            }
         )
     return 0 if all(one.fits for one in plans) else 1
+
+
+def _speeds(*, as_json: bool) -> int:
+    """Predict speeds that others have published."""
+    _import_planner()
+    from lowvram_chat.memory import published_speeds
+
+    published_speeds.run(as_json=as_json)
+    return 0
 
 
 def _validate(path: Path, *, as_json: bool) -> int:

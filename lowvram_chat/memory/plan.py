@@ -20,6 +20,7 @@ from lowvram_chat.memory.compose import Lives, Segment, play
 from lowvram_chat.memory.cuda_rules import CudaRules
 from lowvram_chat.memory.recipe_step import Shape, Trace, trace
 from lowvram_chat.memory.replay import Replay, alive_at, replay
+from lowvram_chat.memory.roofline import Work
 from lowvram_chat.memory.trace import Event, Storage
 from lowvram_chat.recipe.gpus import CONTEXT_MIB, GPUS, MIB
 from lowvram_chat.recipe.schema import Recipe
@@ -85,6 +86,9 @@ class Plan:
     """"linux", "windows" -> bytes of the card that this process may take, context included."""
     fits_on: Mapping[str, bool]
     """"linux", "windows" -> whether the run fits there."""
+    work: Work = field(repr=False)
+    """What an optimizer step of the longest rows asks of the card: a list of operations for each of its micro-batches (two
+    at most), then that of the update. `speed.predict` makes a speed of it."""
 
     @property
     def on_card_bytes(self) -> int:
@@ -173,7 +177,7 @@ def _traced(asked: _Question) -> Trace:
     return trace(asked.recipe, rules_of(asked.recipe), steps_of(asked.recipe))
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=64)
 def _plan(asked: _Question) -> Plan:
     recipe, traced = asked.recipe, _traced(asked)
     runs = list(_runs(traced))
@@ -193,6 +197,7 @@ def _plan(asked: _Question) -> Plan:
         trained=traced.trained,
         limits=card,
         fits_on={system: _fits(runs, replays, limit - context) for system, limit in card.items()},
+        work=traced.work,
     )
 
 

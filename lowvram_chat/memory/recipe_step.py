@@ -20,6 +20,7 @@ import torch
 from lowvram_chat.memory import recipe_optimizer
 from lowvram_chat.memory.compose import Span
 from lowvram_chat.memory.materialise import Moved, materialise
+from lowvram_chat.memory.operations import Operation
 from lowvram_chat.memory.recipe_model import build
 from lowvram_chat.memory.rules import Rules
 from lowvram_chat.memory.trace import Event, Recorder
@@ -28,6 +29,9 @@ from lowvram_chat.model.scoring import autocast, score
 from lowvram_chat.recipe.schema import Recipe
 
 Batch = dict[str, torch.Tensor]
+
+LISTED = 1
+"""The step whose operations are listed: the second, where the optimizer has its states."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +58,8 @@ class Trace:
     """Values of the whole model (4-bit ones too)."""
     trained: int
     """Values that are trained."""
+    work: list[list[Operation]]
+    """The operations of the step `LISTED`: a list for each micro-batch, and one for the optimizer's update."""
 
 
 def trace(recipe: Recipe, rules: Rules, steps: Sequence[Sequence[Shape]]) -> Trace:
@@ -78,7 +84,7 @@ def _trace(recipe: Recipe, rules: Rules, steps: Sequence[Sequence[Shape]]) -> Tr
         evaluation = run.evaluate()
         places = run.train(steps)
         run.save()
-    return _on_the_card(Trace(recorder.events, evaluation, places, parameters, trained))
+    return _on_the_card(Trace(recorder.events, evaluation, places, parameters, trained, run.work))
 
 
 def _on_the_card(trace: Trace) -> Trace:
@@ -122,18 +128,22 @@ class Run:
         self.recipe, self.model, self.optimizer, self.recorder = recipe, model, optimizer, recorder or Silent()
         self.scaler = torch.amp.GradScaler("cpu") if recipe.train.precision == "fp16" else None
         self.total_loss = torch.zeros(())
+        self.work: list[list[Operation]] = []
 
     def train(self, steps: Sequence[Sequence[Shape]]) -> list[Span]:
         """Runs the optimizer steps; `batches`, `inputs` and the rest live as in the Trainer's `_run_epoch`."""
         places = []
-        for shapes in steps:
+        for number, shapes in enumerate(steps):
             start = len(self.recorder.events)
             batches = [self._batch(shape) for shape in shapes]
             tokens = sum(batch["labels"][..., 1:].ne(-100).sum() for batch in batches)
             for inputs in batches:
+                self._list_from_here(number)
                 loss = self._micro_batch(inputs, tokens)
                 self.total_loss += loss
+            self._list_from_here(number)
             norm = self._update()  # noqa: F841  (lives until the next step, as in the Trainer)
+            self.recorder.operations = None
             places.append((start, len(self.recorder.events)))
         return places
 
@@ -151,6 +161,12 @@ class Run:
         with self.recorder.moment("saving"):
             held = _trained(self.model, self.recipe), self.optimizer.state_dict()
             del held
+
+    def _list_from_here(self, number: int) -> None:
+        """Begins a part of the work, in the step whose operations are listed."""
+        if number == LISTED:
+            self.recorder.operations = []
+            self.work.append(self.recorder.operations)
 
     def evaluate(self) -> Span | None:
         """Scores one batch of the longest rows, where the recipe evaluates."""
@@ -245,9 +261,9 @@ def _loss_marked(recorder: Recorder) -> Iterator[None]:
     """Lets what the loss function allocates count as "loss"."""
     plain = loss_module.summed_loss
 
-    def marked(*args: Any) -> torch.Tensor:
+    def marked(*args: Any, **kwargs: Any) -> torch.Tensor:
         with recorder.moment("loss"):
-            return plain(*args)
+            return plain(*args, **kwargs)
 
     module: Any = loss_module
     module.summed_loss = marked

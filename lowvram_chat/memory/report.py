@@ -11,8 +11,14 @@ from rich.table import Column, Table
 from lowvram_chat.memory.changes import changed, words
 from lowvram_chat.memory.plan import Plan
 from lowvram_chat.memory.search import Option
+from lowvram_chat.memory.speed import Speed, predict, speeds
 from lowvram_chat.recipe.gpus import GPUS, MIB
 from lowvram_chat.recipe.schema import Recipe
+
+BASELINE_SECONDS = 26_819.8
+"""Of the published run: three epochs of 256,032 rows of 128 tokens. Source: its training notebook."""
+BAND_PERCENT = 12
+"""Largest error of the time model on the published speeds (`published_speeds`; a test holds it)."""
 
 FASTEST_COLUMNS = ("batch", "checkpointing", "optimizer")
 SYSTEMS = {"linux": "Linux", "windows": "Windows"}
@@ -30,6 +36,26 @@ def show(recipe: Recipe, plan: Plan) -> None:
         + f", {_mib(plan.on_card_bytes)} on the card; it stands in the {plan.moment}"
     )
     print(verdict(recipe, plan))
+    print(speed_words(recipe, plan))
+
+
+def speed_words(recipe: Recipe, plan: Plan) -> str:
+    """Returns the predicted speed at each power limit of the card, beside the published baseline."""
+    card, limit = GPUS[recipe.memory.gpu].title, speeds(recipe, plan.work)[0]
+    lines = [
+        f"predicted speed on {card} (full rows; the model meets published speeds within {BAND_PERCENT} %, see plan --speeds):"
+    ]
+    lines += [
+        f"  {speed.watts} W: {speed.tokens_per_second:,.0f} tokens/s, {1000 * speed.seconds_per_step:,.0f} ms a step, "
+        f"{speed.utilisation:.0%} of the peak rate; a baseline epoch {_hours(speed.seconds_per_baseline_epoch)}, three "
+        f"{_hours(speed.seconds_per_three_baseline_epochs)}"
+        for speed in speeds(recipe, plan.work)
+    ]
+    least = limit.physical_limit_seconds_per_three_baseline_epochs
+    lines.append(
+        f"  (three baseline epochs: published {_hours(BASELINE_SECONDS)}; at the peak rate of {limit.watts} W {_hours(least)})"
+    )
+    return "\n".join(lines)
 
 
 def verdict(recipe: Recipe, plan: Plan) -> str:
@@ -45,7 +71,7 @@ def verdict(recipe: Recipe, plan: Plan) -> str:
 
 def show_advice(options: Sequence[Option]) -> None:
     """Prints what would make a recipe fit."""
-    print("\nwhat makes it fit (MiB on the card; speed is a rough estimate):")
+    print("\nwhat makes it fit (MiB and speed as predicted):")
     for option in options:
         print(f"  {words(option.change)}")
         print(f"      {_mib(option.plan.on_card_bytes)} MiB, {_cost(option.cost)}")
@@ -62,7 +88,7 @@ def too_large(recipe: Recipe, plan: Plan) -> str:
 
 def show_fastest(recipe: Recipe, options: Sequence[Option]) -> None:
     """Prints the settings that fit as a table, and as words to paste."""
-    table = Table("", "MiB", "spare", "a step, roughly", *FASTEST_COLUMNS)
+    table = Table("", "MiB", "spare", "speed, predicted", *FASTEST_COLUMNS)
     for number, option in enumerate(options, start=1):
         chosen = changed(recipe, option.change)
         table.add_row(
@@ -79,8 +105,8 @@ def show_fastest(recipe: Recipe, options: Sequence[Option]) -> None:
         print(f"{number}: {words(option.change)}")
 
 
-def show_side_by_side(names: Sequence[str], plans: Sequence[Plan]) -> None:
-    """Prints two plans, category by category."""
+def show_side_by_side(names: Sequence[str], recipes: Sequence[Recipe], plans: Sequence[Plan]) -> None:
+    """Prints two plans, category by category, and their predicted speeds."""
     table = Table("MiB", *(Column(name, overflow="fold") for name in names), "difference")
     for category in plans[0].categories:
         sizes = [plan.categories.get(category, 0) for plan in plans]
@@ -90,10 +116,12 @@ def show_side_by_side(names: Sequence[str], plans: Sequence[Plan]) -> None:
     table.add_row("on the card", *map(_mib, totals), _signed(totals[1] - totals[0]))
     for system, name in SYSTEMS.items():
         table.add_row(f"fits, {name}", *("yes" if plan.fits_on[system] else "no" for plan in plans), "")
+    rates = [predict(recipe, plan.work).tokens_per_second for recipe, plan in zip(recipes, plans, strict=True)]
+    table.add_row("tokens/s, predicted", *(f"{rate:,.0f}" for rate in rates), f"{rates[1] / rates[0] - 1:+.0%}")
     Console(highlight=False, soft_wrap=True).print(table)
 
 
-def document(plan: Plan) -> dict[str, Any]:
+def document(recipe: Recipe, plan: Plan) -> dict[str, Any]:
     """Returns a plan as JSON."""
     return {
         "fits": plan.fits,
@@ -111,6 +139,24 @@ def document(plan: Plan) -> dict[str, Any]:
         ],
         "parameters": plan.parameters,
         "trained_parameters": plan.trained,
+        "predicted_speed": [_speed_document(speed) for speed in speeds(recipe, plan.work)],
+    }
+
+
+def _speed_document(speed: Speed) -> dict[str, Any]:
+    return {
+        "gpu": speed.gpu,
+        "watts": speed.watts,
+        "tokens_per_second": round(speed.tokens_per_second, 1),
+        "seconds_per_step": round(speed.seconds_per_step, 5),
+        "utilisation": round(speed.utilisation, 4),
+        "seconds_per_baseline_epoch": round(speed.seconds_per_baseline_epoch, 1),
+        "seconds_per_three_baseline_epochs": round(speed.seconds_per_three_baseline_epochs, 1),
+        "physical_limit_seconds_per_three_baseline_epochs": round(
+            speed.physical_limit_seconds_per_three_baseline_epochs, 1
+        ),
+        "flops_per_step": speed.flops_per_step,
+        "launches_per_step": speed.launches_per_step,
     }
 
 
@@ -121,7 +167,7 @@ def option_document(option: Option) -> dict[str, Any]:
         "words": words(option.change),
         "on_card_bytes": option.plan.on_card_bytes,
         "spare_bytes": option.plan.spare_bytes,
-        "rough_cost": round(option.cost, 3),
+        "predicted_cost": round(option.cost, 3),
     }
 
 
@@ -154,6 +200,11 @@ def _spare(plan: Plan, system: str) -> str:
 
 def _cost(cost: float) -> str:
     return "about as fast" if abs(cost) < 0.01 else f"about {abs(cost):.0%} {'slower' if cost > 0 else 'faster'}"
+
+
+def _hours(seconds: float) -> str:
+    minutes = round(seconds / 60)
+    return f"{minutes // 60} h {minutes % 60:02d} m"
 
 
 def _mib(nbytes: float) -> str:

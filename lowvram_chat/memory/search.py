@@ -1,6 +1,6 @@
 """What would make a recipe fit, cheapest first; and the fastest settings that fit.
 
-Every answer is planned like the recipe itself; only its speed is a rough word. Of the ways to cut a step into
+Every answer is planned like the recipe itself, and its speed is predicted from the same trace. Of the ways to cut a step into
 micro-batches the largest that fits is taken, found by halving: a micro-batch needs no more memory than a larger one.
 """
 
@@ -13,7 +13,7 @@ from typing import Any
 
 from lowvram_chat.memory.changes import Change, changed, lighter_optimizers, micro_batches, without_cost
 from lowvram_chat.memory.plan import Plan, plan
-from lowvram_chat.memory.rough_speed import seconds_per_step
+from lowvram_chat.memory.speed import predict
 from lowvram_chat.recipe.gpus import MIB
 from lowvram_chat.recipe.schema import Recipe
 
@@ -37,7 +37,7 @@ class Option:
     """What to set, beside what the recipe says."""
     plan: Plan
     cost: float
-    """About how much longer a step takes than the recipe's own: 0.33 is a third; negative is faster."""
+    """How much longer the same tokens take than with the recipe's own settings: 0.33 is a third; negative is faster."""
 
 
 def advise(recipe: Recipe) -> list[Option]:
@@ -200,6 +200,5 @@ def _option(recipe: Recipe, change: Change) -> Option | None:
     planned = plan(new)
     if not _fits_well(planned):
         return None
-    before = seconds_per_step(recipe, own.parameters, own.trained)
-    after = seconds_per_step(new, planned.parameters, planned.trained)
-    return Option(change=change, plan=planned, cost=after / before - 1)
+    before, after = predict(recipe, own.work), predict(new, planned.work)
+    return Option(change=change, plan=planned, cost=before.tokens_per_second / after.tokens_per_second - 1)

@@ -27,6 +27,8 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lowvram_chat.memory.fake_mode import BriefFakeTensorMode
+from lowvram_chat.memory.kernels import WAIT
+from lowvram_chat.memory.operations import Operation, describe
 from lowvram_chat.memory.rules import Rules, Scalar
 
 aten = torch.ops.aten
@@ -72,6 +74,8 @@ class Recorder(TorchDispatchMode):
         super().__init__()  # type: ignore[no-untyped-call]
         self.events: list[Event] = []
         self.rules = rules or Rules()
+        self.operations: list[Operation] | None = None
+        """A list given here takes every operation that launches a kernel, until the next one (or None) is given."""
         self._alive: dict[int, tuple[Storage, weakref.ref[torch.UntypedStorage]]] = {}
         self._overflow_flags: set[int] = set()
         self._threads_with_workspace: set[bool] = set()
@@ -137,7 +141,23 @@ class Recorder(TorchDispatchMode):
                 self._copied(args[0], result)
             self._pass(self.rules.temporaries(func, args, result), func)
             self._workspace(self.rules.workspace(func), func)
+            if self.operations is not None:
+                self._list(self.operations, func, args, result)
         return result
+
+    def _list(self, operations: list[Operation], func: Any, args: tuple[Any, ...], result: Any) -> None:
+        if func is WAIT:
+            asked = self._storage_of(args[0])
+            if asked is None or asked.category == "optimizer state":
+                return  # a number that stays on the host: a literal, or the step count of an unfused optimizer
+        operation = describe(func, args, result, self._moment, self._storage_of)
+        if operation is not None:
+            operations.append(operation)
+
+    def _storage_of(self, tensor: torch.Tensor) -> Storage | None:
+        """The record of a tensor's storage; None for the host's own scalars."""
+        alive = self._alive.get(tensor.untyped_storage()._cdata)
+        return alive and alive[0]
 
     def _run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if func is aten.add.Tensor and _engine_adds_in_place(args[0]):

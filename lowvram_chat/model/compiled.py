@@ -1,4 +1,4 @@
-"""The blocks, compiled: torch.compile on the backbone, where a compiler is there. The loss stays as it is written.
+"""The step, compiled: torch.compile on the backbone and on a tile of the loss, where a compiler is there.
 
 Batches must have one shape, since each new one is compiled anew; evaluations, whose batches are of many lengths, run as
 written.
@@ -54,7 +54,7 @@ def wants_compile(train: Train, device: torch.device) -> bool:
 
 
 def compile_blocks(model: Any) -> None:
-    """Let the model's backbone be compiled at its first call; names and weights stay as they are."""
+    """Let the model's backbone be compiled at its first call, and its loss with it; names and weights stay as they are."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     base.base_model.compile(dynamic=False)
 

@@ -44,11 +44,14 @@ class _TiledCrossEntropy(torch.autograd.Function):
         bias: torch.Tensor | None,
         targets: torch.Tensor,
         multiple: int,
+        compiled: bool,
     ) -> torch.Tensor:
         """Return the summed loss (), fp32, and keep the gradients for the backward pass.
 
-        `multiple` is what the vocabulary is rounded up to in half precision.
+        `multiple` is what the vocabulary is rounded up to in half precision; `compiled` whether a tile's passes over its
+        logits are fused.
         """
+        of_a_tile = _compiled_tile() if compiled else _loss_and_gradient
         device = hidden.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
         needs_hidden, needs_weight, needs_bias = (needed for needed in ctx.needs_input_grad[:3])
@@ -65,7 +68,7 @@ class _TiledCrossEntropy(torch.autograd.Function):
                 logits[:, size:] = -torch.inf
                 if bias is not None:
                     logits[:, :size] += bias
-                loss, gradient = _loss_and_gradient(logits, targets[rows, None], dtype)
+                loss, gradient = of_a_tile(logits, targets[rows, None], dtype)
                 total += loss
                 del logits
                 if d_hidden is not None:
@@ -82,7 +85,7 @@ class _TiledCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, *upstream: torch.Tensor) -> Any:
         """Return the kept gradients times the upstream one (); they are given away, so this runs once."""
         gradients, ctx.gradients = ctx.gradients, None
-        return (*(None if g is None else g.mul_(upstream[0] / SAFE) for g in gradients), None, None)
+        return (*(None if g is None else g.mul_(upstream[0] / SAFE) for g in gradients), None, None, None)
 
 
 def _head(weight: torch.Tensor, dtype: torch.dtype, multiple: int) -> torch.Tensor:
@@ -111,12 +114,20 @@ def _loss_and_gradient(
     return loss, softmax.scatter_add_(1, targets, minus_one).mul_(SAFE).to(dtype)
 
 
+@functools.cache
+def _compiled_tile() -> Any:
+    """Return `_loss_and_gradient`, compiled once for tiles of any number of rows."""
+    return torch.compile(_loss_and_gradient, dynamic=True)
+
+
 def summed_loss(
     hidden: torch.Tensor,
     head: torch.nn.Module,
     labels: torch.Tensor,
     loss_positions: torch.Tensor,
     vocabulary_multiple: int = VOCABULARY_MULTIPLE,
+    *,
+    compiled: bool = False,
 ) -> torch.Tensor:
     """Return the summed cross-entropy () in nats of the labelled tokens, fp32.
 
@@ -126,7 +137,7 @@ def summed_loss(
     states = hidden.flatten(0, 1).index_select(0, loss_positions)
     targets = labels.flatten().index_select(0, loss_positions + 1)
     loss: torch.Tensor = _TiledCrossEntropy.apply(  # type: ignore[no-untyped-call]
-        states, head.weight, getattr(head, "bias", None), targets, vocabulary_multiple
+        states, head.weight, getattr(head, "bias", None), targets, vocabulary_multiple, compiled
     )
     return loss
 
@@ -149,6 +160,8 @@ def attach_loss(model: PreTrainedModel, *, lean: bool = True, pad_vocabulary: bo
                 return {"loss": original(*args, use_cache=False, num_items_in_batch=1, **kwargs).loss}
             labels = kwargs.pop("labels")
             hidden = self.base_model(*args, use_cache=False, **kwargs).last_hidden_state
-        return {"loss": summed_loss(hidden, self.get_output_embeddings(), labels, loss_positions, multiple)}
+        compiled = self.base_model._compiled_call_impl is not None
+        head = self.get_output_embeddings()
+        return {"loss": summed_loss(hidden, head, labels, loss_positions, multiple, compiled=compiled)}
 
     model.forward = MethodType(forward, model)

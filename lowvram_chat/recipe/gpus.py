@@ -38,12 +38,19 @@ class Gpu:
     """Memory bandwidth, 10^9 bytes a second."""
     bf16: bool = True
     """Whether the card computes in bfloat16."""
+    tensor_cores: bool = True
+    """Whether it has tensor cores; else `fp16_tflops` is what its shaders do."""
+    fp16_accumulation_gain: float = 1.0
+    """How many times faster fp16 products are that accumulate in fp16: 2 on GeForce RTX, which halves fp32 accumulation."""
 
 
 def _four_gb(
     title: str, capability: tuple[int, int], fp16: Mapping[int, float], fp32: Mapping[int, float], bandwidth: float
 ) -> Gpu:
-    """Return a 4 GB card: 3.8 GiB usable on Linux, 3.5 GiB on Windows (the middle of 3.3 to 3.75 seen)."""
+    """Return a 4 GB card: 3.8 GiB usable on Linux, 3.5 GiB on Windows (the middle of 3.3 to 3.75 seen).
+
+    The small Turing chips (TU117) lack the tensor cores of their generation.
+    """
     return Gpu(
         title=title,
         compute_capability=capability,
@@ -54,6 +61,8 @@ def _four_gb(
         fp32_tflops=fp32,
         gb_per_second=bandwidth,
         bf16=capability >= (8, 0),
+        tensor_cores=capability >= (8, 0),
+        fp16_accumulation_gain=2.0 if capability >= (8, 0) else 1.0,
     )
 
 
@@ -77,6 +86,7 @@ GPUS: Mapping[str, Gpu] = {
         fp16_tflops={45: 12.4},
         fp32_tflops={45: 6.2},
         gb_per_second=144,
+        fp16_accumulation_gain=2.0,
     ),
     "t4-16gb": Gpu(
         title="Tesla T4 16 GB",
@@ -98,6 +108,7 @@ GPUS: Mapping[str, Gpu] = {
         fp16_tflops={350: 71.0},
         fp32_tflops={350: 35.6},
         gb_per_second=936,
+        fp16_accumulation_gain=2.0,
     ),
     "a100-40gb": Gpu(
         title="A100 SXM 40 GB",

@@ -17,7 +17,16 @@ from lowvram_chat.recipe.schema import Recipe
 from tests.samples import ROOT
 
 RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))
-NEEDED = {"quickstart", "full_fp16", "full_fp16_adamw", "lora_fp16", "qlora_nf4", "baseline_7h27m", "smollm2_lora"}
+NEEDED = {
+    "quickstart",
+    "fast_fp16",
+    "full_fp16",
+    "full_fp16_adamw",
+    "lora_fp16",
+    "qlora_nf4",
+    "baseline_7h27m",
+    "smollm2_lora",
+}
 
 
 def reloaded(recipe: Recipe, folder: Path) -> Recipe:

@@ -1,0 +1,126 @@
+"""The time model's parts, each on operations made by hand: the roofline, the queue of launches, and fusion."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from lowvram_chat.memory.fusion import compiled
+from lowvram_chat.memory.operations import Operation, Piece
+from lowvram_chat.memory.roofline import (
+    SECONDS_PER_KERNEL,
+    SECONDS_PER_LAUNCH,
+    SHARE_OF_BANDWIDTH,
+    SHARE_OF_PEAK,
+    SHARE_UNALIGNED,
+    Rates,
+    over_a_step,
+    seconds_on_card,
+    seconds_per_step,
+)
+
+RATES = Rates(half_tflops=10.0, single_tflops=5.0, gb_per_second=100.0)
+LAUNCH = SECONDS_PER_LAUNCH["linux"]
+MB = 10**6
+
+
+def operation(
+    reads: dict[str, int] | None = None, writes: dict[str, int] | None = None, flops: int = 0, **settings: Any
+) -> Operation:
+    values: dict[str, Any] = {
+        "name": "by hand",
+        "moment": "forward",
+        "flops": flops,
+        "precision": "half" if flops else "none",
+        "unaligned": (),
+        "reads": tuple(Piece(*item) for item in (reads or {}).items()),
+        "writes": tuple(Piece(*item) for item in (writes or {}).items()),
+        "launches": 1,
+        "waits": False,
+    }
+    return Operation(**{**values, **settings})
+
+
+def moved(operations: list[Operation]) -> int:
+    return sum(operation.nbytes for operation in operations)
+
+
+def test_an_operation_takes_the_longer_of_its_products_and_its_bytes() -> None:
+    few_bytes = operation({"a": MB}, flops=10**10)
+    assert seconds_on_card(few_bytes, RATES) == pytest.approx(1e-3 / SHARE_OF_PEAK + SECONDS_PER_KERNEL)
+    many_bytes = operation({"a": 1000 * MB}, flops=10**10)
+    assert seconds_on_card(many_bytes, RATES) == pytest.approx(1e-2 / SHARE_OF_BANDWIDTH + SECONDS_PER_KERNEL)
+
+
+def test_unaligned_rows_slow_products_on_tensor_cores_only() -> None:
+    half = operation(flops=10**10, unaligned=(Piece("a", 1),))
+    single = half._replace(precision="single")
+    on_shaders = Rates(half_tflops=10.0, single_tflops=5.0, gb_per_second=100.0, half_on_tensor_cores=False)
+    assert seconds_on_card(half, RATES) == pytest.approx(1e-3 / SHARE_UNALIGNED + SECONDS_PER_KERNEL)
+    assert seconds_on_card(half, on_shaders) == pytest.approx(1e-3 / SHARE_OF_PEAK + SECONDS_PER_KERNEL)
+    assert seconds_on_card(single, RATES) == pytest.approx(2e-3 / SHARE_OF_PEAK + SECONDS_PER_KERNEL)
+
+
+def test_a_step_of_small_operations_takes_what_the_host_needs_to_launch_them() -> None:
+    work = [[operation()] * 1000, [operation()] * 10]
+    assert seconds_per_step(work, RATES, 1) == pytest.approx(1010 * LAUNCH, rel=0.01)
+    assert seconds_per_step(work, RATES, 1, "windows") > seconds_per_step(work, RATES, 1)
+
+
+def test_launches_hide_behind_a_busy_card_unless_the_host_waits() -> None:
+    large = operation({"a": 800 * MB})
+    busy = [large, *[operation()] * 100]
+    free = seconds_per_step([busy, []], RATES, 1)
+    assert free == pytest.approx(0.01 + 101 * SECONDS_PER_KERNEL, rel=0.01)
+    waiting = seconds_per_step([[large._replace(waits=True), *[operation()] * 100], []], RATES, 1)
+    assert waiting == pytest.approx(0.01 + 101 * LAUNCH, rel=0.01)
+
+
+def test_an_accumulated_step_is_one_first_micro_batch_the_later_ones_and_an_update() -> None:
+    first, later, update = ([operation({"a": size * MB})] for size in (100, 200, 400))
+    unit = 1e-3 / SHARE_OF_BANDWIDTH
+    taken = seconds_per_step([first, later, update], RATES, 5)
+    assert taken == pytest.approx(unit * (1 + 4 * 2 + 4) + 6 * SECONDS_PER_KERNEL)
+    assert over_a_step([first, later, update], 5, lambda op: op.nbytes) == MB * (100 + 4 * 200 + 400)
+
+
+def test_what_is_made_and_used_up_between_two_products_costs_a_compiled_step_nothing() -> None:
+    chain = [
+        operation({"x": 4 * MB}, {"a": MB}),
+        operation({"a": MB, "x": 4 * MB}, {"b": MB}),
+        operation({"b": MB}, {"y": MB}),
+        operation({"y": MB}, {"z": MB}, flops=1),
+    ]
+    (fused, product), _ = compiled([chain, []])
+    assert {piece.storage for piece in fused.reads} == {"x"}
+    assert {piece.storage for piece in fused.writes} == {"y"}
+    assert product == chain[-1]
+
+
+def test_a_result_that_no_product_reads_is_made_anew_where_its_sources_are_no_larger() -> None:
+    def kept(source: int) -> int:
+        part = [
+            operation({"x": source}, {"wide": 4 * MB, "narrow": 2 * MB}),
+            operation({"narrow": 2 * MB}, {"z": MB}, flops=1),
+            operation({"wide": 4 * MB}, {"g": MB}),
+        ]
+        return moved(compiled([part, []])[0])
+
+    product = 2 * MB + MB
+    small, large = 2 * MB, 6 * MB
+    assert kept(small) == small + 2 * MB + product + small + MB
+    assert kept(large) == large + 6 * MB + product + 4 * MB + MB
+
+
+def test_a_compiler_copies_an_unaligned_matrix_once_and_then_multiplies_at_full_speed() -> None:
+    product = operation({"logits": MB, "w": MB}, {"y": MB}, flops=10**9, unaligned=(Piece("logits", MB),))
+    padded = compiled([[product, product], []])[0]
+    assert [op.name for op in padded] == ["pad", "by hand", "by hand"]
+    assert not any(op.unaligned for op in padded)
+    assert compiled([[product, product], []], pads=False)[0] == [product, product]
+
+
+def test_the_optimizer_is_not_compiled() -> None:
+    update = [operation({"p": MB}, {"p": MB}, moment="optimizer")] * 3
+    assert compiled([[], update])[1] == update
