@@ -82,10 +82,10 @@ def test_the_fast_recipe_does_the_baseline_s_work_sooner() -> None:
     assert fast.data == slow.data.model_copy(update={"attention_mask": False})
     kept = {"num_train_epochs", "learning_rate", "lr_scheduler_type", "warmup_ratio", "max_grad_norm", "precision"}
     assert fast.train.model_dump(include=kept) == slow.train.model_dump(include=kept)
-    eager = predict(fast, operations, watts=80)
+    eager = predict(fast, operations, watts=80, compiled=False)
     compiled = predict(fast, operations, watts=80, compiled=True)
     assert eager.tokens_per_step == 2048
-    assert eager.seconds_per_three_baseline_epochs < 4.5 * 3600
+    assert eager.seconds_per_three_baseline_epochs < 3.75 * 3600
     assert compiled.seconds_per_three_baseline_epochs < 3 * 3600
     assert compiled.physical_limit_seconds_per_three_baseline_epochs == pytest.approx(87 * 60, rel=0.01)
 
