@@ -1,6 +1,7 @@
 """Write README's generated tables: what each recipe is predicted to take of its card, and how wrong the planner is.
 
     python tools/make_tables.py            plans every recipe (minutes) and rewrites README's tables
+    python tools/make_tables.py --stored   rewrites them from what is stored
     python tools/make_tables.py --check    only says whether README holds what benchmarks/results/*.json say
 
 The planner's error comes from `make validate`, which writes benchmarks/results/validation.json in an environment of its
@@ -30,6 +31,7 @@ def planned() -> dict[str, Any]:
     from lowvram_chat.cli import quiet_libraries
     from lowvram_chat.memory.plan import plan
     from lowvram_chat.memory.search import largest_micro_batch
+    from lowvram_chat.memory.speed import speeds
     from lowvram_chat.recipe.load import load_recipe
 
     quiet_libraries()
@@ -44,6 +46,10 @@ def planned() -> dict[str, Any]:
             "micro_batch": recipe.train.per_device_train_batch_size,
             "on_card_mib": round(result.on_card_bytes / MIB),
             "spare_mib": {name: round((limit - result.on_card_bytes) / MIB) for name, limit in result.limits.items()},
+            "tokens_per_second": {str(s.watts): round(s.tokens_per_second) for s in speeds(recipe, result.work)},
+            "three_baseline_epochs_hours": {
+                str(s.watts): round(s.seconds_per_three_baseline_epochs / 3600, 2) for s in speeds(recipe, result.work)
+            },
             "largest_micro_batch": {name: largest_micro_batch(recipe, name) for name in result.limits},
         }
         print(path.stem, rows[path.stem], file=sys.stderr)
@@ -67,6 +73,70 @@ def _cells(row: Mapping[str, Any]) -> list[str]:
 
 def _spare(mib: int) -> str:
     return f"{mib:,}" if mib >= 0 else f"does not fit ({-mib:,} too much)"
+
+
+WATTS = ("80", "55", "40")
+
+
+def speed_table(rows: Mapping[str, Any]) -> str:
+    """Return the predicted speeds of the recipes for the RTX 3050 Laptop."""
+    head = "| recipe | " + " | ".join(f"tokens/s at {watts} W" for watts in WATTS)
+    head += " | three baseline epochs at " + ", ".join(WATTS) + " W |\n|---|---|---|---|---|\n"
+    lines = []
+    for name, row in rows.items():
+        if name in ("quickstart", "smollm2_lora"):  # models of another size
+            continue
+        rates = " | ".join(f"{row['tokens_per_second'][watts]:,}" for watts in WATTS)
+        hours = ", ".join(_hours(row["three_baseline_epochs_hours"][watts]) for watts in WATTS)
+        lines.append(f"| `{name}` | {rates} | {hours} |")
+    return head + "\n".join(lines)
+
+
+def _hours(hours: float) -> str:
+    minutes = round(60 * hours)
+    return f"{minutes // 60} h {minutes % 60:02d} m"
+
+
+def throughput_table(report: Mapping[str, Any]) -> str:
+    """Return what was measured beside stock TRL on a CPU."""
+    cases = report["cases"]
+    stock, tuned = (cases[name]["tokens_per_second"] for name in ("trl defaults", "trl tuned"))
+    lines = [
+        "| case | real tokens/s | x `trl sft` defaults | x `trl sft` tuned | share of the matrix peak | held-out loss "
+        "| peak memory, MiB |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    lines += [
+        f"| {name} | {row['tokens_per_second']:,.0f} | {row['tokens_per_second'] / stock:.2f} | "
+        f"{row['tokens_per_second'] / tuned:.2f} | {row['share_of_matrix_peak']:.0%} | {row['held_out_loss']:.4f} | "
+        f"{row['peak_resident_mib']:,.0f} |"
+        for name, row in cases.items()
+    ]
+    return "\n".join(lines)
+
+
+def ablation_table(report: Mapping[str, Any]) -> str:
+    """Return the ladder of substitutions, each on top of those before it."""
+    lines = [
+        "| step, with those before it | real tokens/s | x the step before | x the first | held-out loss |",
+        "|---|---|---|---|---|",
+    ]
+    rates = [row["tokens_per_second"] for row in report["cases"].values()]
+    before = rates[0]
+    for (name, row), rate in zip(report["cases"].items(), rates, strict=True):
+        lines.append(
+            f"| {name} | {rate:,.0f} | {rate / before:.2f} | {rate / rates[0]:.2f} | {row['held_out_loss']:.4f} |"
+        )
+        before = rate
+    return "\n".join(lines)
+
+
+MEASURED_TABLES = {
+    "throughput-tiny": throughput_table,
+    "throughput-gpt2": throughput_table,
+    "ablation-tiny": ablation_table,
+}
+"""Tables of what benchmarks measured: name of the stored result and of the place in README -> what makes the table."""
 
 
 def validation_table(report: Mapping[str, Any]) -> str:
@@ -106,13 +176,16 @@ def write(text: str, name: str, table: str) -> str:
 def main() -> None:
     """Plan, write or check."""
     check = "--check" in sys.argv
-    if not check:
+    if not (check or "--stored" in sys.argv):
         RESULTS.mkdir(parents=True, exist_ok=True)
         (RESULTS / "plans.json").write_text(json.dumps(planned(), indent=2) + "\n", encoding="utf-8")
     plans = json.loads((RESULTS / "plans.json").read_text(encoding="utf-8"))
     validation = json.loads((RESULTS / "validation.json").read_text(encoding="utf-8"))
     old = README.read_text(encoding="utf-8")
     new = write(write(old, "plans", plan_table(plans)), "validation", validation_table(validation))
+    new = write(new, "speeds", speed_table(plans))
+    for name, table in MEASURED_TABLES.items():
+        new = write(new, name, table(json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))))
     if check and new != old:
         sys.exit("README.md: its tables are not current. Run python tools/make_tables.py.")
     README.write_text(new, encoding="utf-8") if not check else None
