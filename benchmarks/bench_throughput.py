@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -119,6 +120,7 @@ def run_trl(folder: Path, words: Sequence[str]) -> dict[str, float]:
     """Train with `trl sft`; return its figures."""
     clock, out = folder / "clock.jsonl", folder / "out"
     clock.unlink(missing_ok=True)
+    shutil.rmtree(out, ignore_errors=True)  # an adapter of an earlier case would be scored
     command = [sys.executable, "-m", "benchmarks.trl_clock", str(clock), "--model_name_or_path", str(folder / "model")]
     command += ["--dataset_name", str(folder / "chitchat"), "--output_dir", str(out), "--num_train_epochs", "1"]
     command += ["--use_cpu", "--disable_tqdm", "True", "--report_to", "none", *words]

@@ -71,17 +71,24 @@ class Collator:
     packed rows, `attention_mask` (B, T) only where it is asked for.
     """
 
-    def __init__(self, pad_token_id: int, *, length: int | None = None, attention_mask: bool = False) -> None:
-        """`length` is that of every batch; None: as long as a batch's longest row."""
+    def __init__(
+        self, pad_token_id: int, *, length: int | None = None, rows: int | None = None, attention_mask: bool = False
+    ) -> None:
+        """Keep what batches look like.
+
+        `length` and `rows` are those of every batch, the missing rows of an epoch's last one being padding; None: as long
+        as a batch's longest row, and as many rows as there are.
+        """
         self.pad_token_id = pad_token_id
         self.length = length
+        self.rows = rows
         self.attention_mask = attention_mask
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         import torch
 
         lengths = [len(row["input_ids"]) for row in rows]
-        shape = (len(rows), self.length or max(lengths))
+        shape = (self.rows or len(rows), self.length or max(lengths))
         input_ids = torch.full(shape, self.pad_token_id, dtype=torch.int64)
         labels = torch.full(shape, IGNORED, dtype=torch.int64)
         for number, (row, length) in enumerate(zip(rows, lengths, strict=True)):
@@ -94,9 +101,11 @@ class Collator:
             "real_tokens": sum(lengths),
         }
         if "documents" in rows[0]:
-            batch["position_ids"] = torch.stack([_positions(row["documents"], shape[1]) for row in rows])
+            documents = [row["documents"] for row in rows] + [[]] * (shape[0] - len(rows))
+            batch["position_ids"] = torch.stack([_positions(parts, shape[1]) for parts in documents])
         if self.attention_mask:
-            batch["attention_mask"] = (torch.arange(shape[1]) < torch.tensor(lengths)[:, None]).long()
+            seen = torch.tensor([*lengths, *[1] * (shape[0] - len(rows))])  # a row that sees nothing would be NaN
+            batch["attention_mask"] = (torch.arange(shape[1]) < seen[:, None]).long()
         return batch
 
 

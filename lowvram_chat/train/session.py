@@ -136,7 +136,12 @@ class Session:
         data = self.recipe.data
         fixed = training and (self.compiled or data.rows == "packed")
         pad = int(self.tokenizer.pad_token_id)  # type: ignore[arg-type]
-        return Collator(pad, length=data.max_length if fixed else None, attention_mask=data.attention_mask)
+        return Collator(
+            pad,
+            length=data.max_length if fixed else None,
+            rows=self.recipe.train.per_device_train_batch_size if training and self.compiled else None,
+            attention_mask=data.attention_mask,
+        )
 
     def _held_out_loss(self, trainer: ChatTrainer) -> float | None:
         if self.rows.held_out is None:

@@ -71,6 +71,15 @@ def test_an_attention_mask_comes_only_where_asked_for() -> None:
     assert Collator(0, attention_mask=True)(list(short))["attention_mask"].tolist() == [[1, 1, 1, 0, 0], [1] * 5]
 
 
+def test_missing_rows_are_padding_that_carries_no_loss() -> None:
+    few = list(pack(rows([3, 7, 5]), 10))
+    batch = Collator(9, length=10, rows=4)(few)
+    assert batch["input_ids"].shape == batch["position_ids"].shape == (4, 10)
+    assert batch["input_ids"][2:].unique().tolist() == [9]
+    assert batch["loss_positions"].tolist() == Collator(9, length=10)(few)["loss_positions"].tolist()
+    assert batch["real_tokens"] == 15
+
+
 @pytest.mark.parametrize("context", ["fork", "spawn"])
 def test_worker_processes_give_the_same_batches(context: str) -> None:
     packed = pack(rows([3, 7, 5, 2, 9, 4]), 10)
