@@ -115,27 +115,7 @@ def throughput_table(report: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def ablation_table(report: Mapping[str, Any]) -> str:
-    """Return the ladder of substitutions, each on top of those before it."""
-    lines = [
-        "| step, with those before it | real tokens/s | x the step before | x the first | held-out loss |",
-        "|---|---|---|---|---|",
-    ]
-    rates = [row["tokens_per_second"] for row in report["cases"].values()]
-    before = rates[0]
-    for (name, row), rate in zip(report["cases"].items(), rates, strict=True):
-        lines.append(
-            f"| {name} | {rate:,.0f} | {rate / before:.2f} | {rate / rates[0]:.2f} | {row['held_out_loss']:.4f} |"
-        )
-        before = rate
-    return "\n".join(lines)
-
-
-MEASURED_TABLES = {
-    "throughput-tiny": throughput_table,
-    "throughput-gpt2": throughput_table,
-    "ablation-tiny": ablation_table,
-}
+MEASURED_TABLES = {"throughput-tiny": throughput_table, "throughput-gpt2": throughput_table}
 """Tables of what benchmarks measured: name of the stored result and of the place in README -> what makes the table."""
 
 

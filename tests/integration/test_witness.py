@@ -150,7 +150,9 @@ SMALL_KINDS = ["full", "lora", "dora", "qlora", "adamw unfused", "adamw 8-bit", 
 
 @pytest.mark.parametrize("kind", SMALL_KINDS)
 def test_the_same_holds_for_gpt2_small(kind: str, gpt2_small: Path) -> None:
-    recipe = _recipe(gpt2_small, **KINDS.get(kind, {}))
+    settings = KINDS.get(kind, {})
+    train = {"per_device_train_batch_size": 1, **settings.get("train", {})}
+    recipe = _recipe(gpt2_small, **{**settings, "train": train})
     model = recipe_model.ready(build_model(recipe, torch.device("cpu")), recipe)
     steps = _steps(recipe, packed=kind == "packed")[:1]
     assert _traced(recipe, steps) == pytest.approx(_real(recipe, model, steps), rel=0.01)
