@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 
-from lowvram_chat.errors import NotFoundError
 from lowvram_chat.memory.plan import plan
 from lowvram_chat.recipe.gpus import MIB
 from lowvram_chat.recipe.load import load_recipe
@@ -25,10 +24,11 @@ SECONDS = 10.0
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_vram_of_a_recipe_fits_its_card_with_room_to_spare(path: Path) -> None:
-    try:
-        planned = plan(load_recipe(path))
-    except NotFoundError as error:  # smollm2 before `make smollm2`
-        pytest.skip(str(error))
+    recipe = load_recipe(path)
+    if recipe.model.name.startswith("models/"):  # made by `make smollm2`: planned by its hub name, whose shape is known
+        model = recipe.model.model_copy(update={"name": "HuggingFaceTB/SmolLM2-135M-Instruct"})
+        recipe = recipe.model_copy(update={"model": model})
+    planned = plan(recipe)
     spare = planned.limits["linux"] - planned.on_card_bytes
     print(f"{path.stem}: {planned.on_card_bytes / MIB:,.0f} MiB predicted on the card, {spare / MIB:,.0f} to spare")
     assert planned.fits_on["linux"]

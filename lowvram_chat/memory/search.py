@@ -163,7 +163,8 @@ def _hopeless(recipe: Recipe, change: Change) -> bool:
         keep["optimizer state"] = 0
     share = change.get("train.per_device_train_batch_size", recipe.train.per_device_train_batch_size)
     share /= recipe.train.per_device_train_batch_size
-    activations = 0 if "train.gradient_checkpointing" in change or "model.lean_gelu" in change else share
+    lighter = {"train.gradient_checkpointing", "model.lean_gelu", "data.max_length"} & change.keys()
+    activations = 0 if lighter else share
     return sum(keep.values()) + activations * own.categories["activations"] + SPARE_BYTES > own.limit_bytes
 
 

@@ -89,7 +89,8 @@ def _checkpointed() -> Any:
 
 
 def _lora() -> Any:
-    peft = pytest.importorskip("peft")
+    import peft  # a broken installation must fail here, not skip
+
     targets = ["c_attn", "c_proj", "c_fc"]
     return peft.get_peft_model(_model(), peft.LoraConfig(r=4, target_modules=targets, fan_in_fan_out=True))
 
