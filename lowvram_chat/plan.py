@@ -61,13 +61,18 @@ def _plan(args: argparse.Namespace) -> int:
     recipe = load_recipe(args.recipe, args.overrides)
     _import_planner()
     from lowvram_chat.memory import report
+    from lowvram_chat.memory.changes import changed, words
     from lowvram_chat.memory.plan import plan
-    from lowvram_chat.memory.search import advise, fastest
+    from lowvram_chat.memory.search import advise, fastest, planned_micro_batch
 
     if args.plot is not None:
         from lowvram_chat.memory.plot import check, draw
 
         check(Path(args.plot))
+    change = planned_micro_batch(recipe)
+    if change:
+        print(f"planned: {words(change)}", file=sys.stderr)
+        recipe = changed(recipe, change)
     planned = plan(recipe)
     report.show(recipe, planned)
     if args.plot is not None:

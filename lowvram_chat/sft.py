@@ -64,7 +64,7 @@ def run(recipe: Recipe, *, resume: bool = False, overwrite: bool = False, force:
     if is_main_process():
         check_new(Path(recipe.output.dir), overwrite=overwrite, resume=resume)
     finished = read_result(RunDir(Path(recipe.output.dir))) if resume else {}
-    if finished and RunDir(Path(recipe.output.dir)).recipe() == recipe:
+    if finished and _is_same(RunDir(Path(recipe.output.dir)).recipe(), recipe):
         log.info("%s: this run has ended; nothing to resume", recipe.output.dir)
         return finished
 
@@ -82,6 +82,18 @@ def run(recipe: Recipe, *, resume: bool = False, overwrite: bool = False, force:
     from lowvram_chat.train.session import train
 
     return train(recipe, device=device, resume=resume, force=force)
+
+
+PLANNED = ("micro_batch", "per_device_train_batch_size", "gradient_accumulation_steps", "gradient_checkpointing")
+"""What `train.micro_batch: planned` decides."""
+
+
+def _is_same(before: Recipe, recipe: Recipe) -> bool:
+    """Return whether a run's resolved recipe came from this one."""
+    if recipe.train.micro_batch == "planned":
+        decided = {name: getattr(before.train, name) for name in PLANNED}
+        recipe = recipe.model_copy(update={"train": recipe.train.model_copy(update=decided)})
+    return before == recipe
 
 
 def _names(recipe: Recipe) -> list[str]:

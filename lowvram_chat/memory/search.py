@@ -87,6 +87,25 @@ def fastest(recipe: Recipe) -> list[Option]:
     return sorted(found, key=lambda option: (option.cost, option.plan.on_card_bytes))
 
 
+def planned_micro_batch(recipe: Recipe) -> Change:
+    """Returns what `train.micro_batch: planned` comes to on the recipe's card; nothing where it is given.
+
+    Where nothing fits it is the least that a step can be, which is then refused with advice like any recipe.
+
+    Raises:
+        NotFoundError, ModelError: the model or its adapter cannot be had.
+    """
+    if recipe.train.micro_batch == "given":
+        return {}
+    given = {"train.micro_batch": "given"}
+    for checkpointing in (False, True):
+        change = {**given, **_checkpointing(recipe, checkpointing)}
+        cut = _largest_cut(recipe, change)
+        if cut is not None:
+            return {**change, **cut}
+    return {**change, **list(micro_batches(recipe))[-1]}
+
+
 def largest_micro_batch(recipe: Recipe, system: str) -> int:
     """Returns the most rows of a micro-batch that fit on "linux" or "windows"; 0 where not even one does.
 
@@ -175,7 +194,13 @@ def _smaller(recipe: Recipe) -> Iterable[Change]:
     return [change for change in micro_batches(recipe) if change["train.per_device_train_batch_size"] in sizes]
 
 
-def _largest_micro_batch(recipe: Recipe, change: dict[str, Any]) -> Option | None:
+def _largest_micro_batch(recipe: Recipe, change: Change) -> Option | None:
+    cut = _largest_cut(recipe, change)
+    return None if cut is None else _option(recipe, {**change, **cut})
+
+
+def _largest_cut(recipe: Recipe, change: Change) -> Change | None:
+    """The optimizer step in the fewest micro-batches that fit, beside a change; None where not even single rows fit."""
     cuts = list(micro_batches(recipe))
     first, last = 0, len(cuts)
     while first < last:
@@ -184,7 +209,7 @@ def _largest_micro_batch(recipe: Recipe, change: dict[str, Any]) -> Option | Non
             last = middle
         else:
             first = middle + 1
-    return _option(recipe, {**change, **cuts[first]}) if first < len(cuts) else None
+    return cuts[first] if first < len(cuts) else None
 
 
 def _checkpointing(recipe: Recipe, wanted: bool) -> dict[str, Any]:

@@ -57,14 +57,15 @@ class _TiledCrossEntropy(torch.autograd.Function):
         needs_hidden, needs_weight, needs_bias = (needed for needed in ctx.needs_input_grad[:3])
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         d_hidden = torch.empty_like(hidden) if needs_hidden else None
-        d_weight = torch.zeros_like(weight) if needs_weight else None
         d_bias = torch.zeros_like(bias) if bias is not None and needs_bias else None
         size, head = weight.size(0), _head(weight, dtype, multiple)
+        d_weight = weight.new_zeros(head.shape if dtype == weight.dtype else weight.shape) if needs_weight else None
+        held = _held_logits(hidden, head)
         with torch.autocast(device, enabled=False):
             for start in range(0, hidden.size(0), TILE):
                 rows = slice(start, start + TILE)
                 states = hidden[rows].to(dtype)
-                logits = F.linear(states, head).float()
+                logits = _logits(states, head, held)
                 logits[:, size:] = -torch.inf
                 if bias is not None:
                     logits[:, :size] += bias
@@ -74,11 +75,11 @@ class _TiledCrossEntropy(torch.autograd.Function):
                 if d_hidden is not None:
                     d_hidden[rows] = gradient @ head
                 if d_weight is not None:
-                    d_weight += (gradient.t() @ states)[:size]
+                    _add_product(d_weight, gradient.t(), states)
                 if d_bias is not None:
                     d_bias += gradient.sum(0)[:size]
                 del gradient
-        ctx.gradients = [d_hidden, d_weight, d_bias]
+        ctx.gradients = [d_hidden, None if d_weight is None else d_weight[:size], d_bias]
         return total
 
     @staticmethod
@@ -90,11 +91,32 @@ class _TiledCrossEntropy(torch.autograd.Function):
 
 def _head(weight: torch.Tensor, dtype: torch.dtype, multiple: int) -> torch.Tensor:
     """Return the head (V, d) in the type of the products; a copy has zeros (V', d) below, up to the multiple."""
-    if dtype == weight.dtype:
+    rounded = weight.device.type == "cpu" and weight.size(0) % multiple != 0  # there it pays in fp32 too
+    if dtype == weight.dtype and not rounded:
         return weight
     head = weight.new_zeros((-(-weight.size(0) // multiple) * multiple, weight.size(1)), dtype=dtype)
     head[: weight.size(0)] = weight
     return head
+
+
+def _held_logits(hidden: torch.Tensor, head: torch.Tensor) -> torch.Tensor | None:
+    """Return memory for a tile's fp32 logits, where they are what a product gives: a CPU pays for every fresh page."""
+    return head.new_empty(min(TILE, hidden.size(0)), head.size(0)) if head.dtype == torch.float32 else None
+
+
+def _logits(states: torch.Tensor, head: torch.Tensor, held: torch.Tensor | None) -> torch.Tensor:
+    """Return a tile's logits (rows, V), fp32, in the memory held for them."""
+    if held is None:
+        return F.linear(states, head).float()
+    return torch.mm(states, head.t(), out=held[: states.size(0)])
+
+
+def _add_product(total: torch.Tensor, one: torch.Tensor, other: torch.Tensor) -> None:
+    """Add a product to a sum; half-precision products are rounded first, and their rows of padding left out."""
+    if total.dtype == one.dtype:
+        total.addmm_(one, other)
+    else:
+        total += (one @ other)[: total.size(0)]
 
 
 def _loss_and_gradient(
@@ -109,9 +131,9 @@ def _loss_and_gradient(
     exponentials = logits.sub_(highest).exp_()
     total = exponentials.sum(dim=1, keepdim=True)
     loss = (total.log() - shifted_target).sum()
-    softmax = exponentials.div_(total)
-    minus_one = softmax.new_full((1, 1), -1.0).expand_as(targets)
-    return loss, softmax.scatter_add_(1, targets, minus_one).mul_(SAFE).to(dtype)
+    softmax = exponentials.div_(total / SAFE)
+    minus_one = softmax.new_full((1, 1), -SAFE).expand_as(targets)
+    return loss, softmax.scatter_add_(1, targets, minus_one).to(dtype)
 
 
 @functools.cache

@@ -144,6 +144,9 @@ class Train(Section):
     """Rows of a micro-batch."""
     gradient_accumulation_steps: Positive = 1
     """Micro-batches of an optimizer step."""
+    micro_batch: Literal["given", "planned"] = "given"
+    """`planned`: cut the optimizer step (per_device_train_batch_size x gradient_accumulation_steps rows, which stay) into
+    the largest micro-batches that fit the card, and checkpoint only where not one row fits without."""
     per_device_eval_batch_size: Positive = 8
     """Rows of an evaluation batch."""
     learning_rate: Annotated[float, Field(gt=0)] = 5e-5

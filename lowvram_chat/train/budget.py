@@ -10,11 +10,12 @@ import torch
 
 from lowvram_chat.errors import DoesNotFit
 from lowvram_chat.memory import report
-from lowvram_chat.memory.changes import words
+from lowvram_chat.memory.changes import changed, words
 from lowvram_chat.memory.plan import Plan, plan
-from lowvram_chat.memory.search import advise
+from lowvram_chat.memory.search import advise, planned_micro_batch
 from lowvram_chat.recipe.gpus import CONTEXT_MIB, GPUS, MIB
 from lowvram_chat.recipe.schema import Recipe
+from lowvram_chat.train.oom import sizes
 
 log = logging.getLogger(__name__)
 
@@ -22,28 +23,45 @@ OWN_SHARE = {"win32": 0.95}
 """Share of a card that no recipe names which this process may take; elsewhere 0.97."""
 
 
-def prepare(recipe: Recipe, device: torch.device, *, force: bool) -> Plan | None:
-    """Plan the run, refuse what cannot fit, and hold the process to its budget on CUDA.
+def prepare(recipe: Recipe, device: torch.device, *, force: bool) -> tuple[Recipe, Plan | None]:
+    """Return the recipe with its micro-batch planned, where it asks for that, and the run's plan; on CUDA, hold the
+    process to its budget.
 
-    On a CPU a run is planned only where its recipe has a memory section: it would be refused for a card it never sees.
-    Windows would spill beyond the budget and run tens of times slower instead of failing.
+    On a CPU a run is planned only where its recipe has a memory section or asks for a planned micro-batch: it would be
+    refused for a card it never sees. Windows would spill beyond the budget and run tens of times slower instead of failing.
 
     Raises:
         DoesNotFit: with the changes that make it fit; `force` goes on all the same.
     """
-    if device.type != "cuda" and not recipe.memory.model_fields_set:
-        return None
+    if device.type != "cuda" and not recipe.memory.model_fields_set and recipe.train.micro_batch == "given":
+        return recipe, None
+    here = recipe
     if device.type == "cuda":
-        recipe = _with_limit(recipe, torch.cuda.get_device_properties(device).total_memory // MIB)
-    planned = plan(recipe)
-    log.info("predicted: %s", report.verdict(recipe, planned).replace("\n", "\n           "))
+        here = _with_limit(recipe, torch.cuda.get_device_properties(device).total_memory // MIB)
+    change = planned_micro_batch(here)
+    if change:
+        recipe, here = changed(recipe, change), changed(here, change)
+        log.info("planned: %s%s", sizes(recipe), ", checkpointed" if recipe.train.gradient_checkpointing else "")
+    planned = plan(here)
+    log.info("predicted: %s", report.verdict(here, planned).replace("\n", "\n           "))
     if not planned.fits and not force:
-        raise DoesNotFit(_refusal(recipe, planned))
+        raise DoesNotFit(_refusal(here, planned))
+    _hold(planned.limit_bytes, device)
+    return recipe, planned
+
+
+def hold(recipe: Recipe, device: torch.device) -> None:
+    """Hold the process to the recipe's budget on CUDA, planned or not."""
     if device.type == "cuda":
-        allowed = max(planned.limit_bytes - CONTEXT_MIB * MIB, 0)
+        here = _with_limit(recipe, torch.cuda.get_device_properties(device).total_memory // MIB)
+        _hold(MIB * (here.memory.limit_mib or 0), device)
+
+
+def _hold(limit_bytes: int, device: torch.device) -> None:
+    if device.type == "cuda":
+        allowed = max(limit_bytes - CONTEXT_MIB * MIB, 0)
         total = torch.cuda.get_device_properties(device).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, allowed / total), device)
-    return planned
 
 
 def _with_limit(recipe: Recipe, total_mib: int) -> Recipe:

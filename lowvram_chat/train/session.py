@@ -34,7 +34,7 @@ from lowvram_chat.train.rehearsal import rehearse
 from lowvram_chat.train.run_dir import RunDir
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase, TrainerCallback
 
     from lowvram_chat.memory.plan import Plan
     from lowvram_chat.train.trainer import ChatTrainer
@@ -95,11 +95,8 @@ class Session:
         if checkpoint is not None:
             _forget_later_lines(run, checkpoint)
             log.info("resuming from %s", checkpoint)
-        trainer = self._trainer(run, counts)
-        train = self.recipe.train
-        rehearse(
-            trainer.model, self.rows.train, trainer.data_collator, train.per_device_train_batch_size, train.precision
-        )
+        trainer = self._trainer(run, counts, Recorder(run, counts))
+        self._rehearse(trainer)
         before = self._held_out_loss(trainer)  # a resumed run too: its checkpoint is loaded by `train`
         if before is not None:
             log.info("held-out loss before: %.4f", before)
@@ -111,7 +108,19 @@ class Session:
             raise
         return self._finish(run, trainer, before, self._held_out_loss(trainer))
 
-    def _trainer(self, run: RunDir, counts: TokenCounts) -> ChatTrainer:
+    def steps(self, run: RunDir, watch: TrainerCallback) -> None:
+        """Train and keep nothing: what a measurement watches."""
+        trainer = self._trainer(run, TokenCounts(), watch)
+        self._rehearse(trainer)
+        trainer.train()
+
+    def _rehearse(self, trainer: ChatTrainer) -> None:
+        train = self.recipe.train
+        rehearse(
+            trainer.model, self.rows.train, trainer.data_collator, train.per_device_train_batch_size, train.precision
+        )
+
+    def _trainer(self, run: RunDir, counts: TokenCounts, watch: TrainerCallback) -> ChatTrainer:
         from transformers import PrinterCallback
 
         from lowvram_chat.train.trainer import ChatTrainer, sft_config
@@ -124,7 +133,7 @@ class Session:
             data_collator=self._collator(),
             held_out_collator=self._collator(training=False),
             processing_class=self.tokenizer,
-            callbacks=[Recorder(run, counts)],
+            callbacks=[watch],
             counts=counts,
             precision=self.recipe.train.precision,
             grouped=self.recipe.data.rows == "grouped",
@@ -184,7 +193,8 @@ def train(recipe: Recipe, *, device: torch.device, resume: bool, force: bool = F
         DoesNotFit: it is planned not to fit its card, and there is no `force`.
         OutOfMemory: the device is full and `memory.on_oom` says stop, or there is nothing left to halve.
     """
-    rows, planned = None, budget.prepare(recipe, device, force=force)
+    recipe, planned = budget.prepare(recipe, device, force=force)
+    rows = None
     while True:
         session = Session.prepare(recipe, device=device, rows=rows, planned=planned)
         try:

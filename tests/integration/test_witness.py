@@ -13,7 +13,7 @@ from typing import Any
 import bitsandbytes  # noqa: F401  (registers its operations)
 import pytest
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import GPT2Config, GPT2LMHeadModel, TrainerCallback
 
 from lowvram_chat.memory import recipe_model, recipe_optimizer
 from lowvram_chat.memory.recipe_step import Run, Shape, trace
@@ -180,7 +180,7 @@ def test_the_traced_loop_takes_what_the_trainer_s_own_takes(kind: str, bench: Be
         **TRAINER_KINDS[kind],  # type: ignore[arg-type]
     )
     session = Session.prepare(recipe, device=torch.device("cpu"))
-    trainer = session._trainer(run_dir.create(recipe, resume=False), TokenCounts())
+    trainer = session._trainer(run_dir.create(recipe, resume=False), TokenCounts(), TrainerCallback())
     real = _held(session.model) + profiled_peak_bytes(trainer.train)
     steps = [[Shape(length)] * recipe.train.gradient_accumulation_steps] * 2
     assert _traced(recipe, steps) == pytest.approx(real, rel=0.01)

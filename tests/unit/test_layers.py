@@ -1,4 +1,4 @@
-"""Who may import whom: recipe <- data <- model <- memory <- train <- commands."""
+"""Who may import whom: recipe <- data <- model <- memory <- train <- results <- commands."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 from tests.samples import ROOT
 
 PACKAGE = ROOT / "lowvram_chat"
-LAYERS = ("recipe", "data", "model", "memory", "train")
+LAYERS = ("recipe", "data", "model", "memory", "train", "results")
 FOR_ALL = ("errors", "__version__")
 FILES = sorted(path for path in PACKAGE.rglob("*.py"))
 

@@ -186,7 +186,10 @@ def test_the_head_s_copy_has_rows_of_zeros_up_to_a_multiple_of_64(size: int, wan
     head = loss_module._head(weight, torch.bfloat16, loss_module.VOCABULARY_MULTIPLE)
     assert head.shape == (wanted, 2)
     assert head.float().sum() == 2 * size
-    assert loss_module._head(weight, torch.float32, loss_module.VOCABULARY_MULTIPLE) is weight
+    same = loss_module._head(weight, torch.float32, loss_module.VOCABULARY_MULTIPLE)
+    assert same.shape == (wanted, 2)  # a CPU's fp32 products gain too
+    on_a_card = weight.to("meta")
+    assert loss_module._head(on_a_card, torch.float32, loss_module.VOCABULARY_MULTIPLE) is on_a_card
 
 
 def test_the_model_s_own_loss_is_summed_too(model: Any) -> None:

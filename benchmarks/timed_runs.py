@@ -1,0 +1,195 @@
+"""One timed training run on this machine's CPU: stock `trl sft`, or this package, in a process of its own.
+
+Of each run the first steps are left out. Real tokens are those of the data: no padding.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks import chats
+
+LENGTH, ROWS, WARM_UP = 256, 8, 2
+"""Tokens of a row at most; conversations of a step; logged steps that are left out."""
+LEARNING_RATE = "5e-5"
+
+
+@dataclass(frozen=True)
+class Size:
+    """A model to train, and how many conversations of it."""
+
+    conversations: int
+    flops_per_token: float
+    """6 x (parameters of the blocks + those of the head) + 12 x layers x width x tokens of a row.
+
+    Source: "Language Models are Few-Shot Learners", appendix D, and PaLM's appendix B for the second term.
+    """
+
+
+def _flops(layers: int, width: int, vocabulary: int) -> float:
+    blocks = 12 * layers * width**2
+    return 6.0 * (blocks + vocabulary * width) + 12.0 * layers * width * LENGTH / 2  # causal: half of the scores
+
+
+SIZES = {"tiny": Size(240, _flops(4, 256, 8192)), "gpt2": Size(48, _flops(12, 768, 50257))}
+
+
+def prepare(folder: Path, model: str) -> None:
+    """Write the model, the conversations that fit a row, and those that are held out."""
+    from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, set_seed
+
+    from lowvram_chat.cli import quiet_libraries, quiet_transformers
+    from lowvram_chat.data.template import set_template
+    from lowvram_chat.model.load import BUILTIN, load_tokenizer
+
+    quiet_libraries()
+    quiet_transformers()
+    tokenizer = load_tokenizer("builtin:tiny-gpt2")
+    set_template(tokenizer, "plain", "all")
+    set_seed(0)
+    weights: Any = (
+        GPT2LMHeadModel(GPT2Config(bos_token_id=0, eos_token_id=0))
+        if model == "gpt2"
+        else AutoModelForCausalLM.from_pretrained(BUILTIN["builtin:tiny-gpt2"])
+    )
+    weights.save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    for split, limit in (("chitchat", SIZES[model].conversations), ("chitchat-held-out", 40)):
+        fitting = [chat for chat in chats.sample(f"builtin:{split}") if _tokens(tokenizer, chat) <= LENGTH]
+        chats.write(fitting, folder / split / "train.jsonl", limit)
+
+
+def _tokens(tokenizer: Any, chat: Any) -> int:
+    return len(tokenizer.apply_chat_template(chat["messages"], return_dict=True)["input_ids"])
+
+
+def run_trl(folder: Path, words: Sequence[str]) -> dict[str, Any]:
+    """Train with `trl sft`; return its figures."""
+    clock, out = folder / "clock.jsonl", folder / "out"
+    clock.unlink(missing_ok=True)
+    shutil.rmtree(out, ignore_errors=True)  # an adapter of an earlier case would be scored
+    command = [sys.executable, "-m", "benchmarks.trl_clock", str(clock), "--model_name_or_path", str(folder / "model")]
+    command += ["--dataset_name", str(folder / "chitchat"), "--output_dir", str(out), "--num_train_epochs", "1"]
+    command += ["--use_cpu", "--disable_tqdm", "True", "--report_to", "none", *words]
+    figures = _process(command)
+    return figures | _rate(clock) | {"held_out_loss": held_out_loss(folder, out)}
+
+
+def run_ours(folder: Path, words: Sequence[str], rows: int) -> dict[str, Any]:
+    """Train with this package; return its figures."""
+    recipe, out = folder / "recipe.yaml", folder / "run"
+    recipe.write_text("model: {dropout: 0.0}\ntrain: {precision: fp32, save_steps: null}\n", encoding="utf-8")
+    command = [sys.executable, "-m", "lowvram_chat.sft", str(recipe), "--overwrite", f"model.name={folder / 'model'}"]
+    command += [f"data.source={folder / 'chitchat' / 'train.jsonl'}", "data.loss_on=all", f"data.max_length={LENGTH}"]
+    command += [f"train.per_device_train_batch_size={rows}", "train.logging_steps=1", f"output.dir={out}"]
+    command += [f"train.learning_rate={LEARNING_RATE}", "train.warmup_ratio=0.06", "optimizer.name=adamw", *words]
+    figures = _process(command)
+    result = json.loads((out / "result.json").read_text(encoding="utf-8"))
+    trained = out / ("adapter" if "adapter" in result else "model")
+    return figures | _rate(out / "metrics.jsonl") | {"held_out_loss": held_out_loss(folder, trained)}
+
+
+def _process(command: list[str]) -> dict[str, Any]:
+    """Run a command to its end; return its wall time and peak resident memory.
+
+    Raises:
+        RuntimeError: it failed; with the end of what it said.
+    """
+    started = time.monotonic()
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "true"}
+    with tempfile.TemporaryFile() as said:
+        process = subprocess.Popen(command, stdout=said, stderr=said, env=environment)
+        _, status, usage = os.wait4(process.pid, 0)
+        if status:
+            said.seek(0)
+            raise RuntimeError(f"{' '.join(command[:4])} failed:\n{said.read().decode(errors='replace')[-2000:]}")
+    return {"wall_seconds": time.monotonic() - started, "peak_resident_mib": usage.ru_maxrss / 1024}
+
+
+def _rate(lines: Path) -> dict[str, Any]:
+    """Return the real tokens a second after the warm-up, over all steps and of each."""
+    logged = [json.loads(line) for line in lines.read_text(encoding="utf-8").splitlines()]
+    logged = [line for line in logged if "real_tokens" in line]
+    first, last = logged[min(WARM_UP, len(logged) - 2)], logged[-1]
+    tokens = last["real_tokens"] - first["real_tokens"]
+    steps = logged[logged.index(first) :]
+    rates = [
+        (b["real_tokens"] - a["real_tokens"]) / (b["seconds"] - a["seconds"]) for a, b in itertools.pairwise(steps)
+    ]
+    overall = tokens / (last["seconds"] - first["seconds"])
+    return {"tokens_per_second": overall, "real_tokens": last["real_tokens"], "rates": rates}
+
+
+def held_out_loss(folder: Path, trained: Path) -> float:
+    """Return the loss of all tokens of the held-out conversations, in a process of its own."""
+    code = "import sys; from benchmarks.timed_runs import score; print(score(sys.argv[1], sys.argv[2], sys.argv[3]))"
+    words = [str(trained), str(folder / "model"), str(folder / "chitchat-held-out" / "train.jsonl")]
+    said = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, check=True)
+    return float(said.stdout.split()[-1])
+
+
+def score(trained: str, base: str, held_out: str) -> float:
+    """Return the held-out loss of a model or adapter, nats a token."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    from lowvram_chat.data.load import load_rows
+    from lowvram_chat.data.rows import Collator
+    from lowvram_chat.data.template import set_template
+    from lowvram_chat.model import scoring
+    from lowvram_chat.model.load import load_tokenizer
+    from lowvram_chat.model.loss import attach_loss
+    from lowvram_chat.recipe.schema import Data
+
+    tokenizer = load_tokenizer(base)
+    set_template(tokenizer, "plain", "all")
+    is_adapter = (Path(trained) / "adapter_config.json").is_file()
+    model: Any = AutoModelForCausalLM.from_pretrained(base if is_adapter else trained, dtype="float32")
+    attach_loss(model)
+    if is_adapter:
+        model = PeftModel.from_pretrained(model, trained)
+    rows = load_rows(Data(source=held_out, loss_on="all", max_length=LENGTH), tokenizer, 0).train
+    return scoring.score(model, rows, Collator(int(tokenizer.pad_token_id)), 8).loss  # type: ignore[arg-type]
+
+
+def matrix_peak() -> float:
+    """Return this machine's fp32 matrix-product rate, FLOP/s: the median of one of a few sizes, that of the best size.
+
+    It moves from minute to minute with what else the host does, so it is taken before and after every run.
+    """
+    import torch
+
+    rates = []
+    for size in (1024, 1536, 2048):
+        one, other = torch.randn(size, size), torch.randn(size, size)
+        seconds = []
+        for _ in range(9):
+            started = time.perf_counter()
+            one @ other
+            seconds.append(time.perf_counter() - started)
+        rates.append(2 * size**3 / statistics.median(seconds[2:]))
+    return max(rates)
+
+
+def packed_rows(folder: Path) -> int:
+    """Return the packed rows of a step that hold about as many tokens as `ROWS` conversations do."""
+    lines = (folder / "chitchat" / "train.jsonl").read_text(encoding="utf-8").splitlines()
+    from lowvram_chat.data.template import set_template
+    from lowvram_chat.model.load import load_tokenizer
+
+    tokenizer = load_tokenizer(str(folder / "model"))
+    set_template(tokenizer, "plain", "all")
+    mean = statistics.mean(_tokens(tokenizer, json.loads(line)) for line in lines)
+    return max(1, round(ROWS * mean / LENGTH))

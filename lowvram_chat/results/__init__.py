@@ -1,0 +1,1 @@
+"""Results of benchmarks: kept in files, compared, and shown."""

@@ -1,0 +1,89 @@
+"""What got better or worse between two sets of results, beyond each metric's tolerance."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from lowvram_chat.errors import UsageError
+from lowvram_chat.results.record import Metric, Record
+
+
+@dataclass(frozen=True, kw_only=True)
+class Difference:
+    """One metric, or the status, of one case."""
+
+    case: str
+    metric: str
+    verdict: Literal["better", "worse", "equal"]
+    old: str
+    new: str
+    change: float | None = None
+    """(new - old) / |old|; None for a status."""
+
+
+def compare(old: Sequence[Record], new: Sequence[Record]) -> list[Difference]:
+    """Return the differences of the cases that both sets hold.
+
+    Raises:
+        UsageError: the machines or a case's versions differ, or the sets have no case in common.
+    """
+    before, after = {record.key: record for record in old}, {record.key: record for record in new}
+    common = [key for key in before if key in after]
+    if not common:
+        raise UsageError("compare: the two have no case in common. Give two results of the same benchmarks.")
+    for key in common:
+        _check_comparable(before[key], after[key])
+    return [difference for key in common for difference in _differences(before[key], after[key])]
+
+
+def missing(old: Sequence[Record], new: Sequence[Record]) -> list[str]:
+    """Return the cases that only the old results hold."""
+    kept = {record.key for record in new}
+    return ["/".join(record.key) for record in old if record.key not in kept]
+
+
+def regressed(differences: Sequence[Difference]) -> bool:
+    """Return whether anything got worse."""
+    return any(difference.verdict == "worse" for difference in differences)
+
+
+def _check_comparable(old: Record, new: Record) -> None:
+    case = "/".join(old.key)
+    if old.machine.name != new.machine.name:
+        raise UsageError(
+            f"{case}: taken on {old.machine.name} and on {new.machine.name}. Compare results of one machine."
+        )
+    if old.case_version != new.case_version:
+        raise UsageError(
+            f"{case}: version {old.case_version} and version {new.case_version} of the case measure different things. "
+            "Measure the old code anew with this suite."
+        )
+
+
+def _differences(old: Record, new: Record) -> Iterator[Difference]:
+    case = "/".join(old.key)
+    if old.status != new.status:
+        worse = old.status == "passed"
+        yield Difference(
+            case=case, metric="status", verdict="worse" if worse else "better", old=old.status, new=new.status
+        )
+    for name, metric in old.metrics.items():
+        other = new.metrics.get(name)
+        if other is not None and metric.better != "same" and metric.kind == other.kind:
+            yield _of_metric(case, name, metric, other)
+        elif other is None and metric.better != "same":
+            yield Difference(case=case, metric=name, verdict="worse", old=_figure(metric), new="missing")
+
+
+def _of_metric(case: str, name: str, old: Metric, new: Metric) -> Difference:
+    change = (new.value - old.value) / abs(old.value) if old.value else float(new.value != old.value)
+    gain = change if old.better == "higher" else -change
+    beyond = abs(change) > max(old.tolerance, new.tolerance)
+    verdict: Literal["better", "worse", "equal"] = "equal" if not beyond else "better" if gain > 0 else "worse"
+    return Difference(case=case, metric=name, verdict=verdict, old=_figure(old), new=_figure(new), change=change)
+
+
+def _figure(metric: Metric) -> str:
+    return f"{metric.value:,.4g} {metric.unit}"

@@ -1,0 +1,85 @@
+"""What a result was taken on, and from which code: machine, versions, commit."""
+
+from __future__ import annotations
+
+import functools
+import shutil
+import subprocess
+from datetime import UTC, datetime
+from pathlib import Path
+
+from lowvram_chat.errors import UsageError
+from lowvram_chat.results.record import Machine, slug
+from lowvram_chat.train.run_dir import environment
+
+
+@functools.cache
+def this_machine() -> Machine:
+    """Return the machine this process runs on.
+
+    It is named after its card and system; without a card after its processor's architecture and threads, which says less.
+    """
+    found = environment()
+    card = None if found["device"] == "cpu" else str(found["device"])
+    system = found["platform"].split("-")[0].lower()
+    total = found["device_total_bytes"]
+    return Machine(
+        name=slug(f"{card} {system}" if card else f"{found['processor']} {system} {found['threads']} threads"),
+        platform=found["platform"].split("-with-")[0],
+        processor=found["processor"],
+        threads=found["threads"],
+        card=card,
+        card_mib=total // 2**20 if total else None,
+        power_limit_watts=_power_limit() if card else None,
+        libraries=found["libraries"],
+        python=found["python"],
+    )
+
+
+def _power_limit() -> float | None:
+    """Return the card's power limit in watts, where the driver tells it (laptops often do not)."""
+    words = ["nvidia-smi", "--query-gpu=power.limit", "--format=csv,noheader,nounits"]
+    if shutil.which(words[0]) is None:
+        return None
+    said = subprocess.run(words, capture_output=True, text=True, timeout=20, check=False)
+    try:
+        return float(said.stdout.split()[0])
+    except (IndexError, ValueError):
+        return None
+
+
+def commit(root: Path) -> str | None:
+    """Return the commit of the code at `root`; None where it is no git checkout."""
+    said = _git(root, "rev-parse", "--short=12", "HEAD")
+    return said.strip() if said else None
+
+
+def check_clean(root: Path, results: Path) -> None:
+    """Refuse to store results of code that no commit holds; stored results themselves may be new.
+
+    Raises:
+        UsageError: the tree is dirty, with the first files.
+    """
+    said = _git(root, "status", "--porcelain", "--untracked-files=normal")
+    if said is None:
+        raise UsageError(f"--store: {root} is no git checkout, so no result could name its commit. Leave --store out.")
+    kept = results.resolve()
+    changed = [line[3:].strip('"') for line in said.splitlines()]
+    changed = [name for name in changed if not (root / name).resolve().is_relative_to(kept)]
+    if changed:
+        shown = ", ".join(changed[:3]) + (", ..." if len(changed) > 3 else "")
+        raise UsageError(
+            f"--store: the tree is dirty ({shown}), so no commit holds what would be measured. Commit first."
+        )
+
+
+def now() -> str:
+    """Return the date and time, UTC, to the second."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def _git(root: Path, *words: str) -> str | None:
+    if shutil.which("git") is None:
+        return None
+    said = subprocess.run(["git", *words], cwd=root, capture_output=True, text=True, check=False)  # noqa: S607
+    return said.stdout if said.returncode == 0 else None
