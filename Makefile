@@ -8,7 +8,10 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
 
-.PHONY: quickstart test check validate tables golden venv smollm2 schema clean
+# STORE=--store keeps the results of validate and bench.
+STORE ?=
+
+.PHONY: bench quickstart test check validate tables golden venv smollm2 schema clean
 
 quickstart: $(READY)
 	$(BIN)/python -m lowvram_chat.sft recipes/quickstart.yaml --overwrite
@@ -20,8 +23,9 @@ quickstart: $(READY)
 
 validate: benchmarks/data/vram_measured.csv
 	$(PYTHON) -m venv $(VENV)-validate
-	$(VENV)-validate/bin/python -m pip install -q --disable-pip-version-check torch==2.13.0 transformers==4.51.3 pydantic PyYAML rich numpy
+	$(VENV)-validate/bin/python -m pip install -q --disable-pip-version-check torch==2.13.0 transformers==4.51.3 pydantic PyYAML rich numpy pytest
 	$(VENV)-validate/bin/python -m lowvram_chat.plan --validate $<
+	$(VENV)-validate/bin/python -m pytest benchmarks/test_planner.py -k memory $(STORE)
 
 test: $(READY)
 	$(BIN)/python -m pytest tests
@@ -51,6 +55,10 @@ $(READY): constraints.txt pyproject.toml
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $(READY)
 
+bench: $(READY)
+	$(BIN)/python -m pytest benchmarks $(STORE)
+
+# README's tables say what benchmarks/results holds; pytest benchmarks/ --full --store renews that.
 tables: $(READY)
 	$(BIN)/python tools/make_tables.py
 

@@ -11,19 +11,20 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import os
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from benchmarks import chats
+from benchmarks import chats, processes
+from benchmarks.suite import Keeper
+from lowvram_chat.results.record import Metric, Record
 
-RESULTS = Path(__file__).parent / "results"
 LENGTH, BATCH = 1024, 1000
+SHARE, MOST_MIB = 0.7, 1536
+"""Of the tokenizer's own speed, at least; of memory, at most, whatever the number of conversations."""
 
 
 def raw(path: Path) -> dict[str, float]:
@@ -69,34 +70,45 @@ KINDS: dict[str, Callable[[Path], dict[str, float]]] = {"tokenizer alone": raw, 
 def _process(kind: str, path: Path, cache: Path) -> dict[str, float]:
     """Run one kind in a process of its own; return its figures with its peak memory."""
     code = "import json, sys; from benchmarks.bench_tokenize import *; print(json.dumps(KINDS[sys.argv[1]](Path(sys.argv[2]))))"
-    environment = {**os.environ, "LOWVRAM_CHAT_CACHE": str(cache), "TOKENIZERS_PARALLELISM": "true"}
-    command = [sys.executable, "-c", code, kind, str(path)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment, text=True)
-    assert process.stdout is not None
-    said = process.stdout.read()
-    _, status, usage = os.wait4(process.pid, 0)
-    if status:
-        raise RuntimeError(f"{kind} failed")
-    figures: dict[str, float] = json.loads(said.splitlines()[-1])
-    return figures | {"peak_resident_mib": usage.ru_maxrss / 1024}
+    environment = {"LOWVRAM_CHAT_CACHE": str(cache), "TOKENIZERS_PARALLELISM": "true"}
+    done = processes.run([sys.executable, "-c", code, kind, str(path)], environment)
+    figures: dict[str, float] = json.loads(done.said.splitlines()[-1])
+    return figures | {"peak_resident_mib": done.peak_resident_mib}
 
 
 def main() -> None:
     """Make conversations, run both kinds, print the figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--conversations", type=int, default=200_000)
-    parser.add_argument("--store", action="store_true", help="write the figures to benchmarks/results/tokenize.json")
+    parser.add_argument("--store", action="store_true", help="write the result to benchmarks/results")
     args = parser.parse_args()
+    keeper = Keeper.of_this_checkout(store=args.store)
+    measure(keeper, args.conversations)
+
+
+def measure(keeper: Keeper, conversations: int) -> Record:
+    """Make conversations, run both kinds, keep the figures."""
     with tempfile.TemporaryDirectory(prefix="lowvram-chat-tokenize-") as name:
-        path = chats.write(chats.like_ultrachat(args.conversations), Path(name) / "chats.jsonl")
-        report: dict[str, Any] = {kind: _process(kind, path, Path(name) / "cache") for kind in KINDS}
-    for figures in report.values():
-        figures["conversations_per_second"] = figures["conversations"] / figures["seconds"]
-        figures["megabytes_per_second"] = figures["megabytes"] / figures["seconds"]
-    report["share_of_the_tokenizer"] = report["tokenizer alone"]["seconds"] / report["token rows"]["seconds"]
-    print(json.dumps(report, indent=2))
-    if args.store:
-        (RESULTS / "tokenize.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        path = chats.write(chats.like_ultrachat(conversations), Path(name) / "chats.jsonl")
+        alone, whole = (_process(kind, path, Path(name) / "cache") for kind in KINDS)
+    share = alone["seconds"] / whole["seconds"]
+    figures = {
+        "conversations_per_second": _metric(whole["conversations"] / whole["seconds"], "1/s", "higher", 0.2),
+        "megabytes_per_second": _metric(whole["megabytes"] / whole["seconds"], "MB/s", "higher", 0.2),
+        "tokenizer_alone": _metric(alone["conversations"] / alone["seconds"], "1/s"),
+        "share_of_the_tokenizer": _metric(share, "1", "higher", 0.2),
+        "peak_resident": _metric(whole["peak_resident_mib"], "MiB", "lower", 0.1),
+    }
+    for metric, figure in figures.items():
+        print(f"{metric.replace('_', ' ')}: {figure.value:,.4g} {figure.unit}")
+    problem = None if share >= SHARE else f"{share:.0%} of the tokenizer's own speed, {SHARE:.0%} wanted"
+    if whole["peak_resident_mib"] > MOST_MIB:
+        problem = f"{whole['peak_resident_mib']:,.0f} MiB, at most {MOST_MIB:,} wanted"
+    return keeper.keep("tokenize", f"{conversations} conversations", figures, problem=problem)
+
+
+def _metric(value: float, unit: str, better: Literal["lower", "higher", "same"] = "same", noise: float = 0.0) -> Metric:
+    return Metric(value=round(value, 4), unit=unit, kind="measured", better=better, tolerance=noise)
 
 
 if __name__ == "__main__":

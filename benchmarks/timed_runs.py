@@ -7,19 +7,17 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
 import shutil
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks import chats
+from benchmarks import chats, processes
 
 LENGTH, ROWS, WARM_UP = 256, 8, 2
 """Tokens of a row at most; conversations of a step; logged steps that are left out."""
@@ -38,21 +36,22 @@ class Size:
     """
 
 
-def _flops(layers: int, width: int, vocabulary: int) -> float:
+def flops(layers: int, width: int, vocabulary: int, length: int = LENGTH) -> float:
+    """Return the FLOPs of the matrix products that a token of full fine-tuning takes."""
     blocks = 12 * layers * width**2
-    return 6.0 * (blocks + vocabulary * width) + 12.0 * layers * width * LENGTH / 2  # causal: half of the scores
+    return 6.0 * (blocks + vocabulary * width) + 12.0 * layers * width * length / 2  # causal: half of the scores
 
 
-SIZES = {"tiny": Size(240, _flops(4, 256, 8192)), "gpt2": Size(48, _flops(12, 768, 50257))}
+SIZES = {"tiny": Size(240, flops(4, 256, 8192)), "gpt2": Size(48, flops(12, 768, 50257))}
 
 
 def prepare(folder: Path, model: str) -> None:
     """Write the model, the conversations that fit a row, and those that are held out."""
     from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, set_seed
 
-    from lowvram_chat.cli import quiet_libraries, quiet_transformers
     from lowvram_chat.data.template import set_template
     from lowvram_chat.model.load import BUILTIN, load_tokenizer
+    from lowvram_chat.quiet import quiet_libraries, quiet_transformers
 
     quiet_libraries()
     quiet_transformers()
@@ -102,20 +101,10 @@ def run_ours(folder: Path, words: Sequence[str], rows: int) -> dict[str, Any]:
 
 
 def _process(command: list[str]) -> dict[str, Any]:
-    """Run a command to its end; return its wall time and peak resident memory.
-
-    Raises:
-        RuntimeError: it failed; with the end of what it said.
-    """
-    started = time.monotonic()
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "true"}
-    with tempfile.TemporaryFile() as said:
-        process = subprocess.Popen(command, stdout=said, stderr=said, env=environment)
-        _, status, usage = os.wait4(process.pid, 0)
-        if status:
-            said.seek(0)
-            raise RuntimeError(f"{' '.join(command[:4])} failed:\n{said.read().decode(errors='replace')[-2000:]}")
-    return {"wall_seconds": time.monotonic() - started, "peak_resident_mib": usage.ru_maxrss / 1024}
+    """Run a command on the CPU, on a machine with a card too; return its wall time and peak resident memory."""
+    quiet = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "true", "CUDA_VISIBLE_DEVICES": ""}
+    done = processes.run(command, quiet)
+    return {"wall_seconds": done.wall_seconds, "peak_resident_mib": done.peak_resident_mib}
 
 
 def _rate(lines: Path) -> dict[str, Any]:

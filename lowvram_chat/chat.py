@@ -14,8 +14,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lowvram_chat.cli import guarded, parser, quiet_transformers
+from lowvram_chat.cli import guarded, parser
 from lowvram_chat.errors import UsageError
+from lowvram_chat.quiet import quiet_transformers
 
 if TYPE_CHECKING:
     from lowvram_chat.model.open import Opened

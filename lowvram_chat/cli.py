@@ -9,15 +9,14 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
-import logging
 import os
 import sys
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from lowvram_chat import __version__
 from lowvram_chat.errors import DoesNotFit, LowVramError, ProofError, did_you_mean
+from lowvram_chat.quiet import quiet_libraries
 
 COMMANDS: Mapping[str, str] = {
     "plan": "will it fit? the memory of a recipe, without GPU, weights or data",
@@ -25,6 +24,7 @@ COMMANDS: Mapping[str, str] = {
     "merge": "fold a run's adapter into its base model, with a proof",
     "chat": "talk to a run or model",
     "evaluate": "held-out loss and perplexity",
+    "bench": "measure a recipe on this machine, report and compare results",
     "doctor": "what this machine has, and what to do about each lack",
 }
 
@@ -60,36 +60,6 @@ def guarded(work: Callable[[], int]) -> int:
     except KeyboardInterrupt:
         print("\nStopped.", file=sys.stderr)
         return 130
-
-
-def quiet_libraries() -> None:
-    """Send our own words to stderr as plain lines, and keep the libraries' warnings and bars of sub-steps from the user."""
-    for name, value in {
-        "TRANSFORMERS_VERBOSITY": "error",
-        "DATASETS_VERBOSITY": "error",
-        "HF_HUB_DISABLE_PROGRESS_BARS": "1" if not sys.stderr.isatty() else "0",
-        "HF_HUB_DISABLE_TELEMETRY": "1",
-        "TOKENIZERS_PARALLELISM": "true",
-        "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
-    }.items():
-        os.environ.setdefault(name, value)
-    warnings.filterwarnings("ignore")
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it names optional CPU kernels that it does without
-    package = logging.getLogger("lowvram_chat")
-    if not package.handlers:
-        handler = logging.StreamHandler()
-        handler.setFormatter(logging.Formatter("%(message)s"))
-        package.addHandler(handler)
-        package.setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING)
-        package.propagate = False
-
-
-def quiet_transformers() -> None:
-    """Switch off transformers' bars and warnings (call it once transformers is wanted: it imports torch)."""
-    import transformers
-
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
 
 
 def print_json(document: Mapping[str, Any]) -> None:

@@ -15,8 +15,9 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from lowvram_chat.cli import guarded, parser, print_json, quiet_transformers
+from lowvram_chat.cli import guarded, parser, print_json
 from lowvram_chat.errors import UsageError
+from lowvram_chat.quiet import quiet_transformers
 from lowvram_chat.recipe.load import describe, load_recipe
 from lowvram_chat.recipe.schema import Data
 

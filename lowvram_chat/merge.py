@@ -16,8 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lowvram_chat.cli import guarded, parser, print_json, quiet_transformers
+from lowvram_chat.cli import guarded, parser, print_json
 from lowvram_chat.errors import ModelError, ProofError, UsageError
+from lowvram_chat.quiet import quiet_transformers
 from lowvram_chat.recipe.schema import Model
 
 log = logging.getLogger(__name__)

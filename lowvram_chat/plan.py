@@ -19,8 +19,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from lowvram_chat.cli import guarded, parser, print_json, quiet_transformers
+from lowvram_chat.cli import guarded, parser, print_json
 from lowvram_chat.errors import ModelError, UsageError
+from lowvram_chat.quiet import quiet_transformers
 
 
 def main(argv: Sequence[str] | None = None) -> int:

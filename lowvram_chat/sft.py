@@ -14,8 +14,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lowvram_chat.cli import guarded, parser, print_json, quiet_transformers
+from lowvram_chat.cli import guarded, parser, print_json
 from lowvram_chat.errors import UsageError
+from lowvram_chat.quiet import quiet_transformers
 from lowvram_chat.recipe.load import dump_recipe, load_recipe
 from lowvram_chat.recipe.schema import Recipe
 
@@ -61,10 +62,11 @@ def run(recipe: Recipe, *, resume: bool = False, overwrite: bool = False, force:
     """
     from lowvram_chat.train.run_dir import RunDir, check_new, is_main_process, read_result
 
+    run = RunDir(Path(recipe.output.dir))
     if is_main_process():
-        check_new(Path(recipe.output.dir), overwrite=overwrite, resume=resume)
-    finished = read_result(RunDir(Path(recipe.output.dir))) if resume else {}
-    if finished and _is_same(RunDir(Path(recipe.output.dir)).recipe(), recipe):
+        check_new(run.path, overwrite=overwrite, resume=resume)
+    finished = read_result(run) if resume else {}
+    if finished and _is_same(run.recipe(), recipe):
         log.info("%s: this run has ended; nothing to resume", recipe.output.dir)
         return finished
 
@@ -79,9 +81,18 @@ def run(recipe: Recipe, *, resume: bool = False, overwrite: bool = False, force:
     device = check_device(recipe)
     quiet_transformers()
 
+    from lowvram_chat.results.run_page import write_run_page
     from lowvram_chat.train.session import train
 
-    return train(recipe, device=device, resume=resume, force=force)
+    try:
+        result = train(recipe, device=device, resume=resume, force=force)
+    except KeyboardInterrupt:
+        if run.metrics_file.is_file() and is_main_process():
+            write_run_page(run)
+        raise
+    if is_main_process():
+        print(f"report: {write_run_page(run)}")
+    return result
 
 
 PLANNED = ("micro_batch", "per_device_train_batch_size", "gradient_accumulation_steps", "gradient_checkpointing")

@@ -43,8 +43,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if "network" in item.keywords and "network" not in asked:
             item.add_marker(pytest.mark.skip(reason="reaches the Hugging Face hub: run pytest -m network"))
+        if "browser" in item.keywords and not _has_browser():
+            item.add_marker(pytest.mark.skip(reason="needs Chromium: apt-get install chromium"))
         if "gpu" in item.keywords and not _has_gpu():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA graphics card"))
+
+
+def _has_browser() -> bool:
+    return any(map(shutil.which, ("chromium", "google-chrome", "chrome")))
 
 
 def _has_gpu() -> bool:

@@ -37,7 +37,7 @@ class Bench:
                 "save_steps": None,
             },
             "optimizer": {"name": "adamw"},
-            "output": {"dir": str(self.folder / name)},
+            "output": {"dir": str(self.folder / name), "sample_prompts": []},  # answers take time
         }
         for key, value in settings.items():
             section, _, field = key.partition("__")

@@ -1,146 +1,166 @@
-"""Write README's generated tables: what each recipe is predicted to take of its card, and how wrong the planner is.
+"""Write README's generated tables from the stored results of the benchmarks.
 
-    python tools/make_tables.py            plans every recipe (minutes) and rewrites README's tables
-    python tools/make_tables.py --stored   rewrites them from what is stored
-    python tools/make_tables.py --check    only says whether README holds what benchmarks/results/*.json say
+    python tools/make_tables.py            rewrites README's tables from benchmarks/results
+    python tools/make_tables.py --check    only says whether README holds what the results say
 
-The planner's error comes from `make validate`, which writes benchmarks/results/validation.json in an environment of its
-own (transformers 4.51.3, the model code that the measured runs ran).
+`pytest benchmarks/ --full --store` renews the results; `make validate STORE=--store` those of the planner's error, in an
+environment of its own (transformers 4.51.3, the model code that the measured runs ran).
 """
 
 from __future__ import annotations
 
 import csv
-import json
 import statistics
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+
+from lowvram_chat.errors import LowVramError
+from lowvram_chat.results.record import Record, load_all
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
 RESULTS = ROOT / "benchmarks" / "results"
 MEASURED = ROOT / "benchmarks" / "data" / "vram_measured.csv"
 PREDICTORS = {"xMem": "xmem_mib", "DNNMem": "dnnmem_mib", "SchedTune": "schedtune_mib", "LLMem": "llmem_mib"}
-MIB = 1 << 20
+WATTS = (80, 55, 40)
+
+Cases = Mapping[str, Record]
 
 
-def planned() -> dict[str, Any]:
-    """Return recipe -> predicted peak, verdicts and largest micro-batches on its card."""
-    from lowvram_chat.cli import quiet_libraries
-    from lowvram_chat.memory.plan import plan
-    from lowvram_chat.memory.search import largest_micro_batch
-    from lowvram_chat.memory.speed import speeds
-    from lowvram_chat.recipe.load import load_recipe
-
-    quiet_libraries()
-    rows: dict[str, Any] = {}
-    for path in sorted((ROOT / "recipes").rglob("*.yaml")):
-        recipe = load_recipe(path)
-        if recipe.model.name.startswith("models/"):  # made by `make smollm2`: planned by its hub name
-            model = recipe.model.model_copy(update={"name": "HuggingFaceTB/SmolLM2-135M-Instruct"})
-            recipe = recipe.model_copy(update={"model": model})
-        result = plan(recipe)
-        rows[path.stem] = {
-            "micro_batch": recipe.train.per_device_train_batch_size,
-            "on_card_mib": round(result.on_card_bytes / MIB),
-            "spare_mib": {name: round((limit - result.on_card_bytes) / MIB) for name, limit in result.limits.items()},
-            "tokens_per_second": {str(s.watts): round(s.tokens_per_second) for s in speeds(recipe, result.work)},
-            "three_baseline_epochs_hours": {
-                str(s.watts): round(s.seconds_per_three_baseline_epochs / 3600, 2) for s in speeds(recipe, result.work)
-            },
-            "largest_micro_batch": {name: largest_micro_batch(recipe, name) for name in result.limits},
-        }
-        print(path.stem, rows[path.stem], file=sys.stderr)
-    return rows
-
-
-def plan_table(rows: Mapping[str, Any]) -> str:
+def plan_table(cases: Cases) -> str:
     """Return the table of recipes."""
-    head = (
-        "| recipe | micro-batch | predicted on the card, MiB | to spare, Linux | to spare, Windows | largest micro-batch, Linux "
-        "| largest micro-batch, Windows |\n|---|---|---|---|---|---|---|\n"
-    )
-    return head + "\n".join(f"| `{name}` | {' | '.join(_cells(row))} |" for name, row in rows.items())
+    head = ["recipe", "micro-batch", "predicted on the card, MiB", "to spare, Linux", "to spare, Windows"]
+    head += ["largest micro-batch, Linux", "largest micro-batch, Windows"]
+    rows = []
+    for name, case in cases.items():
+        spare = [_spare(case.metrics[f"spare_{system}"].value) for system in ("linux", "windows")]
+        most = [_figure(case, f"largest_micro_batch_{system}") for system in ("linux", "windows")]
+        rows.append([f"`{name}`", _figure(case, "micro_batch"), _figure(case, "on_card"), *spare, *most])
+    return _table(head, rows)
 
 
-def _cells(row: Mapping[str, Any]) -> list[str]:
-    spare, largest = row["spare_mib"], row["largest_micro_batch"]
-    sizes = [_spare(spare[system]) for system in ("linux", "windows")]
-    return [str(row["micro_batch"]), f"{row['on_card_mib']:,}", *sizes, str(largest["linux"]), str(largest["windows"])]
+def _spare(mib: float) -> str:
+    return f"{mib:,.0f}" if mib >= 0 else f"does not fit ({-mib:,.0f} too much)"
 
 
-def _spare(mib: int) -> str:
-    return f"{mib:,}" if mib >= 0 else f"does not fit ({-mib:,} too much)"
-
-
-WATTS = ("80", "55", "40")
-
-
-def speed_table(rows: Mapping[str, Any]) -> str:
+def speed_table(cases: Cases) -> str:
     """Return the predicted speeds of the recipes for the RTX 3050 Laptop."""
-    head = "| recipe | " + " | ".join(f"tokens/s at {watts} W" for watts in WATTS)
-    head += " | three baseline epochs at " + ", ".join(WATTS) + " W |\n|---|---|---|---|---|\n"
-    lines = []
-    for name, row in rows.items():
-        if name in ("quickstart", "smollm2_lora"):  # models of another size
-            continue
-        rates = " | ".join(f"{row['tokens_per_second'][watts]:,}" for watts in WATTS)
-        hours = ", ".join(_hours(row["three_baseline_epochs_hours"][watts]) for watts in WATTS)
-        lines.append(f"| `{name}` | {rates} | {hours} |")
-    return head + "\n".join(lines)
+    head = ["recipe", *(f"tokens/s at {watts} W" for watts in WATTS), "three baseline epochs at 80, 55, 40 W"]
+    rows = []
+    for name, case in cases.items():
+        rates = [_figure(case, f"tokens_per_second_{watts}w") for watts in WATTS]
+        hours = ", ".join(_hours(case.metrics[f"three_baseline_epochs_{watts}w"].value) for watts in WATTS)
+        rows.append([f"`{name}`", *rates, hours])
+    return _table(head, rows)
+
+
+def throughput_table(cases: Cases) -> str:
+    """Return what was measured beside stock TRL on a CPU."""
+    head = [
+        "case",
+        "real tokens/s",
+        "x `trl sft` defaults",
+        "x `trl sft` tuned",
+        "share of the matrix peak",
+        "held-out loss",
+    ]
+    stock, tuned = (cases[name].metrics["tokens_per_second"].value for name in ("trl defaults", "trl tuned"))
+    rows = []
+    for name, case in cases.items():
+        rate = case.metrics["tokens_per_second"].value
+        share, loss = case.metrics["share_of_matrix_peak"].value, case.metrics["held_out_loss"].value
+        rows.append([name, f"{rate:,.0f}", f"{rate / stock:.2f}", f"{rate / tuned:.2f}", f"{share:.0%}", f"{loss:.4f}"])
+        rows[-1].append(_figure(case, "peak_resident"))
+    return _table([*head, "peak memory, MiB"], rows)
+
+
+def ablation_table(cases: Cases) -> str:
+    """Return what each substitution brings, on top of those before it."""
+    first = next(iter(cases.values())).metrics["tokens_per_second"].value
+    rows, before = [], first
+    for name, case in cases.items():
+        rate = case.metrics["tokens_per_second"].value
+        memory, loss = _figure(case, "peak_resident"), case.metrics["held_out_loss"].value
+        rows.append(
+            [
+                name.split(" ", 1)[1],
+                f"{rate:,.0f}",
+                f"{rate / before - 1:+.0%}",
+                f"{rate / first:.2f}",
+                memory,
+                f"{loss:.4f}",
+            ]
+        )
+        before = rate
+    rows[0][2] = ""
+    return _table(["substitution", "real tokens/s", "by itself", "x stock", "peak memory, MiB", "held-out loss"], rows)
+
+
+def validation_table(cases: Cases) -> str:
+    """Return the planner's error beside that of four published predictors, on the rows that each predicts."""
+    with MEASURED.open(encoding="utf-8", newline="") as file:
+        rows = {row["id"]: row for row in csv.DictReader(file)}
+    errors = {
+        name.removesuffix(" error"): abs(metric.value)
+        for name, metric in cases["memory"].metrics.items()
+        if name.endswith(" error")
+    }
+    lines = [
+        _errors("this planner, all measured rows", list(errors.values())),
+        _errors("this planner, without rows marked hard", [e for name, e in errors.items() if not rows[name]["hard"]]),
+    ]
+    for title, column in PREDICTORS.items():
+        theirs = [
+            abs(float(row[column]) / float(row["measured_mib"]) - 1) * 100
+            for row in rows.values()
+            if row.get(column) and row["measured_mib"]
+        ]
+        lines.append(_errors(title, theirs))
+    return _table(["predictor", "rows", "median error", "within 1 %", "largest error"], lines)
+
+
+def _errors(title: str, errors: list[float]) -> list[str]:
+    within = sum(error <= 1 for error in errors) / len(errors)
+    return [title, str(len(errors)), f"{statistics.median(errors):.2f} %", f"{within:.0%}", f"{max(errors):.1f} %"]
+
+
+TABLES: Mapping[str, tuple[str, str, Callable[[Cases], str]]] = {
+    "plans": ("vram", "", plan_table),
+    "speeds": ("baseline", "", speed_table),
+    "validation": ("planner", "", validation_table),
+    "throughput-tiny": ("throughput", "tiny: ", throughput_table),
+    "throughput-gpt2": ("throughput", "gpt2: ", throughput_table),
+    "ablation": ("ablation", "tiny: ", ablation_table),
+}
+"""Place in README -> benchmark, what its cases' names begin with, and what makes the table."""
+
+
+def cases_of(benchmark: str, prefix: str) -> Cases:
+    """Return case (without the prefix) -> record, of the one machine whose results are the newest.
+
+    Raises:
+        LowVramError: a result that cannot be read, or none.
+    """
+    folders = [path for path in RESULTS.glob(f"*/{benchmark}") if path.is_dir()]
+    records = [record for record in load_all(folders or [RESULTS / benchmark]) if record.case.startswith(prefix)]
+    newest = max(records, key=lambda record: record.date).machine.name
+    return {record.case.removeprefix(prefix): record for record in records if record.machine.name == newest}
+
+
+def _table(head: list[str], rows: list[list[str]]) -> str:
+    lines = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}", *(f"| {' | '.join(row)} |" for row in rows)]
+    return "\n".join(lines)
+
+
+def _figure(case: Record, metric: str) -> str:
+    value = case.value(metric)
+    return "-" if value is None else f"{value:,.0f}"
 
 
 def _hours(hours: float) -> str:
     minutes = round(60 * hours)
     return f"{minutes // 60} h {minutes % 60:02d} m"
-
-
-def throughput_table(report: Mapping[str, Any]) -> str:
-    """Return what was measured beside stock TRL on a CPU."""
-    cases = report["cases"]
-    stock, tuned = (cases[name]["tokens_per_second"] for name in ("trl defaults", "trl tuned"))
-    lines = [
-        "| case | real tokens/s | x `trl sft` defaults | x `trl sft` tuned | share of the matrix peak | held-out loss "
-        "| peak memory, MiB |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    lines += [
-        f"| {name} | {row['tokens_per_second']:,.0f} | {row['tokens_per_second'] / stock:.2f} | "
-        f"{row['tokens_per_second'] / tuned:.2f} | {row['share_of_matrix_peak']:.0%} | {row['held_out_loss']:.4f} | "
-        f"{row['peak_resident_mib']:,.0f} |"
-        for name, row in cases.items()
-    ]
-    return "\n".join(lines)
-
-
-MEASURED_TABLES = {"throughput-tiny": throughput_table, "throughput-gpt2": throughput_table}
-"""Tables of what benchmarks measured: name of the stored result and of the place in README -> what makes the table."""
-
-
-def validation_table(report: Mapping[str, Any]) -> str:
-    """Return the planner's error beside that of four published predictors, on the rows that each predicts."""
-    with MEASURED.open(encoding="utf-8", newline="") as file:
-        rows = {row["id"]: row for row in csv.DictReader(file)}
-    lines = ["| predictor | rows | median error | within 1 % | largest error |", "|---|---|---|---|---|"]
-    ours = {row["id"]: abs(row["error_percent"]) for row in report["rows"] if row["error_percent"] is not None}
-    lines.append(_line("this planner, all measured rows", list(ours.values())))
-    plain = [error for name, error in ours.items() if not rows[name]["hard"]]
-    lines.append(_line("this planner, without rows marked hard", plain))
-    for title, column in PREDICTORS.items():
-        errors = [
-            abs(float(row[column]) / float(row["measured_mib"]) - 1) * 100
-            for row in rows.values()
-            if row.get(column) and row["measured_mib"]
-        ]
-        lines.append(_line(title, errors))
-    return "\n".join(lines)
-
-
-def _line(title: str, errors: list[float]) -> str:
-    within = sum(error <= 1 for error in errors) / len(errors)
-    return f"| {title} | {len(errors)} | {statistics.median(errors):.2f} % | {within:.0%} | {max(errors):.1f} % |"
 
 
 def write(text: str, name: str, table: str) -> str:
@@ -154,21 +174,17 @@ def write(text: str, name: str, table: str) -> str:
 
 
 def main() -> None:
-    """Plan, write or check."""
-    check = "--check" in sys.argv
-    if not (check or "--stored" in sys.argv):
-        RESULTS.mkdir(parents=True, exist_ok=True)
-        (RESULTS / "plans.json").write_text(json.dumps(planned(), indent=2) + "\n", encoding="utf-8")
-    plans = json.loads((RESULTS / "plans.json").read_text(encoding="utf-8"))
-    validation = json.loads((RESULTS / "validation.json").read_text(encoding="utf-8"))
-    old = README.read_text(encoding="utf-8")
-    new = write(write(old, "plans", plan_table(plans)), "validation", validation_table(validation))
-    new = write(new, "speeds", speed_table(plans))
-    for name, table in MEASURED_TABLES.items():
-        new = write(new, name, table(json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))))
-    if check and new != old:
-        sys.exit("README.md: its tables are not current. Run python tools/make_tables.py.")
-    README.write_text(new, encoding="utf-8") if not check else None
+    """Write or check."""
+    old = new = README.read_text(encoding="utf-8")
+    try:
+        for name, (benchmark, prefix, make) in TABLES.items():
+            new = write(new, name, make(cases_of(benchmark, prefix)))
+    except LowVramError as error:
+        sys.exit(str(error))
+    if "--check" not in sys.argv:
+        README.write_text(new, encoding="utf-8")
+    elif new != old:
+        sys.exit("README.md: its tables are not what benchmarks/results says. Run python tools/make_tables.py.")
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from lowvram_chat.errors import ModelError, did_you_mean
+from lowvram_chat.model.lean_lora import fuse_adapters
 from lowvram_chat.recipe.adapters import ADAPTERS
 from lowvram_chat.recipe.schema import Adapter
 
@@ -56,7 +57,10 @@ def add_adapter(model: PreTrainedModel, adapter: Adapter) -> PeftModel:
         task_type="CAUSAL_LM",
         **settings,
     )
-    return get_peft_model(model, config)  # type: ignore[return-value]
+    adapted: Any = get_peft_model(model, config)
+    if adapter.lean:
+        fuse_adapters(adapted)
+    return adapted  # type: ignore[no-any-return]
 
 
 PROBE_FILE = "base_probe.json"

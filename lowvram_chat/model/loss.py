@@ -57,9 +57,11 @@ class _TiledCrossEntropy(torch.autograd.Function):
         needs_hidden, needs_weight, needs_bias = (needed for needed in ctx.needs_input_grad[:3])
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         d_hidden = torch.empty_like(hidden) if needs_hidden else None
+        size, padded = weight.size(0), _rounded(weight, dtype, multiple)
+        # Before the head's copy, whose room is needed no longer than the loop.
+        d_weight = weight.new_zeros(padded if dtype == weight.dtype else size, weight.size(1)) if needs_weight else None
         d_bias = torch.zeros_like(bias) if bias is not None and needs_bias else None
-        size, head = weight.size(0), _head(weight, dtype, multiple)
-        d_weight = weight.new_zeros(head.shape if dtype == weight.dtype else weight.shape) if needs_weight else None
+        head = _head(weight, dtype, padded)
         held = _held_logits(hidden, head)
         with torch.autocast(device, enabled=False):
             for start in range(0, hidden.size(0), TILE):
@@ -79,7 +81,9 @@ class _TiledCrossEntropy(torch.autograd.Function):
                 if d_bias is not None:
                     d_bias += gradient.sum(0)[:size]
                 del gradient
-        ctx.gradients = [d_hidden, None if d_weight is None else d_weight[:size], d_bias]
+        if d_weight is not None and d_weight.size(0) != size:
+            d_weight.resize_(weight.shape)  # not a view, which the engine would copy
+        ctx.gradients = [d_hidden, d_weight, d_bias]
         return total
 
     @staticmethod
@@ -89,13 +93,19 @@ class _TiledCrossEntropy(torch.autograd.Function):
         return (*(None if g is None else g.mul_(upstream[0] / SAFE) for g in gradients), None, None, None)
 
 
-def _head(weight: torch.Tensor, dtype: torch.dtype, multiple: int) -> torch.Tensor:
-    """Return the head (V, d) in the type of the products; a copy has zeros (V', d) below, up to the multiple."""
-    rounded = weight.device.type == "cpu" and weight.size(0) % multiple != 0  # there it pays in fp32 too
-    if dtype == weight.dtype and not rounded:
+def _rounded(weight: torch.Tensor, dtype: torch.dtype, multiple: int) -> int:
+    """Return the rows V' of the head in the products: rounded up in half precision, and on a CPU, where fp32 gains too."""
+    size = weight.size(0)
+    return size if dtype == weight.dtype and weight.device.type != "cpu" else -(-size // multiple) * multiple
+
+
+def _head(weight: torch.Tensor, dtype: torch.dtype, rows: int) -> torch.Tensor:
+    """Return the head (V, d) in the type of the products; a copy of more rows (V', d) has zeros below."""
+    if dtype == weight.dtype and rows == weight.size(0):
         return weight
-    head = weight.new_zeros((-(-weight.size(0) // multiple) * multiple, weight.size(1)), dtype=dtype)
+    head = weight.new_empty((rows, weight.size(1)), dtype=dtype)
     head[: weight.size(0)] = weight
+    head[weight.size(0) :] = 0
     return head
 
 

@@ -36,8 +36,6 @@ class Gpu:
     """Power limit (W) -> FP32 rate (TFLOPS)."""
     gb_per_second: float
     """Memory bandwidth, 10^9 bytes a second."""
-    bf16: bool = True
-    """Whether the card computes in bfloat16."""
     tensor_cores: bool = True
     """Whether it has tensor cores; else `fp16_tflops` is what its shaders do."""
     fp16_accumulation_gain: float = 1.0
@@ -60,7 +58,6 @@ def _four_gb(
         fp16_tflops=fp16,
         fp32_tflops=fp32,
         gb_per_second=bandwidth,
-        bf16=capability >= (8, 0),
         tensor_cores=capability >= (8, 0),
         fp16_accumulation_gain=2.0 if capability >= (8, 0) else 1.0,
     )
@@ -97,7 +94,6 @@ GPUS: Mapping[str, Gpu] = {
         fp16_tflops={70: 65.0},
         fp32_tflops={70: 8.1},
         gb_per_second=320,
-        bf16=False,
     ),
     "rtx-3090-24gb": Gpu(
         title="RTX 3090 24 GB",

@@ -82,6 +82,8 @@ class Adapter(Section):
     """Scaling numerator: the update is multiplied by alpha / r (rslora: alpha / sqrt(r))."""
     dropout: Share = 0.0
     """Dropout in front of the adapter."""
+    lean: bool = True
+    """Add a plain adapter's product to its layer's output in one kernel; false: PEFT's own forward, for comparison."""
     target_modules: list[str] | None = None
     """Names of the layers that get an adapter; null: every linear layer of the blocks."""
 
@@ -216,6 +218,12 @@ class Output(Section):
     """Run folder."""
     report_to: list[str] = []
     """Trackers known to transformers: tensorboard, wandb, mlflow, trackio, ..."""
+    sample_prompts: list[str] = [
+        "Hello, how are you today?",
+        "What do you like to do on the weekend?",
+        "What is the capital of France?",
+    ]
+    """Questions that the model answers before the run and after it, for report.html; []: none."""
 
 
 class Recipe(Section):

@@ -60,7 +60,7 @@ def check_clean(root: Path, results: Path) -> None:
     Raises:
         UsageError: the tree is dirty, with the first files.
     """
-    said = _git(root, "status", "--porcelain", "--untracked-files=normal")
+    said = _git(root, "status", "--porcelain", "--untracked-files=all")
     if said is None:
         raise UsageError(f"--store: {root} is no git checkout, so no result could name its commit. Leave --store out.")
     kept = results.resolve()

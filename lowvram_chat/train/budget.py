@@ -87,6 +87,11 @@ def _refusal(recipe: Recipe, planned: Plan) -> str:
     return f"{report.verdict(recipe, planned)}\nAdd one of these, or --force to start all the same:\n{changes}"
 
 
+def allocator_limit(planned: Plan | None) -> int | None:
+    """Return the bytes that CUDA's allocator may take by the plan; None where nothing holds it."""
+    return planned.limit_bytes - CONTEXT_MIB * MIB if planned is not None and torch.cuda.is_available() else None
+
+
 def compared(planned: Plan | None) -> dict[str, Any]:
     """Return predicted and measured peak for `result.json`; measured only on CUDA."""
     if planned is None:

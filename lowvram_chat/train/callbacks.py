@@ -1,9 +1,8 @@
-"""What is written and shown while a run goes on: metrics.jsonl, a progress line, the token counts."""
+"""What is written while a run goes on: metrics.jsonl and the token counts; `display` shows the same."""
 
 from __future__ import annotations
 
 import json
-import logging
 import sys
 import time
 from dataclasses import asdict, dataclass
@@ -11,13 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from lowvram_chat.train.display import Display
 from lowvram_chat.train.run_dir import COUNTS_FILE, RunDir, write_json
-
-log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -45,13 +41,14 @@ class TokenCounts:
 class Recorder(TrainerCallback):
     """Writes a line of metrics.jsonl at every logged step, keeps the clock, and shows where the run is."""
 
-    def __init__(self, run: RunDir, counts: TokenCounts) -> None:
+    def __init__(self, run: RunDir, counts: TokenCounts, limit_bytes: int | None = None) -> None:
+        """`limit_bytes`: what the allocator may take of the card, to be shown."""
         self.run = run
         self.counts = counts
         self.started = self.logged_at = time.monotonic()
         self.seconds_before = counts.seconds
         self.logged = TokenCounts(**asdict(counts))
-        self.display = Display()
+        self.display = Display(limit_bytes)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -80,7 +77,7 @@ class Recorder(TrainerCallback):
             line |= self._rates() | memory()
         with self.run.metrics_file.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
-        self.display.show(line, state.max_steps)
+        self.display.show(line)
 
     def _rates(self) -> dict[str, float]:
         """Return the tokens per second since the last logged step, and all tokens and seconds so far."""
@@ -104,52 +101,6 @@ class Recorder(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self.display.stop()
-
-
-class Display:
-    """A rich progress bar on a terminal, plain log lines elsewhere."""
-
-    def __init__(self) -> None:
-        self.console = Console(stderr=True)
-        self.progress: Progress | None = None
-        self.task = TaskID(0)
-
-    def start(self, done: int, total: int) -> None:
-        """Begin to show a run of `total` optimizer steps."""
-        if not self.console.is_terminal:
-            return
-        columns = (TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"))
-        self.progress = Progress(*columns, TimeRemainingColumn(), console=self.console)
-        self.task = self.progress.add_task("", total=total, completed=done)
-        self.progress.start()
-
-    def advance(self, step: int) -> None:
-        """Move the bar."""
-        if self.progress is not None:
-            self.progress.update(self.task, completed=step)
-
-    def show(self, line: dict[str, Any], total: int) -> None:
-        """Tell a logged step's loss and speed."""
-        words = [
-            f"{name.replace('eval_loss', 'held-out loss')} {line[name]:.4f}"
-            for name in ("loss", "eval_loss")
-            if name in line
-        ]
-        if "real_tokens_per_second" in line:
-            words.append(f"{line['real_tokens_per_second']:,.0f} tokens/s")
-        if "peak_reserved_bytes" in line:
-            words.append(f"{line['peak_reserved_bytes'] / 2**20:,.0f} MiB")
-        text = ", ".join(words)
-        if self.progress is not None:
-            self.progress.update(self.task, description=text)
-        else:
-            log.info("step %d of %d: %s", line["step"], total, text)
-
-    def stop(self) -> None:
-        """Leave the bar as it stands."""
-        if self.progress is not None:
-            self.progress.stop()
-            self.progress = None
 
 
 def memory() -> dict[str, int]:

@@ -66,12 +66,12 @@ def measure(recipe: Recipe, steps: int, of: Literal["memory", "speed"]) -> dict[
     """
     with tempfile.TemporaryDirectory(prefix="lowvram-chat-measure-") as name:
         folder = Path(name)
-        recipe = _plain(recipe, folder, steps)
+        recipe = plain(recipe, folder, steps)
         device = check_device(recipe)
         budget.hold(recipe, device)
         clock = _Clock()
         try:
-            _prepared(recipe, device, folder, steps).steps(run_dir.create(recipe, resume=False), clock)
+            prepared(recipe, device, folder, steps).steps(run_dir.create(recipe, resume=False), clock)
         except torch.OutOfMemoryError as error:
             return {"status": "out_of_memory", "reason": str(error).splitlines()[0]}
         train = recipe.train
@@ -99,17 +99,17 @@ def rows_of(recipe: Recipe, steps: int) -> Rows:
     return Rows(train=pack(rows, length) if recipe.data.rows == "packed" else rows, held_out=None, facts=facts)
 
 
-def _plain(recipe: Recipe, folder: Path, steps: int) -> Recipe:
+def plain(recipe: Recipe, folder: Path, steps: int) -> Recipe:
     """Return the recipe without what is not a step: evaluation, checkpoints, trackers, a schedule over an epoch."""
     data = recipe.data.model_copy(update={"eval_source": None, "eval_split": None, "eval_fraction": None})
     train = recipe.train.model_copy(
         update={"max_steps": steps + WARM_UP, "save_steps": None, "eval_steps": None, "logging_steps": 10**6}
     )
-    output = recipe.output.model_copy(update={"dir": str(folder / "run"), "report_to": []})
+    output = recipe.output.model_copy(update={"dir": str(folder / "run"), "report_to": [], "sample_prompts": []})
     return recipe.model_copy(update={"data": data, "train": train, "output": output})
 
 
-def _prepared(recipe: Recipe, device: torch.device, folder: Path, steps: int) -> Session:
+def prepared(recipe: Recipe, device: torch.device, folder: Path, steps: int) -> Session:
     """Return the session; where the weights cannot be had, with random ones of the same shapes, which run as fast."""
     rows = rows_of(recipe, steps)
     try:

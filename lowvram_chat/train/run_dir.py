@@ -1,10 +1,11 @@
 """The run folder: everything that later commands need, and nothing written before the run can start.
 
-recipe.yaml  environment.json  metrics.jsonl  result.json  checkpoints/  adapter/ or model/
+recipe.yaml  environment.json  metrics.jsonl  samples.json  result.json  report.html  checkpoints/  adapter/ or model/
 """
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import platform
@@ -43,6 +44,14 @@ class RunDir:
     @property
     def result_file(self) -> Path:
         return self.path / "result.json"
+
+    @property
+    def samples_file(self) -> Path:
+        return self.path / "samples.json"
+
+    @property
+    def report_file(self) -> Path:
+        return self.path / "report.html"
 
     @property
     def checkpoints(self) -> Path:
@@ -166,7 +175,7 @@ def environment() -> dict[str, Any]:
         "platform": platform.platform(),
         "processor": platform.processor() or platform.machine(),
         "threads": torch.get_num_threads(),
-        "libraries": {name: metadata.version(name) for name in LIBRARIES},
+        "libraries": {name: metadata.version(name) for name in LIBRARIES if importlib.util.find_spec(name)},
         "device": torch.cuda.get_device_name(0) if cuda else "cpu",
         "device_total_bytes": torch.cuda.get_device_properties(0).total_memory if cuda else None,
         "cuda": torch.version.cuda,

@@ -11,7 +11,7 @@ import json
 import logging
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
@@ -21,7 +21,7 @@ from lowvram_chat.data.template import set_template
 from lowvram_chat.errors import DeviceError, OutOfMemory
 from lowvram_chat.model.adapters import add_adapter, save_adapter
 from lowvram_chat.model.compiled import compile_blocks, wants_compile
-from lowvram_chat.model.device import sum_in_fp16
+from lowvram_chat.model.device import keep_freed_pages, sum_in_fp16
 from lowvram_chat.model.isolation import check_isolation
 from lowvram_chat.model.load import check_positions, load_config, load_model, load_tokenizer
 from lowvram_chat.model.loss import attach_loss
@@ -32,6 +32,7 @@ from lowvram_chat.train.callbacks import Recorder, TokenCounts, memory
 from lowvram_chat.train.oom import advice, halve, sizes
 from lowvram_chat.train.rehearsal import rehearse
 from lowvram_chat.train.run_dir import RunDir
+from lowvram_chat.train.samples import Speaker, take_samples
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, TrainerCallback
@@ -72,6 +73,7 @@ class Session:
         set_template(tokenizer, recipe.data.chat_template, recipe.data.loss_on)
         compiled = wants_compile(recipe.train, device)
         sum_in_fp16(wanted=recipe.train.fp16_accumulation)
+        keep_freed_pages(device)
         rows = rows or load_rows(recipe.data, tokenizer, recipe.train.seed)
         torch.manual_seed(recipe.train.seed)  # the adapter's random half
         model = build_model(recipe, device)
@@ -95,11 +97,13 @@ class Session:
         if checkpoint is not None:
             _forget_later_lines(run, checkpoint)
             log.info("resuming from %s", checkpoint)
-        trainer = self._trainer(run, counts, Recorder(run, counts))
+        trainer = self._trainer(run, counts, Recorder(run, counts, budget.allocator_limit(self.planned)))
         self._rehearse(trainer)
         before = self._held_out_loss(trainer)  # a resumed run too: its checkpoint is loaded by `train`
         if before is not None:
             log.info("held-out loss before: %.4f", before)
+        if checkpoint is None:
+            self._take_samples(run, "before")
         try:
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         except KeyboardInterrupt:
@@ -152,6 +156,11 @@ class Session:
             attention_mask=data.attention_mask,
         )
 
+    def _take_samples(self, run: RunDir, when: Literal["before", "after"]) -> None:
+        prompts = self.recipe.output.sample_prompts
+        if prompts and run_dir.is_main_process():
+            take_samples(run, when, prompts, Speaker(self.model, self.tokenizer, self.recipe.train.precision))
+
     def _held_out_loss(self, trainer: ChatTrainer) -> float | None:
         if self.rows.held_out is None:
             return None
@@ -177,6 +186,7 @@ class Session:
             "data": asdict(self.rows.facts),
             "adapter" if self.recipe.adapter else "model": folder.as_posix(),
         }
+        self._take_samples(run, "after")
         if trainer.is_world_process_zero():
             save(self.model, self.tokenizer, folder, self.recipe)
             (folder / "README.md").write_text(card.model_card(self.recipe, result), encoding="utf-8")

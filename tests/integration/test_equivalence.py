@@ -75,6 +75,16 @@ def test_a_substitution_gives_the_same_fifty_steps(name: str, bench: Bench, fift
     assert max(ratios) < RELATIVE, f"{max(ratios):.1e}"
 
 
+@pytest.mark.parametrize("kind", ["lora", "rslora", "pissa"])
+def test_an_adapter_s_sum_in_one_kernel_gives_the_same_fifty_steps(kind: str, bench: Bench) -> None:
+    settings: dict[str, Any] = {"train__max_steps": 50, "train__learning_rate": 1e-3}
+    lean, own = (
+        bench.run(f"lean-{lean}", adapter={"kind": kind, "r": 8, "lean": lean}, **settings) for lean in (True, False)
+    )
+    ratios = [abs(one / other - 1) for one, other in zip(curve(lean), curve(own), strict=True)]
+    assert max(ratios) < RELATIVE, f"{max(ratios):.1e}"
+
+
 def test_packed_rows_learn_what_padded_rows_learn(bench: Bench) -> None:
     # All rows in one batch, so that both kinds take the same step; the rows are packed in another order.
     sizes = {"data__limit": 24, **shape(24, 1)}

@@ -24,6 +24,7 @@ def test_a_full_run_leaves_what_later_commands_need(full_run: Path) -> None:
         "environment.json",
         "metrics.jsonl",
         "result.json",
+        "report.html",
         "checkpoints",
         "model",
     }

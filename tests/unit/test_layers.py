@@ -12,7 +12,7 @@ from tests.samples import ROOT
 
 PACKAGE = ROOT / "lowvram_chat"
 LAYERS = ("recipe", "data", "model", "memory", "train", "results")
-FOR_ALL = ("errors", "__version__")
+FOR_ALL = ("errors", "quiet", "__version__")
 FILES = sorted(path for path in PACKAGE.rglob("*.py"))
 
 

@@ -182,14 +182,15 @@ def test_a_padded_vocabulary_is_the_same_loss_to_the_noise_of_bf16() -> None:
 
 @pytest.mark.parametrize(("size", "wanted"), [(50257, 50304), (49152, 49152)])
 def test_the_head_s_copy_has_rows_of_zeros_up_to_a_multiple_of_64(size: int, wanted: int) -> None:
-    weight = torch.ones(size, 2)
-    head = loss_module._head(weight, torch.bfloat16, loss_module.VOCABULARY_MULTIPLE)
-    assert head.shape == (wanted, 2)
-    assert head.float().sum() == 2 * size
-    same = loss_module._head(weight, torch.float32, loss_module.VOCABULARY_MULTIPLE)
-    assert same.shape == (wanted, 2)  # a CPU's fp32 products gain too
-    on_a_card = weight.to("meta")
-    assert loss_module._head(on_a_card, torch.float32, loss_module.VOCABULARY_MULTIPLE) is on_a_card
+    weight, on_a_card = torch.ones(size, 2), torch.ones(size, 2, device="meta")
+    for dtype in (torch.bfloat16, torch.float32):  # a CPU's fp32 products gain too
+        rows = loss_module._rounded(weight, dtype, loss_module.VOCABULARY_MULTIPLE)
+        head = loss_module._head(weight, dtype, rows)
+        assert head.shape == (wanted, 2)
+        assert head.float().sum() == 2 * size
+    assert loss_module._rounded(on_a_card, torch.float16, loss_module.VOCABULARY_MULTIPLE) == wanted
+    assert loss_module._rounded(on_a_card, torch.float32, loss_module.VOCABULARY_MULTIPLE) == size
+    assert loss_module._head(weight, torch.float32, size) is weight
 
 
 def test_the_model_s_own_loss_is_summed_too(model: Any) -> None:

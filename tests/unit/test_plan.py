@@ -158,7 +158,7 @@ def test_the_fastest_settings_fit_and_keep_the_rows_of_a_step() -> None:
 
 
 def test_the_largest_micro_batch_fits_and_one_row_more_does_not() -> None:
-    asked = recipe(memory={"limit_mib": 400})
+    asked = recipe(memory={"limit_mib": 345})
     rows = largest_micro_batch(asked, "linux")
     assert plan(changed(asked, {"train.per_device_train_batch_size": rows})).fits
     assert not plan(changed(asked, {"train.per_device_train_batch_size": rows + 1})).fits
@@ -168,19 +168,19 @@ def test_a_planned_micro_batch_is_the_largest_that_fits_and_checkpoints_only_whe
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(search, "SPARE_BYTES", 0)
-    rows = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 8, "micro_batch": "planned"}
-    asked = recipe(model={"name": gpt2(layers=24)}, train=rows, data={"max_length": 1024})
+    rows = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "micro_batch": "planned"}
+    asked = recipe(model={"name": gpt2(layers=8)}, train=rows, data={"max_length": 1024})
 
     def peak(size: int, *, checkpointed: bool = False) -> int:
-        cut = {"train.per_device_train_batch_size": size, "train.gradient_accumulation_steps": 16 // size}
+        cut = {"train.per_device_train_batch_size": size, "train.gradient_accumulation_steps": 4 // size}
         return plan(changed(asked, {**cut, "train.gradient_checkpointing": checkpointed})).on_card_bytes // MIB + 1
 
-    assert peak(1, checkpointed=True) < peak(1) < peak(4) < peak(8)
-    for limit, size, checkpointed in ((peak(4), 4, False), (peak(8) - 2, 4, False), (peak(1) - 2, None, True)):
+    assert peak(1, checkpointed=True) < peak(1) < peak(2) < peak(4)
+    for limit, size, checkpointed in ((peak(2), 2, False), (peak(1) - 2, None, True)):
         change = planned_micro_batch(changed(asked, {"memory.limit_mib": limit}))
         train = changed(asked, change).train
         assert train.micro_batch == "given"
-        assert train.per_device_train_batch_size * train.gradient_accumulation_steps == 16
+        assert train.per_device_train_batch_size * train.gradient_accumulation_steps == 4
         assert size in (None, train.per_device_train_batch_size)
         assert train.gradient_checkpointing is checkpointed
     assert planned_micro_batch(recipe()) == {}

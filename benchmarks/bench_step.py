@@ -1,0 +1,103 @@
+"""How much of this machine's matrix-product rate a whole optimizer step reaches: GPT-2 small, full rows, fp32, on the CPU.
+
+    python -m benchmarks.bench_step
+
+The rate of products alone is taken before and after every step, since a shared machine's moves from second to second; what
+counts is the median of the steps' shares. Weights are random ones of GPT-2 small's shapes, tokens are random.
+"""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainerCallback
+
+from benchmarks.suite import RECIPES, Keeper
+from benchmarks.timed_runs import flops
+from lowvram_chat.quiet import quiet_libraries, quiet_transformers
+from lowvram_chat.recipe.load import load_recipe
+from lowvram_chat.results.record import Metric, Record, spread
+from lowvram_chat.train import measure, run_dir
+
+ROWS, LENGTH, STEPS = 4, 512, 5
+SIZE, PRODUCTS = 2048, 6
+"""Of the matrices whose product is the rate, and how many products are timed at once."""
+SHARE = 0.8
+"""Of the rate, at least."""
+WORDS = [
+    "train.precision=fp32",
+    "train.gradient_accumulation_steps=1",
+    f"train.per_device_train_batch_size={ROWS}",
+    f"data.max_length={LENGTH}",
+    "optimizer.name=adamw",
+    "model.dropout=0",
+    "output.sample_prompts=[]",
+]
+
+
+class Shares(TrainerCallback):
+    """Takes each step's time and the rate of products around it."""
+
+    def __init__(self, flops_per_step: float) -> None:
+        self.flops_per_step = flops_per_step
+        self.one, self.out = torch.randn(SIZE, SIZE), torch.empty(SIZE, SIZE)
+        self.shares: list[float] = []
+        self.rates: list[float] = []
+        self.seconds: list[float] = []
+
+    def on_step_begin(self, *_: Any, **__: Any) -> None:
+        self.rate, self.started = self._rate(), time.perf_counter()
+
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        seconds = time.perf_counter() - self.started
+        rate = (self.rate + self._rate()) / 2
+        self.shares.append(self.flops_per_step / seconds / rate)
+        self.rates.append(rate)
+        self.seconds.append(seconds)
+
+    def _rate(self) -> float:
+        times = []
+        for _ in range(PRODUCTS):
+            started = time.perf_counter()
+            torch.mm(self.one, self.one, out=self.out)
+            times.append(time.perf_counter() - started)
+        return 2 * SIZE**3 / statistics.median(times)
+
+
+def share(keeper: Keeper) -> Record:
+    """Measure and keep the share."""
+    quiet_libraries()
+    quiet_transformers()
+    watch = Shares(ROWS * LENGTH * flops(12, 768, 50257, LENGTH))
+    with tempfile.TemporaryDirectory(prefix="lowvram-chat-step-") as name:
+        folder = Path(name)
+        recipe = measure.plain(load_recipe(RECIPES["full_fp16"], WORDS), folder, STEPS)
+        session = measure.prepared(recipe, torch.device("cpu"), folder, STEPS)
+        session.steps(run_dir.create(recipe, resume=False), watch)
+    kept = slice(measure.WARM_UP, None)
+    metrics = {
+        "share_of_matrix_peak": spread(watch.shares[kept], "1", better="higher", tolerance=0.15),
+        "matrix_peak": spread([rate / 1e9 for rate in watch.rates[kept]], "GFLOP/s"),
+        "tokens_per_second": Metric(
+            value=round(ROWS * LENGTH / statistics.median(watch.seconds[kept]), 2), unit="tokens/s", kind="measured"
+        ),
+    }
+    found = metrics["share_of_matrix_peak"].value
+    problem = None if found >= SHARE else f"{found:.0%} of the matrix peak, {SHARE:.0%} wanted"
+    return keeper.keep("step", "gpt2, full rows", metrics, problem=problem, recipe=recipe)
+
+
+def main() -> None:
+    """Measure and print."""
+    record = share(Keeper.of_this_checkout(store=False))
+    for name, metric in record.metrics.items():
+        print(f"{name.replace('_', ' ')}: {metric.value:,.3g} {metric.unit}")
+
+
+if __name__ == "__main__":
+    main()

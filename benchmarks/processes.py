@@ -1,0 +1,63 @@
+"""A command in a process of its own: what it said, how long it took, the most memory it held."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import psutil
+
+POLL_SECONDS = 0.1
+
+
+@dataclass(frozen=True)
+class Done:
+    """A command that ended well."""
+
+    said: str
+    """Its stdout."""
+    wall_seconds: float
+    peak_resident_mib: float
+
+
+def run(command: Sequence[str], environment: Mapping[str, str] | None = None) -> Done:
+    """Run a command to its end.
+
+    Raises:
+        RuntimeError: it failed; with the end of what it said.
+    """
+    started = time.monotonic()
+    with tempfile.TemporaryFile() as said, tempfile.TemporaryFile() as told:
+        process = subprocess.Popen(command, stdout=said, stderr=told, env={**os.environ, **(environment or {})})
+        try:
+            status, peak = _wait(process)
+        except BaseException:  # Ctrl-C too
+            process.kill()
+            raise
+        said.seek(0)
+        told.seek(0)
+        if status:
+            end = (said.read() + told.read()).decode(errors="replace")[-2000:]
+            raise RuntimeError(f"{' '.join(command[:4])} failed:\n{end}")
+        return Done(said.read().decode(errors="replace"), time.monotonic() - started, peak / 2**20)
+
+
+def _wait(process: subprocess.Popen[bytes]) -> tuple[int, int]:
+    """Return a process's exit status and the bytes it held at most."""
+    if sys.platform != "win32":
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        return process.returncode, usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    watched, peak = psutil.Process(process.pid), 0
+    while process.poll() is None:
+        try:
+            peak = max(peak, watched.memory_info().peak_wset)
+        except psutil.NoSuchProcess:
+            break
+        time.sleep(POLL_SECONDS)
+    return process.wait(), peak

@@ -1,0 +1,32 @@
+"""Training speed beside stock TRL, measured on this machine's CPU; see bench_throughput."""
+
+from __future__ import annotations
+
+import pytest
+
+from benchmarks import bench_throughput
+from benchmarks.bench_throughput import BENCHMARKS
+from benchmarks.suite import Keeper
+
+QUICK = ("ours: packed", "trl tuned", "trl defaults")
+TIMES_DEFAULTS, TIMES_TUNED = 2.5, 1.3
+"""What packed full fine-tuning reaches at least, as a ratio of real tokens a second."""
+
+
+def test_packed_rows_beat_stock_trl_at_a_loss_no_higher(keeper: Keeper, full: bool) -> None:
+    cases = {name: case for name, case in BENCHMARKS["throughput"].items() if full or name in QUICK}
+    records = bench_throughput.run(keeper, "throughput", "tiny", cases, 3 if full else 1)
+    packed, tuned, stock = (records[name].metrics for name in QUICK)
+    rate = packed["tokens_per_second"].value
+    assert rate >= TIMES_TUNED * tuned["tokens_per_second"].value
+    assert rate >= TIMES_DEFAULTS * stock["tokens_per_second"].value
+    assert packed["held_out_loss"].value <= min(tuned["held_out_loss"].value, stock["held_out_loss"].value)
+
+
+@pytest.mark.full
+def test_gpt2_small_and_the_ablation(keeper: Keeper) -> None:
+    bench_throughput.run(keeper, "throughput", "gpt2", BENCHMARKS["throughput"], 1)
+    ladder = bench_throughput.run(keeper, "ablation", "tiny", BENCHMARKS["ablation"], 2)
+    rates = {name: record.metrics["tokens_per_second"].value for name, record in ladder.items()}
+    first, *_ = rates.values()
+    assert max(rates.values()) > 1.5 * first

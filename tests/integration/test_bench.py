@@ -1,0 +1,171 @@
+"""The benchmarks themselves: a recipe measured here, a slowed step found out, an interrupted suite that keeps what it has."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lowvram_chat import bench as command
+from lowvram_chat.results.own_run import sentence
+from lowvram_chat.results.record import Machine, Metric, Record, load, store
+from lowvram_chat.train import measure
+from tests.runs import Bench
+from tests.samples import ROOT
+from tests.unit.test_results import git
+
+
+def test_a_recipe_is_measured_on_this_machine(bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:
+    out = bench.folder / "mine.json"
+    assert command.main(["run", str(bench.file("r")), "--steps", "4", "--out", str(out)]) == 0
+    record = load(out)
+    assert record.status == "passed"
+    assert record.metrics["tokens_per_second"].samples == 4
+    assert record.metrics["tokens_per_second"].value > 0
+    assert {metric.kind for metric in record.metrics.values()} == {"measured"}  # nothing is predicted of a CPU
+    told = capsys.readouterr().out
+    assert "x the baseline's 3,666" in told
+    assert str(out) in told
+    assert command.main(["report", str(out)]) == 0
+    assert command.main(["run", str(bench.file("r")), "--steps", "0"]) == 2
+    assert command.main(["run", str(bench.file("r")), "--out", str(bench.folder / "no" / "x.json")]) == 2
+
+
+def test_a_slowed_step_fails_the_comparison(bench: Bench, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from lowvram_chat.results import own_run
+    from lowvram_chat.results.machine import this_machine
+    from lowvram_chat.train.trainer import ChatTrainer
+
+    recipe = bench.recipe("r")
+
+    def result() -> Record:
+        speed = own_run._speed(measure.measure(recipe, 6, "speed"))
+        return Record(benchmark="run", case="r", metrics=speed, machine=this_machine())
+
+    store(result(), tmp_path / "old")
+    step = ChatTrainer.training_step
+
+    def slowed(*args: Any, **kwargs: Any) -> Any:
+        time.sleep(0.2)
+        return step(*args, **kwargs)
+
+    monkeypatch.setattr(ChatTrainer, "training_step", slowed)
+    store(result(), tmp_path / "slow")
+    assert command.main(["compare", str(tmp_path / "old"), str(tmp_path / "slow")]) == 1
+
+
+def test_a_full_device_is_a_result(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    from lowvram_chat.train.session import Session
+
+    def full(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore")
+
+    monkeypatch.setattr(Session, "prepare", full)
+    found = measure.measure(bench.recipe("r"), 2, "memory")
+    assert found == {"status": "out_of_memory", "reason": "CUDA out of memory. Tried to allocate 2.00 GiB."}
+
+
+@pytest.mark.parametrize("settings", [{}, {"data__rows": "packed"}, {"train__gradient_accumulation_steps": 2}])
+def test_the_steps_that_are_measured_are_full_rows(bench: Bench, settings: dict[str, object]) -> None:
+    recipe = bench.recipe("r", **settings)
+    found = measure.measure(recipe, 2, "speed")
+    assert len(found["seconds"]) == 2
+    assert found["tokens_per_step"] == 4 * 64 * recipe.train.gradient_accumulation_steps
+    rows = measure.rows_of(recipe, 2).train
+    assert len(rows) == 4 * recipe.train.gradient_accumulation_steps * (2 + measure.WARM_UP)
+    assert {len(row["input_ids"]) for row in rows} == {64}
+
+
+def test_a_model_that_is_not_here_is_measured_with_random_weights_of_its_shapes(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lowvram_chat.memory import configs
+
+    small = {**configs.GPT2, "n_layer": 1, "n_embd": 64, "n_head": 2, "vocab_size": 9000}
+    monkeypatch.setattr(configs, "KNOWN", {"openai-community/gpt2": small})
+    recipe = bench.recipe("r", model={"name": "openai-community/gpt2"})
+    assert measure.measure(recipe, 1, "memory")["peak_resident_bytes"] > 0
+
+
+def test_the_sentence_says_how_it_compares() -> None:
+    card = Machine(name="c", platform="", processor="", threads=1, card="RTX 3050")
+    figures = {"tokens_per_second": (8797.0, "measured"), "predicted_tokens_per_second": (9132.0, "predicted")}
+    figures |= {"reserved": (2900.0, "measured"), "predicted_reserved": (2914.0, "predicted")}
+    metrics = {name: Metric(value=value, unit="", kind=kind) for name, (value, kind) in figures.items()}  # type: ignore[arg-type]
+    assert sentence(Record(benchmark="run", case="fast_fp16", metrics=metrics, machine=card)) == (
+        "fast_fp16: measured 8,797 tokens/s, 2.4x the baseline's 3,666, predicted 9,132 tokens/s (+3.8%); "
+        "peak reserved 2,900 MiB measured, predicted 2,914 MiB (+0.5%)"
+    )
+    full = Record(benchmark="run", case="r", status="out_of_memory", reason="full", machine=card)
+    assert sentence(full) == "r: out of memory (full)"
+
+
+def suite(folder: Path) -> Path:
+    """Return a checkout with a suite of two cases, the second of which never ends."""
+    (folder / "conftest.py").write_text("from benchmarks.conftest import *\n")
+    (folder / "test_two.py").write_text(
+        textwrap.dedent(
+            """
+            import time
+
+            def test_one(keeper):
+                keeper.keep("some", "first", {})
+
+            def test_two(keeper):
+                print("waiting", flush=True)
+                time.sleep(60)
+            """
+        )
+    )
+    (folder / "pytest.ini").write_text("[pytest]\n")
+    git(folder, "init", "-q")
+    git(folder, "add", ".")
+    git(folder, "commit", "-q", "-m", "suite")
+    return folder
+
+
+def _hear_ctrl_c() -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # what runs in the background was told to ignore it
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="sends Ctrl-C as a signal")
+def test_an_interrupted_suite_keeps_the_finished_cases(tmp_path: Path) -> None:
+    folder = suite(tmp_path)
+    words = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-s",
+        "-p",
+        "no:cacheprovider",
+        "--store",
+        "--results",
+        str(folder / "results"),
+    ]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"}
+    process = subprocess.Popen(
+        words, cwd=folder, env=environment, stdout=subprocess.PIPE, text=True, preexec_fn=_hear_ctrl_c
+    )
+    assert process.stdout is not None
+    for line in process.stdout:
+        if "waiting" in line:
+            break
+    process.send_signal(signal.SIGINT)
+    process.wait(30)
+    (kept,) = (folder / "results").rglob("*.json")
+    assert json.loads(kept.read_text())["case"] == "first"
+    (folder / "test_two.py").write_text("def test_one(keeper):\n    pass\n")
+    refused = subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True)
+    assert refused.returncode != 0
+    assert "the tree is dirty (test_two.py)" in refused.stderr
+    assert command.main(["report", str(folder / "results")]) == 0

@@ -1,0 +1,84 @@
+"""An adapter's sum in one kernel is PEFT's function, and what is not plain runs PEFT's own forward."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft.tuners.lora.layer import Linear
+from transformers import AutoModelForCausalLM
+
+from lowvram_chat.model.adapters import add_adapter
+from lowvram_chat.model.load import load_model
+from lowvram_chat.recipe.schema import Adapter, Model
+
+TOKENS = torch.arange(24).view(2, 12)
+
+
+def adapted(folder: Path, *, lean: bool, **settings: Any) -> Any:
+    torch.manual_seed(3)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    made: Any = add_adapter(model, Adapter(r=4, lean=lean, **settings))
+    for name, parameter in made.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    return made
+
+
+def loss_and_gradients(model: Any) -> tuple[float, list[torch.Tensor]]:
+    loss = model(input_ids=TOKENS, labels=TOKENS).loss
+    loss.backward()
+    return loss.item(), [p.grad for p in model.parameters() if p.grad is not None]
+
+
+@pytest.mark.parametrize("kind", ["lora", "rslora", "pissa", "dora"])
+def test_loss_and_gradients_are_peft_s(kind: str, tiny: Path) -> None:
+    (one, ours), (other, theirs) = (loss_and_gradients(adapted(tiny, lean=lean, kind=kind)) for lean in (True, False))
+    assert one == pytest.approx(other, rel=1e-6)
+    assert len(ours) == len(theirs) > 0
+    for a, b in zip(ours, theirs, strict=True):
+        assert torch.allclose(a, b, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(("settings", "is_plain"), [({}, True), ({"dropout": 0.5}, False), ({"kind": "dora"}, False)])
+def test_only_a_plain_adapter_is_summed_in_one_kernel(
+    settings: dict[str, Any], is_plain: bool, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = []
+
+    def own(self: Any, x: torch.Tensor, *_: Any, **__: Any) -> Any:
+        calls.append(self)
+        return self.base_layer(x)
+
+    monkeypatch.setattr(Linear, "forward", own)
+    model = adapted(tiny, lean=True, **settings)
+    model.train()(input_ids=TOKENS)
+    assert (calls == []) is is_plain
+
+
+def test_switched_off_adapters_and_half_precision_run_as_peft_has_them(tiny: Path) -> None:
+    model = adapted(tiny, lean=True)
+    base = AutoModelForCausalLM.from_pretrained(tiny)
+    with model.disable_adapter(), torch.no_grad():
+        assert torch.equal(model.eval()(input_ids=TOKENS).logits, base.eval()(input_ids=TOKENS).logits)
+    lean, own = (adapted(tiny, lean=lean).eval() for lean in (True, False))
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        difference = (lean(input_ids=TOKENS).logits - own(input_ids=TOKENS).logits).abs().max()
+        moved = (own(input_ids=TOKENS).logits - base(input_ids=TOKENS).logits).abs().max()
+    assert difference < 0.1 * moved  # bf16 holds 8 bits
+
+
+def test_a_4_bit_base_is_summed_too(tiny: Path) -> None:
+    logits = []
+    for lean in (True, False):
+        torch.manual_seed(3)
+        model = load_model(Model(name=str(tiny), load_in="4bit"))
+        made: Any = add_adapter(model, Adapter(r=4, lean=lean))
+        for name, parameter in made.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter, std=0.1)
+        with torch.no_grad():
+            logits.append(made.eval()(input_ids=TOKENS).logits)
+    assert torch.allclose(logits[0], logits[1], rtol=1e-4, atol=1e-5)
