@@ -32,6 +32,7 @@ from benchmarks.timed_runs import (
     run_ours,
     run_trl,
 )
+from lowvram_chat.quiet import quiet_libraries
 from lowvram_chat.results.record import Metric, Record, spread
 
 NOISE = 0.2
@@ -167,6 +168,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", help="names of cases")
     parser.add_argument("--store", action="store_true", help="write the results to benchmarks/results")
     args = parser.parse_args()
+    quiet_libraries()
     benchmark = "ablation" if args.ablation else "throughput"
     cases = {name: case for name, case in BENCHMARKS[benchmark].items() if not args.only or name in args.only}
     run(Keeper.of_this_checkout(store=args.store), benchmark, args.model, cases, args.repeat)

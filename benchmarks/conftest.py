@@ -8,6 +8,8 @@ pytest benchmarks/ --store         each case into benchmarks/results/<machine>/<
 from __future__ import annotations
 
 import os
+import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,9 @@ from benchmarks.suite import RESULTS, Keeper
 from lowvram_chat.errors import UsageError
 from lowvram_chat.quiet import quiet_libraries
 
-os.environ["HF_HUB_OFFLINE"] = os.environ.get("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # what is in the cache is used, and random weights for the rest
+CACHE = tempfile.mkdtemp(prefix="lowvram-chat-benchmarks-")
+os.environ["LOWVRAM_CHAT_CACHE"] = CACHE  # the suite leaves nothing behind but its results
 KEEPER = pytest.StashKey[Keeper]()
 
 
@@ -51,6 +55,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if left_out:
         config.hook.pytest_deselected(items=left_out)
         items[:] = [item for item in items if is_wanted(item)]
+
+
+def pytest_unconfigure() -> None:
+    """Remove the token cache of this session."""
+    shutil.rmtree(CACHE, ignore_errors=True)
 
 
 @pytest.fixture(scope="session")

@@ -59,11 +59,14 @@ def planned(name: str, overrides: tuple[str, ...] = ()) -> Planned:
 
 def plan_of(recipe: Recipe) -> Planned:
     """Return the plan of a recipe."""
+    from lowvram_chat.memory.changes import changed
     from lowvram_chat.memory.plan import plan
     from lowvram_chat.memory.plot import series
+    from lowvram_chat.memory.search import planned_micro_batch
     from lowvram_chat.memory.speed import speeds
     from lowvram_chat.recipe.gpus import CONTEXT_MIB, MIB
 
+    recipe = changed(recipe, planned_micro_batch(recipe))
     made = plan(recipe)
     memory = {
         "on_card": made.on_card_bytes / MIB,

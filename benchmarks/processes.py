@@ -56,7 +56,8 @@ def _wait(process: subprocess.Popen[bytes]) -> tuple[int, int]:
     watched, peak = psutil.Process(process.pid), 0
     while process.poll() is None:
         try:
-            peak = max(peak, watched.memory_info().peak_wset)
+            # A virtual environment's python.exe only starts the real one.
+            peak = max(peak, *(one.memory_info().peak_wset for one in (watched, *watched.children(recursive=True))))
         except psutil.NoSuchProcess:
             break
         time.sleep(POLL_SECONDS)

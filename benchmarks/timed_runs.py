@@ -94,16 +94,16 @@ def run_ours(folder: Path, words: Sequence[str], rows: int) -> dict[str, Any]:
     command += [f"data.source={folder / 'chitchat' / 'train.jsonl'}", "data.loss_on=all", f"data.max_length={LENGTH}"]
     command += [f"train.per_device_train_batch_size={rows}", "train.logging_steps=1", f"output.dir={out}"]
     command += [f"train.learning_rate={LEARNING_RATE}", "train.warmup_ratio=0.06", "optimizer.name=adamw", *words]
-    figures = _process(command)
+    figures = _process(command, cache=folder / "cache")
     result = json.loads((out / "result.json").read_text(encoding="utf-8"))
     trained = out / ("adapter" if "adapter" in result else "model")
     return figures | _rate(out / "metrics.jsonl") | {"held_out_loss": held_out_loss(folder, trained)}
 
 
-def _process(command: list[str]) -> dict[str, Any]:
+def _process(command: list[str], cache: Path | None = None) -> dict[str, Any]:
     """Run a command on the CPU, on a machine with a card too; return its wall time and peak resident memory."""
     quiet = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "true", "CUDA_VISIBLE_DEVICES": ""}
-    done = processes.run(command, quiet)
+    done = processes.run(command, quiet | ({"LOWVRAM_CHAT_CACHE": str(cache)} if cache else {}))
     return {"wall_seconds": done.wall_seconds, "peak_resident_mib": done.peak_resident_mib}
 
 

@@ -39,7 +39,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     compare.add_argument("old", type=Path, help="file or folder of results")
     compare.add_argument("new", type=Path, help="file or folder of results")
     compare.add_argument("--json", action="store_true", help="print the differences as the last line")
-    args = arguments.parse_args(argv)
+    args, rest = arguments.parse_known_args(argv)
+    if rest and not (args.command == "run" and all("=" in word and not word.startswith("-") for word in rest)):
+        arguments.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:  # settings may stand behind options too
+        args.overrides += rest
     return guarded(lambda: {"run": _run, "report": _report, "compare": _compare}[args.command](args))
 
 
@@ -53,9 +57,6 @@ def _run(args: argparse.Namespace) -> int:
     out = args.out or Path(f"bench-{name}.json")
     if not out.parent.is_dir():
         raise UsageError(f"--out: {out.parent} is no folder. Make it first, or give another.")
-    from lowvram_chat.model.device import check_device
-
-    check_device(recipe)
     quiet_transformers()
     from lowvram_chat.results.own_run import measured, sentence
 

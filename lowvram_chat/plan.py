@@ -113,6 +113,10 @@ def _compare(paths: Sequence[str], *, as_json: bool) -> int:
 
     recipes = [load_recipe(path) for path in paths]
     _import_planner()
+    from lowvram_chat.memory.changes import changed
+    from lowvram_chat.memory.search import planned_micro_batch
+
+    recipes = [changed(recipe, planned_micro_batch(recipe)) for recipe in recipes]
     from lowvram_chat.memory import report
     from lowvram_chat.memory.plan import plan
 

@@ -101,7 +101,8 @@ PLANNED = ("micro_batch", "per_device_train_batch_size", "gradient_accumulation_
 
 def _is_same(before: Recipe, recipe: Recipe) -> bool:
     """Return whether a run's resolved recipe came from this one."""
-    if recipe.train.micro_batch == "planned":
+    rows = {r.train.per_device_train_batch_size * r.train.gradient_accumulation_steps for r in (before, recipe)}
+    if recipe.train.micro_batch == "planned" and len(rows) == 1:
         decided = {name: getattr(before.train, name) for name in PLANNED}
         recipe = recipe.model_copy(update={"train": recipe.train.model_copy(update=decided)})
     return before == recipe

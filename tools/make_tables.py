@@ -12,11 +12,12 @@ from __future__ import annotations
 import csv
 import statistics
 import sys
+from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from lowvram_chat.errors import LowVramError
-from lowvram_chat.results.record import Record, load_all
+from lowvram_chat.results.record import Metric, Record, load_all
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
@@ -32,10 +33,12 @@ def plan_table(cases: Cases) -> str:
     """Return the table of recipes."""
     head = ["recipe", "micro-batch", "predicted on the card, MiB", "to spare, Linux", "to spare, Windows"]
     head += ["largest micro-batch, Linux", "largest micro-batch, Windows"]
-    rows = []
+    rows, largest = [], cases_of("micro_batch", "")
     for name, case in cases.items():
+        if " on " in name:  # another card than the recipe's own
+            continue
         spare = [_spare(case.metrics[f"spare_{system}"].value) for system in ("linux", "windows")]
-        most = [_figure(case, f"largest_micro_batch_{system}") for system in ("linux", "windows")]
+        most = [_figure(largest[name], f"largest_micro_batch_{system}") for system in ("linux", "windows")]
         rows.append([f"`{name}`", _figure(case, "micro_batch"), _figure(case, "on_card"), *spare, *most])
     return _table(head, rows)
 
@@ -125,27 +128,43 @@ def _errors(title: str, errors: list[float]) -> list[str]:
     return [title, str(len(errors)), f"{statistics.median(errors):.2f} %", f"{within:.0%}", f"{max(errors):.1f} %"]
 
 
+def figures_table(cases: Cases) -> str:
+    """Return every figure of a benchmark's cases."""
+    names = list(next(iter(cases.values())).metrics)
+    rows = [[case, *(_with_unit(record.metrics[name]) for name in names)] for case, record in cases.items()]
+    return _table(["case", *(name.replace("_", " ") for name in names)], rows)
+
+
+def _with_unit(metric: Metric) -> str:
+    if metric.unit == "1":
+        return f"{metric.value:.0%}"
+    return f"{metric.value:,.0f} {metric.unit}" if metric.value >= 100 else f"{metric.value:.3g} {metric.unit}"
+
+
 TABLES: Mapping[str, tuple[str, str, Callable[[Cases], str]]] = {
     "plans": ("vram", "", plan_table),
     "speeds": ("baseline", "", speed_table),
     "validation": ("planner", "", validation_table),
     "throughput-tiny": ("throughput", "tiny: ", throughput_table),
     "throughput-gpt2": ("throughput", "gpt2: ", throughput_table),
+    "step": ("step", "", figures_table),
+    "tokenize": ("tokenize", "", figures_table),
     "ablation": ("ablation", "tiny: ", ablation_table),
 }
 """Place in README -> benchmark, what its cases' names begin with, and what makes the table."""
 
 
 def cases_of(benchmark: str, prefix: str) -> Cases:
-    """Return case (without the prefix) -> record, of the one machine whose results are the newest.
+    """Return case (without the prefix) -> record, of the one machine that ran the most cases.
 
     Raises:
         LowVramError: a result that cannot be read, or none.
     """
     folders = [path for path in RESULTS.glob(f"*/{benchmark}") if path.is_dir()]
     records = [record for record in load_all(folders or [RESULTS / benchmark]) if record.case.startswith(prefix)]
-    newest = max(records, key=lambda record: record.date).machine.name
-    return {record.case.removeprefix(prefix): record for record in records if record.machine.name == newest}
+    machines = Counter(record.machine.name for record in records)
+    fullest = max(records, key=lambda record: (machines[record.machine.name], record.date)).machine.name
+    return {record.case.removeprefix(prefix): record for record in records if record.machine.name == fullest}
 
 
 def _table(head: list[str], rows: list[list[str]]) -> str:
@@ -181,6 +200,8 @@ def main() -> None:
             new = write(new, name, make(cases_of(benchmark, prefix)))
     except LowVramError as error:
         sys.exit(str(error))
+    except (KeyError, ValueError) as error:
+        sys.exit(f"benchmarks/results: cases are missing ({error}). pytest benchmarks/ --full --store makes them.")
     if "--check" not in sys.argv:
         README.write_text(new, encoding="utf-8")
     elif new != old:

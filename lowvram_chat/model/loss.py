@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import functools
 from types import MethodType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch.nn import functional as F
@@ -29,6 +29,17 @@ VOCABULARY_MULTIPLE = 64
 """Half-precision products are fast where a matrix's rows begin at multiples of 16 bytes: 50,257 columns do not, 50,304 do.
 Source: NVIDIA's deep-learning performance guide, "Requirements to use tensor cores"."""
 
+
+class Padding(NamedTuple):
+    """How the vocabulary is rounded up in the products with the head."""
+
+    multiple: int = VOCABULARY_MULTIPLE
+    always: bool = False
+    """In fp32 too, which pays on a CPU; else only where the head is copied into half precision anyhow."""
+
+
+PADDED, AS_IT_IS = Padding(), Padding(multiple=1)
+
 SAFE = 0.125
 """Logit gradients are held at this scale in fp16, against overflow of their sum over a tile."""
 
@@ -43,12 +54,12 @@ class _TiledCrossEntropy(torch.autograd.Function):
         weight: torch.Tensor,
         bias: torch.Tensor | None,
         targets: torch.Tensor,
-        multiple: int,
+        padding: Padding,
         compiled: bool,
     ) -> torch.Tensor:
         """Return the summed loss (), fp32, and keep the gradients for the backward pass.
 
-        `multiple` is what the vocabulary is rounded up to in half precision; `compiled` whether a tile's passes over its
+        `padding` says what the vocabulary is rounded up to in the products; `compiled` whether a tile's passes over its
         logits are fused.
         """
         of_a_tile = _compiled_tile() if compiled else _loss_and_gradient
@@ -57,7 +68,7 @@ class _TiledCrossEntropy(torch.autograd.Function):
         needs_hidden, needs_weight, needs_bias = (needed for needed in ctx.needs_input_grad[:3])
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         d_hidden = torch.empty_like(hidden) if needs_hidden else None
-        size, padded = weight.size(0), _rounded(weight, dtype, multiple)
+        size, padded = weight.size(0), _rounded(weight, dtype, padding)
         # Before the head's copy, whose room is needed no longer than the loop.
         d_weight = weight.new_zeros(padded if dtype == weight.dtype else size, weight.size(1)) if needs_weight else None
         d_bias = torch.zeros_like(bias) if bias is not None and needs_bias else None
@@ -93,10 +104,10 @@ class _TiledCrossEntropy(torch.autograd.Function):
         return (*(None if g is None else g.mul_(upstream[0] / SAFE) for g in gradients), None, None, None)
 
 
-def _rounded(weight: torch.Tensor, dtype: torch.dtype, multiple: int) -> int:
-    """Return the rows V' of the head in the products: rounded up in half precision, and on a CPU, where fp32 gains too."""
+def _rounded(weight: torch.Tensor, dtype: torch.dtype, padding: Padding) -> int:
+    """Return the rows V' of the head in the products."""
     size = weight.size(0)
-    return size if dtype == weight.dtype and weight.device.type != "cpu" else -(-size // multiple) * multiple
+    return -(-size // padding.multiple) * padding.multiple if padding.always or dtype != weight.dtype else size
 
 
 def _head(weight: torch.Tensor, dtype: torch.dtype, rows: int) -> torch.Tensor:
@@ -157,7 +168,7 @@ def summed_loss(
     head: torch.nn.Module,
     labels: torch.Tensor,
     loss_positions: torch.Tensor,
-    vocabulary_multiple: int = VOCABULARY_MULTIPLE,
+    padding: Padding = PADDED,
     *,
     compiled: bool = False,
 ) -> torch.Tensor:
@@ -169,19 +180,22 @@ def summed_loss(
     states = hidden.flatten(0, 1).index_select(0, loss_positions)
     targets = labels.flatten().index_select(0, loss_positions + 1)
     loss: torch.Tensor = _TiledCrossEntropy.apply(  # type: ignore[no-untyped-call]
-        states, head.weight, getattr(head, "bias", None), targets, vocabulary_multiple, compiled
+        states, head.weight, getattr(head, "bias", None), targets, padding, compiled
     )
     return loss
 
 
-def attach_loss(model: PreTrainedModel, *, lean: bool = True, pad_vocabulary: bool = True) -> None:
+def attach_loss(
+    model: PreTrainedModel, *, lean: bool = True, pad_vocabulary: bool = True, on_a_cpu: bool = False
+) -> None:
     """Let `model(input_ids, labels=, loss_positions=)` return the summed loss; other calls are as before.
 
-    `lean=False` takes the model's own loss from all logits instead. Where `position_ids` are given, rows are packed.
+    `lean=False` takes the model's own loss from all logits instead; `on_a_cpu` pads the vocabulary in fp32 too. Rows with
+    `position_ids` are packed.
     The forward is replaced on the object, not called around it, so that wrappers (PEFT, DistributedDataParallel) see it.
     """
     original = model.forward
-    multiple = VOCABULARY_MULTIPLE if pad_vocabulary else 1
+    padding = Padding(always=on_a_cpu) if pad_vocabulary else AS_IT_IS
 
     @functools.wraps(type(model).forward)
     def forward(self: PreTrainedModel, *args: Any, loss_positions: torch.Tensor | None = None, **kwargs: Any) -> Any:
@@ -194,6 +208,6 @@ def attach_loss(model: PreTrainedModel, *, lean: bool = True, pad_vocabulary: bo
             hidden = self.base_model(*args, use_cache=False, **kwargs).last_hidden_state
         compiled = self.base_model._compiled_call_impl is not None
         head = self.get_output_embeddings()
-        return {"loss": summed_loss(hidden, head, labels, loss_positions, multiple, compiled=compiled)}
+        return {"loss": summed_loss(hidden, head, labels, loss_positions, padding, compiled=compiled)}
 
     model.forward = MethodType(forward, model)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NoReturn
 
 from lowvram_chat.errors import UsageError
 from lowvram_chat.results.record import Metric, Record
+
+Verdict = Literal["better", "worse", "equal"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,7 +18,7 @@ class Difference:
 
     case: str
     metric: str
-    verdict: Literal["better", "worse", "equal"]
+    verdict: Verdict
     old: str
     new: str
     change: float | None = None
@@ -29,12 +31,12 @@ def compare(old: Sequence[Record], new: Sequence[Record]) -> list[Difference]:
     Raises:
         UsageError: the machines or a case's versions differ, or the sets have no case in common.
     """
-    before, after = {record.key: record for record in old}, {record.key: record for record in new}
+    before, after = ({(record.machine.name, *record.key): record for record in side} for side in (old, new))
     common = [key for key in before if key in after]
     if not common:
-        raise UsageError("compare: the two have no case in common. Give two results of the same benchmarks.")
+        _refuse(old, new)
     for key in common:
-        _check_comparable(before[key], after[key])
+        _check_version(before[key], after[key])
     return [difference for key in common for difference in _differences(before[key], after[key])]
 
 
@@ -49,25 +51,27 @@ def regressed(differences: Sequence[Difference]) -> bool:
     return any(difference.verdict == "worse" for difference in differences)
 
 
-def _check_comparable(old: Record, new: Record) -> None:
-    case = "/".join(old.key)
-    if old.machine.name != new.machine.name:
-        raise UsageError(
-            f"{case}: taken on {old.machine.name} and on {new.machine.name}. Compare results of one machine."
-        )
+def _refuse(old: Sequence[Record], new: Sequence[Record]) -> NoReturn:
+    if {record.key for record in old} & {record.key for record in new}:
+        machines = (", ".join(sorted({record.machine.name for record in side})) for side in (old, new))
+        raise UsageError(f"compare: taken on {' and on '.join(machines)}. Compare results of one machine.")
+    raise UsageError("compare: the two have no case in common. Give two results of the same benchmarks.")
+
+
+def _check_version(old: Record, new: Record) -> None:
     if old.case_version != new.case_version:
         raise UsageError(
-            f"{case}: version {old.case_version} and version {new.case_version} of the case measure different things. "
-            "Measure the old code anew with this suite."
+            f"{'/'.join(old.key)}: version {old.case_version} and version {new.case_version} of the case measure different "
+            "things. Measure the old code anew with this suite."
         )
 
 
 def _differences(old: Record, new: Record) -> Iterator[Difference]:
     case = "/".join(old.key)
     if old.status != new.status:
-        worse = old.status == "passed"
+        verdicts: dict[str, Verdict] = {old.status: "worse", new.status: "better"}
         yield Difference(
-            case=case, metric="status", verdict="worse" if worse else "better", old=old.status, new=new.status
+            case=case, metric="status", verdict=verdicts.get("passed", "equal"), old=old.status, new=new.status
         )
     for name, metric in old.metrics.items():
         other = new.metrics.get(name)
@@ -81,7 +85,7 @@ def _of_metric(case: str, name: str, old: Metric, new: Metric) -> Difference:
     change = (new.value - old.value) / abs(old.value) if old.value else float(new.value != old.value)
     gain = change if old.better == "higher" else -change
     beyond = abs(change) > max(old.tolerance, new.tolerance)
-    verdict: Literal["better", "worse", "equal"] = "equal" if not beyond else "better" if gain > 0 else "worse"
+    verdict: Verdict = "equal" if not beyond else "better" if gain > 0 else "worse"
     return Difference(case=case, metric=name, verdict=verdict, old=_figure(old), new=_figure(new), change=change)
 
 

@@ -3,37 +3,58 @@
 from __future__ import annotations
 
 import functools
+import multiprocessing
 import shutil
 import subprocess
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any, TypeVar
 
 from lowvram_chat.errors import UsageError
 from lowvram_chat.results.record import Machine, slug
 from lowvram_chat.train.run_dir import environment
+
+T = TypeVar("T")
 
 
 @functools.cache
 def this_machine() -> Machine:
     """Return the machine this process runs on.
 
-    It is named after its card and system; without a card after its processor's architecture and threads, which says less.
+    It is named after its card, power limit and system; without a card after its processor's kind and threads.
     """
-    found = environment()
+    import torch
+
+    # Asking for the card's name makes a CUDA context, which would stay on the card beside what is measured.
+    found = in_a_process(environment) if torch.cuda.is_available() else environment()
     card = None if found["device"] == "cpu" else str(found["device"])
     system = found["platform"].split("-")[0].lower()
     total = found["device_total_bytes"]
+    watts = _power_limit() if card else None
+    limited = f"{card} {watts:.0f}w" if watts else card
     return Machine(
-        name=slug(f"{card} {system}" if card else f"{found['processor']} {system} {found['threads']} threads"),
+        name=slug(f"{limited} {system}" if card else f"{found['processor']} {system} {found['threads']} threads"),
         platform=found["platform"].split("-with-")[0],
         processor=found["processor"],
         threads=found["threads"],
         card=card,
         card_mib=total // 2**20 if total else None,
-        power_limit_watts=_power_limit() if card else None,
+        power_limit_watts=watts,
         libraries=found["libraries"],
         python=found["python"],
     )
+
+
+def in_a_process(work: Callable[..., T], *words: Any) -> T:
+    """Return what a function gives in a new process of its own.
+
+    Raises:
+        BrokenProcessPool: the process was ended from outside.
+    """
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(work, *words).result()
 
 
 def _power_limit() -> float | None:

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import multiprocessing
-from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any, Literal
 
 from lowvram_chat.memory.plan import plan
 from lowvram_chat.memory.speed import predict
 from lowvram_chat.recipe.gpus import GPUS, MIB
-from lowvram_chat.recipe.schema import Recipe
+from lowvram_chat.recipe.schema import Memory, Recipe
 from lowvram_chat.results import machine
-from lowvram_chat.results.record import Metric, Record, spread
+from lowvram_chat.results.record import Machine, Metric, Record, spread
 from lowvram_chat.results.suite_page import BASELINE_TOKENS_PER_SECOND
 
 BENCHMARK = "run"
@@ -27,9 +25,11 @@ def measured(recipe: Recipe, name: str, steps: int) -> Record:
         LowVramError: as a run with this recipe.
     """
     here = machine.this_machine()
-    passes = {of: _in_a_process(recipe, steps, of) for of in ("memory", "speed")}
+    recipe = machine.in_a_process(_resolved, recipe, here)
+    passes = {of: _pass(recipe, steps, of) for of in ("memory", "speed")}
     failed = next((figures for figures in passes.values() if figures["status"] != "passed"), None)
-    metrics = _predictions(recipe, here.card, here.power_limit_watts)
+    # In a process of its own too: this one must never hold a CUDA context, which would take its share of the card.
+    metrics = machine.in_a_process(_predictions, recipe, here) if here.card else {}
     if failed is None:
         metrics = _memory(passes["memory"]) | _speed(passes["speed"]) | metrics
     return Record(
@@ -67,13 +67,30 @@ def _beside(found: Metric, predicted: Metric | None, unit: str) -> str:
     return f", predicted {predicted.value:,.0f} {unit} ({predicted.value / found.value - 1:+.1%})"
 
 
-def _in_a_process(recipe: Recipe, steps: int, of: Literal["memory", "speed"]) -> dict[str, Any]:
-    """Return what `train.measure.measure` gives in a new process; a process that was killed is out of memory too."""
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        try:
-            return pool.submit(_measure, recipe, steps, of).result()
-        except BrokenProcessPool:
-            return {"status": "out_of_memory", "reason": "the system ended the process, as it does when memory is full"}
+def _resolved(recipe: Recipe, here: Machine) -> Recipe:
+    """Return the recipe as it is run on this machine: its micro-batch planned, compiled or not, its card named."""
+    from lowvram_chat.model.compiled import wants_compile
+    from lowvram_chat.model.device import check_device
+    from lowvram_chat.train.budget import with_planned_micro_batch
+
+    device = check_device(recipe)
+    known = known_card(here.card or "", here.card_mib or 0)
+    if known is not None and "gpu" not in recipe.memory.model_fields_set:
+        recipe = recipe.model_copy(update={"memory": Memory(**recipe.memory.model_dump() | {"gpu": known})})
+    recipe = with_planned_micro_batch(recipe, device)
+    train = recipe.train.model_copy(update={"compile": wants_compile(recipe.train, device)})
+    return recipe.model_copy(update={"train": train})
+
+
+def _pass(recipe: Recipe, steps: int, of: Literal["memory", "speed"]) -> dict[str, Any]:
+    """Return what `train.measure.measure` gives in a new process; a process that was killed has failed."""
+    try:
+        return machine.in_a_process(_measure, recipe, steps, of)
+    except BrokenProcessPool:
+        return {
+            "status": "failed",
+            "reason": "the system ended the process, as it does when the machine's memory is full",
+        }
 
 
 def _measure(recipe: Recipe, steps: int, of: Literal["memory", "speed"]) -> dict[str, Any]:
@@ -109,30 +126,31 @@ def _speed(figures: dict[str, Any]) -> dict[str, Metric]:
     }
 
 
-def _predictions(recipe: Recipe, card: str | None, watts: float | None) -> dict[str, Metric]:
+def _predictions(recipe: Recipe, here: Machine) -> dict[str, Metric]:
     """Return what is predicted of the recipe on this card; of its speed only where the card is in the table."""
+    known = known_card(here.card or "", here.card_mib or 0)
+    if known is not None:
+        recipe = recipe.model_copy(update={"memory": recipe.memory.model_copy(update={"gpu": known})})
     planned = plan(recipe)
     found = {
         "predicted_reserved": Metric(value=round(planned.peak_reserved_bytes / MIB, 1), unit="MiB", kind="predicted")
     }
-    known = _known_card(card)
     if known is not None:
-        limits = GPUS[known].fp16_tflops
+        limits, watts = GPUS[known].fp16_tflops, here.power_limit_watts
         nearest = max(limits) if watts is None else min(limits, key=lambda limit: abs(limit - watts))
         rate = predict(recipe, planned.work, known, nearest).tokens_per_second
         found["predicted_tokens_per_second"] = Metric(value=round(rate, 1), unit="tokens/s", kind="predicted")
-    return found if card is not None else {}
+    return found
 
 
-def _known_card(card: str | None) -> str | None:
-    """Return the row of the card table that a driver's name means: "NVIDIA GeForce RTX 3050 Laptop GPU" with 4 GB ..."""
-    if card is None:
-        return None
-    import torch
+def known_card(card: str, mib: int) -> str | None:
+    """Return the row of the card table that a driver's name and memory mean; None where there is none.
 
-    gib = round(torch.cuda.get_device_properties(0).total_memory / 2**30)
-    return next((name for name in GPUS if set(_words_of(name, gib)) <= set(_words_of(card, gib))), None)
-
-
-def _words_of(name: str, gib: int) -> list[str]:
-    return [*name.lower().replace("-", " ").replace("gpu", "").split(), f"{gib}gb"]
+    "NVIDIA GeForce RTX 3050 Laptop GPU" of 4,096 MiB is rtx-3050-laptop-4gb: the words of the row's name are said ("laptop"
+    often is not), and its memory is that within a tenth.
+    """
+    said = {*card.lower().replace("-", " ").split(), "laptop"}
+    alike = (
+        name for name, gpu in GPUS.items() if {*name.split("-")[:-1]} <= said and abs(mib - gpu.total_mib) < mib / 10
+    )
+    return next(alike, None)

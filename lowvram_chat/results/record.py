@@ -6,6 +6,7 @@ Measured, predicted and published figures are told apart by every metric's `kind
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -46,7 +47,8 @@ class Machine(_Frozen):
     """What a case ran on; no user or host name."""
 
     name: str
-    """The folder's name: equal for machines whose figures can be compared."""
+    """The folder's name, by which results are compared. Of a machine without a card it says little: give processors that
+    differ folders of their own."""
     platform: str
     processor: str
     threads: int
@@ -143,8 +145,10 @@ def load_all(paths: Iterable[Path]) -> list[Record]:
 
 
 def of_benchmark(records: Sequence[Record], benchmark: str) -> Mapping[str, Record]:
-    """Return case -> record of one benchmark."""
-    return {record.case: record for record in records if record.benchmark == benchmark}
+    """Return case -> record of one benchmark; of a case that several machines ran, the machine stands in the name too."""
+    found = [record for record in records if record.benchmark == benchmark]
+    times = Counter(record.case for record in found)
+    return {r.case if times[r.case] == 1 else f"{r.case}, {r.machine.name}": r for r in found}
 
 
 def spread(values: Sequence[float], unit: str, **more: Any) -> Metric:

@@ -9,13 +9,12 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from lowvram_chat.recipe.gpus import MIB
 from lowvram_chat.recipe.load import dump_recipe
 from lowvram_chat.results.charts import Bar, bars, curves
 from lowvram_chat.results.html import key, page, table
 from lowvram_chat.train.run_dir import RunDir, read_result
 from lowvram_chat.train.samples import read_samples
-
-MIB = 1 << 20
 
 
 def write_run_page(run: RunDir) -> Path:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
+from lowvram_chat.memory.report import BASELINE_SECONDS
+from lowvram_chat.memory.speed import BASELINE_TOKENS
+from lowvram_chat.recipe.schema import Memory
 from lowvram_chat.results.charts import Bar, areas, bars
 from lowvram_chat.results.html import folded, key, page, paragraph, table
 from lowvram_chat.results.record import Metric, Record, of_benchmark
 
-BASELINE_TOKENS_PER_SECOND = 3666.0
-BASELINE_HOURS = 26_819.8 / 3600
-"""Of the published run. Source: its training notebook."""
+BASELINE_HOURS = BASELINE_SECONDS / 3600
+BASELINE_TOKENS_PER_SECOND = 3 * BASELINE_TOKENS / BASELINE_SECONDS
 
 Section = Callable[[Sequence[Record]], str]
 
@@ -30,7 +32,7 @@ def _verdicts(records: Sequence[Record]) -> str:
     planned, runs = of_benchmark(records, "vram"), of_benchmark(records, "run")
     parts = []
     if planned:
-        rows = [[name, *_fits(record)] for name, record in planned.items()]
+        rows = [[name.split(" on ")[0], *_fits(record)] for name, record in planned.items()]
         head = ["recipe", "card", "peak, MiB", "Linux", "to spare, MiB", "Windows", "to spare, MiB"]
         parts.append(table("Predicted, on no card: does each recipe fit?", head, rows))
     on_cards = {name: record for name, record in runs.items() if record.machine.card}
@@ -53,7 +55,7 @@ def _verdicts(records: Sequence[Record]) -> str:
 
 
 def _fits(record: Record) -> list[str]:
-    cells = [str((record.recipe or {}).get("memory", {}).get("gpu", "rtx-3050-laptop-4gb")), _figure(record, "on_card")]
+    cells = [str((record.recipe or {}).get("memory", {}).get("gpu", Memory().gpu)), _figure(record, "on_card")]
     for system in ("linux", "windows"):
         spare = record.value(f"spare_{system}")
         fits = record.value(f"fits_{system}")
@@ -100,8 +102,8 @@ def _speed(records: Sequence[Record]) -> str:
         )
     for model, cases in _by_model(of_benchmark(records, "throughput")).items():
         rows = [_bar(name, record.metrics["tokens_per_second"]) for name, record in cases.items()]
-        machine = next(iter(cases.values())).machine
-        parts.append(bars(f"Real tokens a second, {model} model, measured on {machine.name}", rows, unit="tokens/s"))
+        machines = ", ".join(sorted({record.machine.name for record in cases.values()}))
+        parts.append(bars(f"Real tokens a second, {model} model, measured on {machines}", rows, unit="tokens/s"))
     for name, record in of_benchmark(records, "run").items():
         if "tokens_per_second" in record.metrics:
             pair = [m for m in ("tokens_per_second", "predicted_tokens_per_second") if m in record.metrics]

@@ -35,13 +35,8 @@ def prepare(recipe: Recipe, device: torch.device, *, force: bool) -> tuple[Recip
     """
     if device.type != "cuda" and not recipe.memory.model_fields_set and recipe.train.micro_batch == "given":
         return recipe, None
-    here = recipe
-    if device.type == "cuda":
-        here = _with_limit(recipe, torch.cuda.get_device_properties(device).total_memory // MIB)
-    change = planned_micro_batch(here)
-    if change:
-        recipe, here = changed(recipe, change), changed(here, change)
-        log.info("planned: %s%s", sizes(recipe), ", checkpointed" if recipe.train.gradient_checkpointing else "")
+    recipe = with_planned_micro_batch(recipe, device)
+    here = _with_limit(recipe, device)
     planned = plan(here)
     log.info("predicted: %s", report.verdict(here, planned).replace("\n", "\n           "))
     if not planned.fits and not force:
@@ -50,11 +45,19 @@ def prepare(recipe: Recipe, device: torch.device, *, force: bool) -> tuple[Recip
     return recipe, planned
 
 
+def with_planned_micro_batch(recipe: Recipe, device: torch.device) -> Recipe:
+    """Return the recipe with `train.micro_batch: planned` carried out for this device; others as they are."""
+    if recipe.train.micro_batch == "given":
+        return recipe
+    recipe = changed(recipe, planned_micro_batch(_with_limit(recipe, device)))
+    log.info("planned: %s%s", sizes(recipe), ", checkpointed" if recipe.train.gradient_checkpointing else "")
+    return recipe
+
+
 def hold(recipe: Recipe, device: torch.device) -> None:
     """Hold the process to the recipe's budget on CUDA, planned or not."""
     if device.type == "cuda":
-        here = _with_limit(recipe, torch.cuda.get_device_properties(device).total_memory // MIB)
-        _hold(MIB * (here.memory.limit_mib or 0), device)
+        _hold(MIB * (_with_limit(recipe, device).memory.limit_mib or 0), device)
 
 
 def _hold(limit_bytes: int, device: torch.device) -> None:
@@ -64,9 +67,14 @@ def _hold(limit_bytes: int, device: torch.device) -> None:
         torch.cuda.set_per_process_memory_fraction(min(1.0, allowed / total), device)
 
 
-def _with_limit(recipe: Recipe, total_mib: int) -> Recipe:
-    """Return the recipe with its budget on this card in `memory.limit_mib`: its own, its named card's, or the card's."""
-    memory = recipe.memory
+def _with_limit(recipe: Recipe, device: torch.device) -> Recipe:
+    """Return the recipe with its budget on this card in `memory.limit_mib`: its own, its named card's, or the card's.
+
+    On a CPU it is as it was: planned for the card that it names.
+    """
+    if device.type != "cuda":
+        return recipe
+    memory, total_mib = recipe.memory, torch.cuda.get_device_properties(device).total_memory // MIB
     own = int(total_mib * OWN_SHARE.get(sys.platform, 0.97))
     named = GPUS[memory.gpu].usable_windows_mib if sys.platform == "win32" else GPUS[memory.gpu].usable_linux_mib
     wanted = memory.limit_mib or (named if "gpu" in memory.model_fields_set else own)

@@ -31,7 +31,6 @@ log = logging.getLogger(__name__)
 
 WARM_UP = 3
 """Optimizer steps that are left out: the first allocate the optimizer's states, and compile."""
-SMALLEST_VOCABULARY = 256
 
 
 class _Clock(TrainerCallback):
@@ -64,7 +63,7 @@ def measure(recipe: Recipe, steps: int, of: Literal["memory", "speed"]) -> dict[
     Raises:
         LowVramError: as a run with this recipe.
     """
-    with tempfile.TemporaryDirectory(prefix="lowvram-chat-measure-") as name:
+    with tempfile.TemporaryDirectory(prefix="lowvram-chat-measure-", ignore_cleanup_errors=True) as name:
         folder = Path(name)
         recipe = plain(recipe, folder, steps)
         device = check_device(recipe)
@@ -88,7 +87,7 @@ def rows_of(recipe: Recipe, steps: int) -> Rows:
 
     train, length = recipe.train, recipe.data.max_length
     count = train.per_device_train_batch_size * train.gradient_accumulation_steps * (steps + WARM_UP)
-    vocabulary = max(SMALLEST_VOCABULARY, int(config_of(recipe.model).vocab_size))
+    vocabulary = int(config_of(recipe.model).vocab_size)
     tokens = torch.randint(vocabulary, (count, length), generator=torch.Generator().manual_seed(0))
     labels = tokens.clone()
     labels[:, 0] = -100

@@ -97,7 +97,8 @@ class Session:
         if checkpoint is not None:
             _forget_later_lines(run, checkpoint)
             log.info("resuming from %s", checkpoint)
-        trainer = self._trainer(run, counts, Recorder(run, counts, budget.allocator_limit(self.planned)))
+        recorder = Recorder(run, counts, budget.allocator_limit(self.planned))
+        trainer = self._trainer(run, counts, recorder)
         self._rehearse(trainer)
         before = self._held_out_loss(trainer)  # a resumed run too: its checkpoint is loaded by `train`
         if before is not None:
@@ -108,8 +109,11 @@ class Session:
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         except KeyboardInterrupt:
             kept = run.last_checkpoint()
+            recorder.display.stop()
             log.info("%s", f"--resume goes on from {kept}" if kept else "no checkpoint was written yet")
             raise
+        finally:
+            recorder.display.stop()
         return self._finish(run, trainer, before, self._held_out_loss(trainer))
 
     def steps(self, run: RunDir, watch: TrainerCallback) -> None:
@@ -158,8 +162,12 @@ class Session:
 
     def _take_samples(self, run: RunDir, when: Literal["before", "after"]) -> None:
         prompts = self.recipe.output.sample_prompts
-        if prompts and run_dir.is_main_process():
+        if not (prompts and run_dir.is_main_process()):
+            return
+        try:
             take_samples(run, when, prompts, Speaker(self.model, self.tokenizer, self.recipe.train.precision))
+        except RuntimeError as error:  # a model whose loss is NaN cannot choose a word; the run goes on
+            log.warning("output.sample_prompts: no answers %s the run (%s)", when, str(error).splitlines()[0])
 
     def _held_out_loss(self, trainer: ChatTrainer) -> float | None:
         if self.rows.held_out is None:
@@ -186,11 +194,11 @@ class Session:
             "data": asdict(self.rows.facts),
             "adapter" if self.recipe.adapter else "model": folder.as_posix(),
         }
-        self._take_samples(run, "after")
         if trainer.is_world_process_zero():
             save(self.model, self.tokenizer, folder, self.recipe)
             (folder / "README.md").write_text(card.model_card(self.recipe, result), encoding="utf-8")
             run_dir.write_json(run.result_file, result)
+            self._take_samples(run, "after")
             _tell(run, result)
         return result
 
@@ -241,7 +249,8 @@ def _check_trackers(names: list[str]) -> None:
 def build_model(recipe: Recipe, device: torch.device) -> Any:
     """Return the recipe's model with its loss attached and its adapter on, as it will be trained."""
     model = load_model(recipe.model, device=device)
-    attach_loss(model, lean=recipe.model.lean_loss, pad_vocabulary=recipe.model.pad_vocabulary)
+    settings, on_a_cpu = recipe.model, device.type == "cpu"
+    attach_loss(model, lean=settings.lean_loss, pad_vocabulary=settings.pad_vocabulary, on_a_cpu=on_a_cpu)
     if recipe.adapter is None:
         return model
     return add_adapter(model, recipe.adapter)

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from lowvram_chat import bench as command
-from lowvram_chat.results.own_run import sentence
+from lowvram_chat.results.own_run import known_card, sentence
 from lowvram_chat.results.record import Machine, Metric, Record, load, store
 from lowvram_chat.train import measure
 from tests.runs import Bench
@@ -26,7 +26,7 @@ from tests.unit.test_results import git
 
 def test_a_recipe_is_measured_on_this_machine(bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:
     out = bench.folder / "mine.json"
-    assert command.main(["run", str(bench.file("r")), "--steps", "4", "--out", str(out)]) == 0
+    assert command.main(["run", str(bench.file("r")), "--steps", "4", "--out", str(out), "train.seed=3"]) == 0
     record = load(out)
     assert record.status == "passed"
     assert record.metrics["tokens_per_second"].samples == 4
@@ -37,6 +37,8 @@ def test_a_recipe_is_measured_on_this_machine(bench: Bench, capsys: pytest.Captu
     assert str(out) in told
     assert command.main(["report", str(out)]) == 0
     assert command.main(["run", str(bench.file("r")), "--steps", "0"]) == 2
+    with pytest.raises(SystemExit):
+        command.main(["run", str(bench.file("r")), "--stepz", "4"])
     assert command.main(["run", str(bench.file("r")), "--out", str(bench.folder / "no" / "x.json")]) == 2
 
 
@@ -107,6 +109,22 @@ def test_the_sentence_says_how_it_compares() -> None:
     )
     full = Record(benchmark="run", case="r", status="out_of_memory", reason="full", machine=card)
     assert sentence(full) == "r: out of memory (full)"
+
+
+@pytest.mark.parametrize(
+    ("card", "mib", "row"),
+    [
+        ("NVIDIA GeForce RTX 3050 Laptop GPU", 4096, "rtx-3050-laptop-4gb"),
+        ("NVIDIA GeForce RTX 3050 Laptop GPU", 4096 - 100, "rtx-3050-laptop-4gb"),
+        ("NVIDIA GeForce RTX 3050 6GB Laptop GPU", 6144, "rtx-3050-laptop-6gb"),
+        ("NVIDIA GeForce RTX 3090", 24576, "rtx-3090-24gb"),
+        ("NVIDIA GeForce GTX 1650", 3911, "gtx-1650-laptop-4gb"),
+        ("Tesla T4", 15360, "t4-16gb"),
+        ("NVIDIA H100 80GB HBM3", 81559, None),
+    ],
+)
+def test_a_driver_s_name_finds_its_row(card: str, mib: int, row: str | None) -> None:
+    assert known_card(card, mib) == row
 
 
 def suite(folder: Path) -> Path:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from lowvram_chat import sft
+from lowvram_chat.train.samples import Speaker
 from tests.runs import Bench, curve
 from tests.samples import save_tiny_gpt2
 from tests.unit.test_pages import Tree
@@ -47,3 +48,15 @@ def test_a_resumed_run_keeps_the_first_answers(bench: Bench) -> None:
     assert sft.main([str(bench.file("r", train__max_steps=8, **settings)), "--resume"]) == 0
     samples = json.loads((run / "samples.json").read_text(encoding="utf-8"))
     assert [sample["before"] for sample in samples] == before
+
+
+def test_a_model_that_cannot_answer_does_not_end_the_run(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*_: object) -> str:
+        raise RuntimeError("probability tensor contains either inf or nan")
+
+    monkeypatch.setattr(Speaker, "answer", fail)
+    assert sft.main([str(bench.file("r", output__sample_prompts=PROMPTS, train__max_steps=2))]) == 0
+    assert (bench.folder / "r" / "result.json").is_file()
+    assert "no answers after the run (probability tensor" in capsys.readouterr().err

@@ -182,15 +182,29 @@ def test_a_padded_vocabulary_is_the_same_loss_to_the_noise_of_bf16() -> None:
 
 @pytest.mark.parametrize(("size", "wanted"), [(50257, 50304), (49152, 49152)])
 def test_the_head_s_copy_has_rows_of_zeros_up_to_a_multiple_of_64(size: int, wanted: int) -> None:
-    weight, on_a_card = torch.ones(size, 2), torch.ones(size, 2, device="meta")
-    for dtype in (torch.bfloat16, torch.float32):  # a CPU's fp32 products gain too
-        rows = loss_module._rounded(weight, dtype, loss_module.VOCABULARY_MULTIPLE)
-        head = loss_module._head(weight, dtype, rows)
+    weight, on_a_cpu = torch.ones(size, 2), loss_module.Padding(always=True)
+    for dtype, padding in ((torch.bfloat16, loss_module.PADDED), (torch.float32, on_a_cpu)):
+        head = loss_module._head(weight, dtype, loss_module._rounded(weight, dtype, padding))
         assert head.shape == (wanted, 2)
         assert head.float().sum() == 2 * size
-    assert loss_module._rounded(on_a_card, torch.float16, loss_module.VOCABULARY_MULTIPLE) == wanted
-    assert loss_module._rounded(on_a_card, torch.float32, loss_module.VOCABULARY_MULTIPLE) == size
-    assert loss_module._head(weight, torch.float32, size) is weight
+    # On a card products of the weights' own type take the weights themselves: fp32, or a frozen half-precision base.
+    rows = loss_module._rounded(weight, torch.float32, loss_module.PADDED)
+    assert loss_module._head(weight, torch.float32, rows) is weight
+
+
+@pytest.mark.parametrize("on_a_cpu", [False, True])
+def test_padding_in_fp32_is_the_same_function(on_a_cpu: bool, model: Any) -> None:
+    made = copy.deepcopy(model)
+    made.resize_token_embeddings(8201)  # no multiple of 64
+    plain = copy.deepcopy(made)
+    attach_loss(made, on_a_cpu=on_a_cpu)
+    attach_loss(plain, pad_vocabulary=False)
+    one, other = made(**batch(301))["loss"], plain(**batch(301))["loss"]
+    one.backward()
+    other.backward()
+    assert one.item() == pytest.approx(other.item(), rel=1e-6)
+    ours, theirs = (m.transformer.wte.weight.grad for m in (made, plain))
+    assert torch.allclose(ours, theirs, rtol=1e-4, atol=1e-6)
 
 
 def test_the_model_s_own_loss_is_summed_too(model: Any) -> None:

@@ -158,7 +158,7 @@ def test_the_fastest_settings_fit_and_keep_the_rows_of_a_step() -> None:
 
 
 def test_the_largest_micro_batch_fits_and_one_row_more_does_not() -> None:
-    asked = recipe(memory={"limit_mib": 345})
+    asked = recipe(memory={"limit_mib": 365})
     rows = largest_micro_batch(asked, "linux")
     assert plan(changed(asked, {"train.per_device_train_batch_size": rows})).fits
     assert not plan(changed(asked, {"train.per_device_train_batch_size": rows + 1})).fits

@@ -77,6 +77,8 @@ def test_a_case_that_failed_or_lost_a_figure_is_worse() -> None:
     assert regressed(compare([record()], [record(status="out_of_memory")]))
     assert regressed(compare([record()], [record(metrics={})]))
     assert not regressed(compare([record(status="failed")], [record()]))
+    (status, _) = compare([record(status="failed")], [record(status="out_of_memory")])
+    assert status.verdict == "equal"
 
 
 def test_predicted_is_never_compared_with_measured() -> None:
