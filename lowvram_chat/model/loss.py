@@ -35,7 +35,7 @@ class Padding(NamedTuple):
 
     multiple: int = VOCABULARY_MULTIPLE
     always: bool = False
-    """In fp32 too, which pays on a CPU; else only where the head is copied into half precision anyhow."""
+    """In fp32 too, which pays on a CPU; else in half precision only, where it costs a copy of the head at most."""
 
 
 PADDED, AS_IT_IS = Padding(), Padding(multiple=1)
@@ -107,7 +107,8 @@ class _TiledCrossEntropy(torch.autograd.Function):
 def _rounded(weight: torch.Tensor, dtype: torch.dtype, padding: Padding) -> int:
     """Return the rows V' of the head in the products."""
     size = weight.size(0)
-    return -(-size // padding.multiple) * padding.multiple if padding.always or dtype != weight.dtype else size
+    wanted = padding.always or dtype != torch.float32
+    return -(-size // padding.multiple) * padding.multiple if wanted else size
 
 
 def _head(weight: torch.Tensor, dtype: torch.dtype, rows: int) -> torch.Tensor:

@@ -187,7 +187,9 @@ def test_the_head_s_copy_has_rows_of_zeros_up_to_a_multiple_of_64(size: int, wan
         head = loss_module._head(weight, dtype, loss_module._rounded(weight, dtype, padding))
         assert head.shape == (wanted, 2)
         assert head.float().sum() == 2 * size
-    # On a card products of the weights' own type take the weights themselves: fp32, or a frozen half-precision base.
+    frozen = weight.half()  # as under an adapter
+    assert loss_module._rounded(frozen, torch.float16, loss_module.PADDED) == wanted
+    # On a card fp32 products take the weights themselves.
     rows = loss_module._rounded(weight, torch.float32, loss_module.PADDED)
     assert loss_module._head(weight, torch.float32, rows) is weight
 
