@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from lowvram_chat.errors import LowVramError
-from lowvram_chat.results.record import Metric, Record, load_all
+from lowvram_chat.results.record import Metric, Record, load_all, slug
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
@@ -160,7 +160,7 @@ def cases_of(benchmark: str, prefix: str) -> Cases:
     Raises:
         LowVramError: a result that cannot be read, or none.
     """
-    folders = [path for path in RESULTS.glob(f"*/{benchmark}") if path.is_dir()]
+    folders = [path for path in RESULTS.glob(f"*/{slug(benchmark)}") if path.is_dir()]
     records = [record for record in load_all(folders or [RESULTS / benchmark]) if record.case.startswith(prefix)]
     machines = Counter(record.machine.name for record in records)
     fullest = max(records, key=lambda record: (machines[record.machine.name], record.date)).machine.name

@@ -12,11 +12,10 @@ from lowvram_chat.memory.changes import changed, words
 from lowvram_chat.memory.plan import Plan
 from lowvram_chat.memory.search import Option
 from lowvram_chat.memory.speed import Speed, predict, speeds
+from lowvram_chat.recipe.baseline import BASELINE_SECONDS
 from lowvram_chat.recipe.gpus import GPUS, MIB
 from lowvram_chat.recipe.schema import Recipe
 
-BASELINE_SECONDS = 26_819.8
-"""Of the published run: three epochs of 256,032 rows of 128 tokens. Source: its training notebook."""
 BAND_PERCENT = 12
 """Largest error of the time model on the published speeds (`published_speeds`; a test holds it)."""
 

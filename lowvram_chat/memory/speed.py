@@ -13,11 +13,9 @@ from dataclasses import dataclass
 
 from lowvram_chat.memory import fusion, roofline
 from lowvram_chat.memory.roofline import Rates, Work
+from lowvram_chat.recipe.baseline import BASELINE_TOKENS
 from lowvram_chat.recipe.gpus import GPUS, Gpu
 from lowvram_chat.recipe.schema import Recipe
-
-BASELINE_TOKENS = 256_032 * 128
-"""Of one epoch of the published baseline, padding included: rows of `train_gen` times `max_length`."""
 
 
 @dataclass(frozen=True, kw_only=True)

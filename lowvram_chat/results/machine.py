@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import multiprocessing
+import os
 import shutil
 import subprocess
 from collections.abc import Callable
@@ -35,7 +36,7 @@ def this_machine() -> Machine:
     watts = _power_limit() if card else None
     limited = f"{card} {watts:.0f}w" if watts else card
     return Machine(
-        name=slug(f"{limited} {system}" if card else f"{found['processor']} {system} {found['threads']} threads"),
+        name=slug(f"{limited} {system}" if card else f"{found['processor']} {system} {os.cpu_count()} threads"),
         platform=found["platform"].split("-with-")[0],
         processor=found["processor"],
         threads=found["threads"],

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
-from lowvram_chat.memory.report import BASELINE_SECONDS
-from lowvram_chat.memory.speed import BASELINE_TOKENS
+from lowvram_chat.recipe.baseline import BASELINE_SECONDS, BASELINE_TOKENS
 from lowvram_chat.recipe.schema import Memory
 from lowvram_chat.results.charts import Bar, areas, bars
 from lowvram_chat.results.html import folded, key, page, paragraph, table

@@ -11,7 +11,7 @@ from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 from rich.text import Text
 
-from lowvram_chat.memory.speed import BASELINE_TOKENS
+from lowvram_chat.recipe.baseline import BASELINE_TOKENS
 from lowvram_chat.recipe.gpus import MIB
 
 log = logging.getLogger(__name__)
