@@ -76,7 +76,7 @@ class Session:
         keep_freed_pages(device)
         rows = rows or load_rows(recipe.data, tokenizer, recipe.train.seed)
         torch.manual_seed(recipe.train.seed)  # the adapter's random half
-        model = build_model(recipe, device)
+        model = build_model(recipe, device, on_a_cpu=device.type == "cpu")
         if recipe.data.rows == "packed":
             check_isolation(model)
         if compiled:
@@ -246,10 +246,11 @@ def _check_trackers(names: list[str]) -> None:
         raise DeviceError(f"output.report_to: {reason}. Install it, or leave it out of output.report_to.") from None
 
 
-def build_model(recipe: Recipe, device: torch.device) -> Any:
-    """Return the recipe's model with its loss attached and its adapter on, as it will be trained."""
+def build_model(recipe: Recipe, device: torch.device, *, on_a_cpu: bool = False) -> Any:
+    """Return the recipe's model with its loss attached and its adapter on, as it will be trained on a card; `on_a_cpu`: as
+    it is fastest there, which takes memory that no plan is about."""
     model = load_model(recipe.model, device=device)
-    settings, on_a_cpu = recipe.model, device.type == "cpu"
+    settings = recipe.model
     attach_loss(model, lean=settings.lean_loss, pad_vocabulary=settings.pad_vocabulary, on_a_cpu=on_a_cpu)
     if recipe.adapter is None:
         return model
