@@ -17,10 +17,17 @@ def test_packed_rows_beat_stock_trl_at_a_loss_no_higher(keeper: Keeper, full: bo
     cases = {name: case for name, case in BENCHMARKS["throughput"].items() if full or name in QUICK}
     records = bench_throughput.run(keeper, "throughput", "tiny", cases, 3 if full else 1)
     packed, tuned, stock = (records[name].metrics for name in QUICK)
-    rate = packed["tokens_per_second"].value
-    assert rate >= TIMES_TUNED * tuned["tokens_per_second"].value
-    assert rate >= TIMES_DEFAULTS * stock["tokens_per_second"].value
-    assert packed["held_out_loss"].value <= min(tuned["held_out_loss"].value, stock["held_out_loss"].value)
+    rates = [metrics["tokens_per_second"].value for metrics in (packed, tuned, stock)]
+    losses = [metrics["held_out_loss"].value for metrics in (packed, tuned, stock)]
+    problem = None
+    if rates[0] < TIMES_TUNED * rates[1] or rates[0] < TIMES_DEFAULTS * rates[2]:
+        problem = f"{rates[0] / rates[1]:.2f}x tuned and {rates[0] / rates[2]:.2f}x the defaults of trl sft"
+        problem += f", {TIMES_TUNED} and {TIMES_DEFAULTS} wanted"
+    elif losses[0] > min(losses):
+        problem = f"held-out loss {losses[0]:.4f}, stock TRL {min(losses):.4f}"
+    if problem:  # the case ran, but it is no success: its result says so
+        keeper.keep("throughput", f"tiny: {QUICK[0]}", packed, problem=problem)
+    assert problem is None
 
 
 @pytest.mark.full

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from lowvram_chat.errors import LowVramError
 from lowvram_chat.results.record import Metric, Record, load_all, slug
+from lowvram_chat.results.suite_page import clock
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
@@ -53,7 +54,7 @@ def speed_table(cases: Cases) -> str:
     rows = []
     for name, case in cases.items():
         rates = [_figure(case, f"tokens_per_second_{watts}w") for watts in WATTS]
-        hours = ", ".join(_hours(case.metrics[f"three_baseline_epochs_{watts}w"].value) for watts in WATTS)
+        hours = ", ".join(clock(case.metrics[f"three_baseline_epochs_{watts}w"].value) for watts in WATTS)
         rows.append([f"`{name}`", *rates, hours])
     return _table(head, rows)
 
@@ -175,11 +176,6 @@ def _table(head: list[str], rows: list[list[str]]) -> str:
 def _figure(case: Record, metric: str) -> str:
     value = case.value(metric)
     return "-" if value is None else f"{value:,.0f}"
-
-
-def _hours(hours: float) -> str:
-    minutes = round(60 * hours)
-    return f"{minutes // 60} h {minutes % 60:02d} m"
 
 
 def write(text: str, name: str, table: str) -> str:

@@ -123,9 +123,9 @@ def _hours(records: Sequence[Record]) -> str:
             value for r in cases.values() if (value := r.value(f"limit_three_baseline_epochs_{watts}w")) is not None
         ]
         if rows:
-            marks = {f"published: {_clock(BASELINE_HOURS)}": BASELINE_HOURS}
+            marks = {f"published: {clock(BASELINE_HOURS)}": BASELINE_HOURS}
             if limits:
-                marks[f"full fine-tuning at the card's peak rate: {_clock(min(limits))}"] = min(limits)
+                marks[f"full fine-tuning at the card's peak rate: {clock(min(limits))}"] = min(limits)
             parts.append(bars(f"Three baseline epochs at {watts} W, predicted", rows, unit="h", marks=marks))
     return key() + "".join(parts) if parts else ""
 
@@ -187,7 +187,7 @@ SECTIONS: Mapping[str, Section] = {
 
 def _bar(label: str, metric: Metric) -> Bar:
     spread = "" if metric.p20 is None or metric.p80 is None else f" ({metric.p20:,.0f} to {metric.p80:,.0f})"
-    text = _clock(metric.value) if metric.unit == "h" else f"{metric.value:,.0f}{spread}"
+    text = clock(metric.value) if metric.unit == "h" else f"{metric.value:,.0f}{spread}"
     return Bar(label=label, value=metric.value, kind=metric.kind, text=text)
 
 
@@ -205,7 +205,8 @@ def _figure(record: Record, metric: str) -> str:
     return "-" if value is None else f"{value:,.0f}"
 
 
-def _clock(hours: float) -> str:
+def clock(hours: float) -> str:
+    """Return hours in words: "2 h 59 m"."""
     minutes = round(60 * hours)
     return f"{minutes // 60} h {minutes % 60:02d} m"
 

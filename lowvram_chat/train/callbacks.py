@@ -100,7 +100,7 @@ class Recorder(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self.display.stop()
+        self.display.close()
 
 
 def memory() -> dict[str, int]:

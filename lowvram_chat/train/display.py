@@ -54,7 +54,7 @@ class Display:
         else:
             log.info("step %d of %d: %s", line["step"], self.total, text)
 
-    def stop(self) -> None:
+    def close(self) -> None:
         """Leave the display as it stands."""
         if self.live is not None:
             self.live.stop()

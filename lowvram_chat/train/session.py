@@ -6,8 +6,8 @@ is written yet.
 
 from __future__ import annotations
 
+import contextlib
 import gc
-import json
 import logging
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -29,6 +29,7 @@ from lowvram_chat.model.scoring import score
 from lowvram_chat.recipe.schema import Recipe
 from lowvram_chat.train import budget, card, run_dir
 from lowvram_chat.train.callbacks import Recorder, TokenCounts, memory
+from lowvram_chat.train.metrics_file import forget_later_lines, last_loss
 from lowvram_chat.train.oom import advice, halve, sizes
 from lowvram_chat.train.rehearsal import rehearse
 from lowvram_chat.train.run_dir import RunDir
@@ -95,7 +96,7 @@ class Session:
         checkpoint = run.last_checkpoint() if resume else None
         counts = TokenCounts() if checkpoint is None else TokenCounts.of_checkpoint(checkpoint)
         if checkpoint is not None:
-            _forget_later_lines(run, checkpoint)
+            forget_later_lines(run, checkpoint)
             log.info("resuming from %s", checkpoint)
         recorder = Recorder(run, counts, budget.allocator_limit(self.planned))
         trainer = self._trainer(run, counts, recorder)
@@ -106,14 +107,12 @@ class Session:
         if checkpoint is None:
             self._take_samples(run, "before")
         try:
-            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+            with contextlib.closing(recorder.display):
+                trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         except KeyboardInterrupt:
             kept = run.last_checkpoint()
-            recorder.display.stop()
             log.info("%s", f"--resume goes on from {kept}" if kept else "no checkpoint was written yet")
             raise
-        finally:
-            recorder.display.stop()
         return self._finish(run, trainer, before, self._held_out_loss(trainer))
 
     def steps(self, run: RunDir, watch: TrainerCallback) -> None:
@@ -183,7 +182,7 @@ class Session:
         result = {
             "held_out_loss_before": before,
             "held_out_loss_after": after,
-            "training_loss": _last_loss(run),
+            "training_loss": last_loss(run),
             "steps": steps,
             "epochs": round(trainer.state.epoch or 0.0, 4),
             **{name: round(value, 2) for name, value in asdict(trainer.counts).items()},
@@ -274,24 +273,6 @@ def _tell_changes(run: RunDir, recipe: Recipe) -> None:
         for name, value in (settings or {}).items():
             if old.get(name) != value:
                 log.info("resuming with %s.%s = %s (was %s)", section, name, value, old.get(name))
-
-
-def _last_loss(run: RunDir) -> float | None:
-    """Return the training loss of the last logged line."""
-    lines = run.metrics_file.read_text(encoding="utf-8").splitlines() if run.metrics_file.is_file() else []
-    losses = [entry["loss"] for entry in map(json.loads, lines) if "loss" in entry]
-    return losses[-1] if losses else None
-
-
-def _forget_later_lines(run: RunDir, checkpoint: Path) -> None:
-    """Drop the metrics of steps after the checkpoint: they will be run, and written, again."""
-    step = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))["global_step"]
-    if run.metrics_file.is_file():
-        lines = run.metrics_file.read_text(encoding="utf-8").splitlines(keepends=True)
-        kept = [line for line in lines if json.loads(line)["step"] <= step]
-        partial = run.metrics_file.with_suffix(".partial")
-        partial.write_text("".join(kept), encoding="utf-8")
-        partial.replace(run.metrics_file)
 
 
 def _tell(run: RunDir, result: dict[str, Any]) -> None:

@@ -24,7 +24,7 @@ def test_a_log_line_tells_loss_speed_memory_and_the_time_left(caplog: pytest.Log
             display.start(0, 40)
             display.started -= 100.0
             display.show(LINE)
-            display.stop()
+            display.close()
     finally:
         logger.propagate = was
     (told,) = caplog.messages
@@ -39,7 +39,7 @@ def test_a_terminal_shows_the_same_below_a_bar() -> None:
     display.start(5, 40)
     display.advance(10)
     display.show(LINE)
-    display.stop()
+    display.close()
     told = screen.getvalue()
     for words in ("10/40", "loss 4.5000", "9,000 tokens/s", "2,910 MiB", "left", "a baseline epoch"):
         assert words in told

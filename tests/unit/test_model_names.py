@@ -112,8 +112,8 @@ def test_an_unknown_target_names_the_nearest(tiny: Path) -> None:
         add_adapter(load_model(Model(name=str(tiny))), Adapter(target_modules=["c_atn"]))
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="about machines without a CUDA graphics card")
-def test_fp16_on_a_cpu_is_refused_with_the_override() -> None:
+def test_fp16_on_a_cpu_is_refused_with_the_override(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(DeviceError, match=r"train\.precision=fp32"):
         check_device(Recipe())
 

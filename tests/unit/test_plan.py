@@ -23,7 +23,7 @@ from lowvram_chat.memory.configs import KNOWN, config_of
 from lowvram_chat.memory.plan import longest_run, plan, rules_of, steps_of
 from lowvram_chat.memory.recipe_step import Shape, trace
 from lowvram_chat.memory.replay import replay
-from lowvram_chat.memory.search import advise, fastest, largest_micro_batch, planned_micro_batch
+from lowvram_chat.memory.search import advise, fastest, largest_micro_batch
 from lowvram_chat.memory.trace import Storage
 from lowvram_chat.recipe.gpus import MIB
 from lowvram_chat.recipe.load import load_recipe
@@ -162,28 +162,6 @@ def test_the_largest_micro_batch_fits_and_one_row_more_does_not() -> None:
     rows = largest_micro_batch(asked, "linux")
     assert plan(changed(asked, {"train.per_device_train_batch_size": rows})).fits
     assert not plan(changed(asked, {"train.per_device_train_batch_size": rows + 1})).fits
-
-
-def test_a_planned_micro_batch_is_the_largest_that_fits_and_checkpoints_only_where_it_must(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(search, "SPARE_BYTES", 0)
-    rows = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "micro_batch": "planned"}
-    asked = recipe(model={"name": gpt2(layers=8)}, train=rows, data={"max_length": 1024})
-
-    def peak(size: int, *, checkpointed: bool = False) -> int:
-        cut = {"train.per_device_train_batch_size": size, "train.gradient_accumulation_steps": 4 // size}
-        return plan(changed(asked, {**cut, "train.gradient_checkpointing": checkpointed})).on_card_bytes // MIB + 1
-
-    assert peak(1, checkpointed=True) < peak(1) < peak(2) < peak(4)
-    for limit, size, checkpointed in ((peak(2), 2, False), (peak(1) - 2, None, True)):
-        change = planned_micro_batch(changed(asked, {"memory.limit_mib": limit}))
-        train = changed(asked, change).train
-        assert train.micro_batch == "given"
-        assert train.per_device_train_batch_size * train.gradient_accumulation_steps == 4
-        assert size in (None, train.per_device_train_batch_size)
-        assert train.gradient_checkpointing is checkpointed
-    assert planned_micro_batch(recipe()) == {}
 
 
 @pytest.mark.parametrize("name", sorted(KNOWN))

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from benchmarks.suite import Keeper
 from lowvram_chat import bench
 from lowvram_chat.errors import NotFoundError, UsageError
 from lowvram_chat.results import machine
@@ -135,6 +136,13 @@ def test_results_of_a_dirty_tree_are_not_stored(tmp_path: Path) -> None:
     (tmp_path / "code.py").write_text("x = 2\n")
     with pytest.raises(UsageError, match=r"dirty \(code\.py\)"):
         machine.check_clean(tmp_path, results)
+
+
+def test_a_case_is_stored_as_soon_as_it_is_kept(tmp_path: Path) -> None:
+    keeper = Keeper(ROOT, tmp_path, store=True)
+    keeper.keep("some", "first", {"rate": metric(1.0)})
+    keeper.keep("some", "second", {}, problem="too slow")
+    assert [(one.case, one.status) for one in load_all([tmp_path])] == [("first", "passed"), ("second", "failed")]
 
 
 def test_this_machine_has_a_name_without_a_path_or_a_user() -> None:
