@@ -246,8 +246,10 @@ def _resumed(before: Sequence[Event], first_step: int) -> list[Event]:
 
     Source: transformers/trainer.py, `_load_optimizer_and_scheduler`: read on the host, then put where the weights are.
     """
-    loaded = [event for event in before[first_step:] if event.storage.category == "optimizer state"]
-    return [*before[:first_step], *loaded, *(event for event in before[first_step:] if event not in set(loaded))]
+    loaded, others = [], []
+    for event in before[first_step:]:
+        (loaded if event.storage.category == "optimizer state" else others).append(event)
+    return [*before[:first_step], *loaded, *others]
 
 
 def _fits(runs: Sequence[Sequence[Event]], replays: Sequence[Replay], limit_bytes: int) -> bool:
