@@ -246,7 +246,8 @@ def _resumed(before: Sequence[Event], first_step: int) -> list[Event]:
 
     Source: transformers/trainer.py, `_load_optimizer_and_scheduler`: read on the host, then put where the weights are.
     """
-    loaded, others = [], []
+    loaded: list[Event] = []
+    others: list[Event] = []
     for event in before[first_step:]:
         (loaded if event.storage.category == "optimizer state" else others).append(event)
     return [*before[:first_step], *loaded, *others]

@@ -8,7 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
+import shutil
+import sysconfig
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,10 +25,21 @@ log = logging.getLogger(__name__)
 
 def missing_compiler(device: torch.device) -> str | None:
     """Return what torch.compile lacks on this device, and where it comes from; None where nothing is missing."""
-    if device.type == "cuda":
-        from torch.utils._triton import has_triton
+    return (_missing_for_cuda if device.type == "cuda" else _missing_for_cpu)() or _missing_headers()
 
-        return None if has_triton() else "Triton (pip install triton; on Windows triton-windows)"
+
+def _missing_for_cuda() -> str | None:
+    """Source: triton/runtime/build.py: what launches a kernel is compiled with $CC, gcc or clang."""
+    from torch.utils._triton import has_triton
+
+    if not has_triton():
+        return "Triton (pip install triton; on Windows triton-windows, which has a compiler of its own)"
+    if os.name == "nt" or os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang"):
+        return None
+    return "a C compiler (gcc or clang)"
+
+
+def _missing_for_cpu() -> str | None:
     from torch._inductor import cpp_builder, exc
 
     try:
@@ -32,6 +47,14 @@ def missing_compiler(device: torch.device) -> str | None:
     except (exc.InvalidCxxCompiler, RuntimeError):
         return "a C++ compiler (g++ or clang; on Windows the Visual Studio build tools)"
     return None
+
+
+def _missing_headers() -> str | None:
+    """What is compiled includes Python.h, which system Pythons have in a package of its own."""
+    folder = sysconfig.get_path("include", "nt" if os.name == "nt" else "posix_prefix")
+    if Path(folder, "Python.h").is_file():
+        return None
+    return "Python.h (on Debian and Ubuntu the package python3-dev, elsewhere python3-devel)"
 
 
 def wants_compile(train: Train, device: torch.device) -> bool:

@@ -6,12 +6,14 @@ them; others let documents see each other without a word.
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import torch
 
 from lowvram_chat.errors import ModelError
 from lowvram_chat.model.lean import positions_as_given
+from lowvram_chat.model.scoring import autocast
 
 LENGTH = 8
 """Tokens of each of the two documents."""
@@ -45,14 +47,27 @@ def isolates_documents(model: Any) -> bool:
     return largest <= TOLERANCE * float(alone.abs().max())
 
 
-def check_isolation(model: Any) -> None:
-    """Refuse packed rows for a model that lets documents see each other.
+def check_isolation(model: Any, device: torch.device, precision: str) -> None:
+    """Refuse packed rows for a model that lets documents see each other, or that cannot be asked.
 
     Raises:
         ModelError: with what to set instead.
     """
-    if not isolates_documents(model):
-        config = model.config
+    config = model.config
+    as_trained: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
+    if config._attn_implementation == "flash_attention_2":  # runs on the card alone, and in half precision alone
+        model.to(device)
+        as_trained = autocast(device.type, precision)
+    try:
+        with as_trained:
+            isolated = isolates_documents(model)
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0].rstrip(".")
+        raise ModelError(
+            f"data.rows: packed, but whether {config._attn_implementation} attention keeps packed conversations apart could not "
+            f"be tried ({reason}). Set model.attention=sdpa, or data.rows=grouped."
+        ) from None
+    if not isolated:
         raise ModelError(
             f"data.rows: packed, but {config.model_type} with {config._attn_implementation} attention lets packed conversations "
             "see each other (tried on this model). Set data.rows=grouped."

@@ -2,7 +2,19 @@
 
 from __future__ import annotations
 
+import torch
+
 from lowvram_chat.recipe.schema import Recipe
+
+FULL = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUBLAS_STATUS_NOT_INITIALIZED", "can't allocate memory")
+"""What errors say that a full device raises beside torch.OutOfMemoryError: the driver's, cuBLAS', and a CPU's allocator."""
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Return whether an error says that the device is full."""
+    return isinstance(error, torch.OutOfMemoryError) or (
+        isinstance(error, RuntimeError) and any(words in str(error) for words in FULL)
+    )
 
 
 def halve(recipe: Recipe) -> Recipe | None:

@@ -30,7 +30,7 @@ from lowvram_chat.recipe.schema import Recipe
 from lowvram_chat.train import budget, card, run_dir
 from lowvram_chat.train.callbacks import Recorder, TokenCounts, memory
 from lowvram_chat.train.metrics_file import forget_later_lines, last_loss
-from lowvram_chat.train.oom import advice, halve, sizes
+from lowvram_chat.train.oom import advice, halve, is_out_of_memory, sizes
 from lowvram_chat.train.rehearsal import rehearse
 from lowvram_chat.train.run_dir import RunDir
 from lowvram_chat.train.samples import Speaker, take_samples
@@ -79,7 +79,7 @@ class Session:
         torch.manual_seed(recipe.train.seed)  # the adapter's random half
         model = build_model(recipe, device, on_a_cpu=device.type == "cpu")
         if recipe.data.rows == "packed":
-            check_isolation(model)
+            check_isolation(model, device, recipe.train.precision)
         if compiled:
             compile_blocks(model)
         return cls(recipe, tokenizer, rows, model, planned, compiled)
@@ -88,7 +88,7 @@ class Session:
         """Train, save, and return what `result.json` holds.
 
         Raises:
-            torch.OutOfMemoryError: the device is full; the run folder is as it was at its last checkpoint.
+            RuntimeError: the device is full (`oom.is_out_of_memory`); the run folder is as it was at its last checkpoint.
         """
         if resume:
             _tell_changes(RunDir(Path(self.recipe.output.dir)), self.recipe)
@@ -216,7 +216,9 @@ def train(recipe: Recipe, *, device: torch.device, resume: bool, force: bool = F
         session = Session.prepare(recipe, device=device, rows=rows, planned=planned)
         try:
             return session.run(resume=resume)
-        except torch.OutOfMemoryError as error:
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
             smaller = halve(recipe)
             if recipe.memory.on_oom == "stop" or smaller is None:
                 raise OutOfMemory(advice(recipe, error)) from None

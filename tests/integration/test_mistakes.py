@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from lowvram_chat import chat, evaluate, merge, sft
+from lowvram_chat.model.compiled import missing_compiler
 from tests.runs import Bench
 from tests.samples import conversations, save_tiny_gpt2, write_jsonl
 
@@ -182,6 +183,33 @@ def test_compiling_without_a_compiler_names_what_is_missing(
     assert "train.compile: this machine lacks a C++ compiler (g++ or clang). Install it, or add" in said
     assert sft.main([str(bench.file("run")), "train.compile=if_possible", "--max-steps", "1"]) == 0
     assert "not compiled, since this machine lacks a C++ compiler" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("device", "what", "said"),
+    [
+        ("cpu", ("sysconfig", "get_path"), "Python.h"),
+        ("cpu", ("torch._inductor.cpp_builder", "get_cpp_compiler"), "a C++ compiler"),
+        ("cuda", ("sysconfig", "get_path"), "Python.h"),
+        ("cuda", ("shutil", "which"), "a C compiler"),
+        ("cuda", ("torch.utils._triton", "has_triton"), "Triton"),
+    ],
+)
+def test_what_compiling_needs_is_looked_for(
+    device: str, what: tuple[str, str], said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def lacking(*_: object) -> str | None:
+        if what[1] == "get_cpp_compiler":
+            raise RuntimeError("no compiler")
+        return "" if what[1] == "get_path" else None
+
+    monkeypatch.setattr("torch.utils._triton.has_triton", lambda: True)
+    monkeypatch.delenv("CC", raising=False)
+    assert missing_compiler(torch.device(device)) is None
+    monkeypatch.setattr(".".join(what), lacking)
+    missing = missing_compiler(torch.device(device))
+    assert missing is not None
+    assert said in missing
 
 
 def test_packing_rows_for_a_model_that_cannot_tell_them_apart_is_refused(

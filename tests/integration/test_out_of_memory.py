@@ -14,14 +14,21 @@ from lowvram_chat.train import trainer as trainer_module
 from lowvram_chat.train.oom import halve
 from tests.runs import Bench
 
+FULL: list[RuntimeError] = [
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+    RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported"),
+    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+]
+"""What a full card raises: the allocator's own error, the driver's, and a library's that finds no room for itself."""
 
-def full_above(rows: int, from_step: int, monkeypatch: pytest.MonkeyPatch) -> None:
+
+def full_above(rows: int, from_step: int, monkeypatch: pytest.MonkeyPatch, error: RuntimeError = FULL[0]) -> None:
     """Make a step of more than so many rows fail as a full card does, from an optimizer step on."""
     original = trainer_module.ChatTrainer.compute_loss
 
     def compute_loss(self: Any, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
         if inputs["input_ids"].size(0) > rows and self.state.global_step >= from_step:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+            raise error
         return original(self, model, inputs, *args, **kwargs)
 
     monkeypatch.setattr(trainer_module.ChatTrainer, "compute_loss", compute_loss)
@@ -33,15 +40,22 @@ def losses(run: Path) -> dict[int, float]:
     return {line["step"]: line["loss"] for line in lines if "loss" in line}
 
 
+@pytest.mark.parametrize("error", FULL, ids=("allocator", "driver", "cublas"))
 def test_a_full_device_stops_with_advice_and_an_intact_run_folder(
-    bench: Bench, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    error: RuntimeError, bench: Bench, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    full_above(2, 6, monkeypatch)
+    full_above(2, 6, monkeypatch, error)
     assert sft.main([str(bench.file("r", train__save_steps=5))]) == 2
     told = capsys.readouterr().err
     assert "train.per_device_train_batch_size=2 train.gradient_accumulation_steps=2" in told
     assert "Traceback" not in told
     assert (bench.folder / "r" / "checkpoints" / "checkpoint-5" / "trainer_state.json").is_file()
+
+
+def test_another_error_is_no_full_device(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    full_above(2, 6, monkeypatch, RuntimeError("shapes do not match"))
+    with pytest.raises(RuntimeError, match="shapes do not match"):
+        bench.run("r", memory={"on_oom": "halve"})
 
 
 @pytest.mark.parametrize("from_step", [0, 7])

@@ -159,4 +159,15 @@ def test_gpt2_isolates_documents_and_opt_is_refused() -> None:
 def test_the_refusal_says_why_and_what_to_set(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lowvram_chat.model.isolation.isolates_documents", lambda _: False)
     with pytest.raises(ModelError, match=r"gpt2 with sdpa attention lets packed conversations see each other.*grouped"):
-        check_isolation(small())
+        check_isolation(small(), torch.device("cpu"), "fp32")
+
+
+def test_attention_that_cannot_be_tried_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(_: object) -> bool:
+        raise RuntimeError("FlashAttention only supports Ampere GPUs or newer.\nmore")
+
+    monkeypatch.setattr("lowvram_chat.model.isolation.isolates_documents", fails)
+    with pytest.raises(
+        ModelError, match=r"could not be tried \(FlashAttention only .* newer\)\. Set model.attention=sdpa"
+    ):
+        check_isolation(small(), torch.device("cpu"), "fp32")
