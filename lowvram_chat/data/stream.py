@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 END_OF_STREAM = b"\xff\xff\xff\xff\x00\x00\x00\x00"
 """Source: Apache Arrow's columnar format, "IPC Streaming Format"."""
 
+STATE = ".state"
+"""Ending of what is known of an unfinished file; the finished one's facts have another."""
+
 
 def crc32(path: Path, length: int | None = None) -> int:
     """Return the checksum of a file, or of its first `length` bytes."""
@@ -34,7 +37,7 @@ class Stream:
     """A stream that is being written."""
 
     path: Path
-    """Of the unfinished file; what is known of it stands beside it, in .json."""
+    """Of the unfinished file; what is known of it stands beside it, in .state."""
     length: int = 0
     checksum: int = 0
     state: dict[str, Any] | None = None
@@ -44,7 +47,7 @@ class Stream:
     def open(cls, path: Path, schema: pyarrow.Schema) -> Stream:
         """Return the stream as it was left, or a new one where none was begun or it is damaged."""
         try:
-            known = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+            known = json.loads(path.with_suffix(STATE).read_text(encoding="utf-8"))
             stream = cls(path, known["length"], known["checksum"], known["state"])
             if crc32(path, stream.length) == stream.checksum:
                 with path.open("r+b") as file:
@@ -61,8 +64,8 @@ class Stream:
         """Append a block, after which the writer is at `state`."""
         self._append(batch.serialize().to_pybytes())
         self.state = state
-        beside = self.path.with_suffix(".json")
-        partial = beside.with_suffix(".json.partial")
+        beside = self.path.with_suffix(STATE)
+        partial = beside.with_suffix(STATE + ".partial")
         partial.write_text(
             json.dumps({"length": self.length, "checksum": self.checksum, "state": state}), encoding="utf-8"
         )
@@ -72,13 +75,13 @@ class Stream:
         """End the stream under its final name; returns its checksum."""
         self._append(END_OF_STREAM)
         self.path.replace(final)
-        self.path.with_suffix(".json").unlink(missing_ok=True)
+        self.path.with_suffix(STATE).unlink(missing_ok=True)
         return self.checksum
 
     def discard(self) -> None:
         """Forget the stream."""
         self.path.unlink(missing_ok=True)
-        self.path.with_suffix(".json").unlink(missing_ok=True)
+        self.path.with_suffix(STATE).unlink(missing_ok=True)
 
     def _append(self, block: bytes) -> None:
         with self.path.open("ab") as file:

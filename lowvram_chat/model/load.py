@@ -110,13 +110,18 @@ def _keep_trainable_layout(model: PreTrainedModel) -> None:
             layer.support_avx512bf16_for_cpu = False
 
 
+def positions_of(config: PreTrainedConfig) -> int | None:
+    """Return the tokens that a model can see at once; None where it sets no bound."""
+    return getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
+
+
 def check_positions(config: PreTrainedConfig, max_length: int, name: str) -> None:
     """Refuse rows longer than the model's positions: GPT-2 would fail deep inside, on CUDA without a readable word.
 
     Raises:
         ModelError: with the override to use.
     """
-    positions = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
+    positions = positions_of(config)
     if positions is not None and max_length > positions:
         raise ModelError(
             f"data.max_length: {max_length}, but {name} has {positions} positions. Set data.max_length={positions}."

@@ -11,7 +11,7 @@ import torch
 
 from lowvram_chat.errors import NotFoundError
 from lowvram_chat.model.adapters import load_adapter
-from lowvram_chat.model.load import load_model, load_tokenizer
+from lowvram_chat.model.load import load_model, load_tokenizer, positions_of
 from lowvram_chat.recipe.load import load_recipe
 from lowvram_chat.recipe.schema import Model, Recipe
 
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 ADAPTER_FILE = "adapter_config.json"
+UNBOUNDED = 1024
+"""Tokens that a model without a bound is shown at once."""
 
 
 @dataclass(frozen=True)
@@ -32,8 +34,7 @@ class Opened:
     @property
     def positions(self) -> int:
         """Tokens the model can see at once."""
-        config = self.model.config
-        return int(getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None) or 1024)
+        return positions_of(self.model.config) or UNBOUNDED
 
 
 def base_names(name: str) -> list[str]:

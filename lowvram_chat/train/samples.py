@@ -10,6 +10,8 @@ from typing import Any, Literal
 import torch
 
 from lowvram_chat.model.compiled import as_written
+from lowvram_chat.model.load import positions_of
+from lowvram_chat.model.open import UNBOUNDED
 from lowvram_chat.model.scoring import autocast
 from lowvram_chat.train.run_dir import RunDir
 
@@ -59,7 +61,7 @@ class Speaker:
         encoded = self.tokenizer.apply_chat_template(
             [{"role": "user", "content": prompt}], add_generation_prompt=True, return_tensors="pt", return_dict=True
         )
-        room = self.model.config.max_position_embeddings - NEW_TOKENS
+        room = (positions_of(self.model.config) or UNBOUNDED) - NEW_TOKENS
         tokens: torch.Tensor = encoded["input_ids"][:, -room:]
         return tokens.to(next(self.model.parameters()).device)
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -26,6 +28,13 @@ def test_readme_names_the_two_commands_and_every_recipe() -> None:
     assert "make test" in README
     for path in (ROOT / "recipes").rglob("*.yaml"):
         assert f"`{path.stem}`" in README, path
+
+
+def test_the_tables_are_what_the_stored_results_say() -> None:
+    checked = subprocess.run(
+        [sys.executable, "tools/make_tables.py", "--check"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert checked.returncode == 0, checked.stderr
 
 
 def test_readme_shows_every_command() -> None:

@@ -157,8 +157,11 @@ def test_what_is_stored_in_the_repository_can_be_read_and_says_what_is_predicted
     assert {"vram", "baseline", "planner", "throughput", "ablation", "tokenize"} <= {r.benchmark for r in records}
     for one in records:
         kinds = {made.kind for made in one.metrics.values()}
-        assert kinds == (
-            {"predicted"} if one.benchmark in ("vram", "baseline", "planner", "micro_batch") else {"measured"}
-        ), one.case
-        assert one.commit
+        if one.benchmark == "run":  # on a card its predictions stand beside what was measured
+            assert kinds <= {"predicted", "measured"}
+        else:
+            assert kinds == (
+                {"predicted"} if one.benchmark in ("vram", "baseline", "planner", "micro_batch") else {"measured"}
+            ), one.case
+        assert one.commit or one.package
         assert one.date
