@@ -24,7 +24,6 @@ from lowvram_chat.quiet import quiet_libraries, quiet_transformers
 from lowvram_chat.recipe.load import load_recipe
 from lowvram_chat.results.machine import in_a_process
 from lowvram_chat.results.record import Metric, Record, spread
-from lowvram_chat.train import measure, run_dir
 
 ROWS, LENGTH, STEPS = 4, 512, 5
 SIZE, PRODUCTS = 2048, 6
@@ -73,9 +72,11 @@ class Shares(TrainerCallback):
 
 def steps() -> tuple[list[float], list[float], list[float]]:
     """Return each step's share, the rate around it (FLOP/s), and its seconds; on the CPU, on a machine with a card too."""
-    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    os.environ["CUDA_VISIBLE_DEVICES"] = "-1"  # before anything that asks for a card is imported
     quiet_libraries()
     quiet_transformers()
+    from lowvram_chat.train import measure, run_dir
+
     watch = Shares(ROWS * LENGTH * flops(12, 768, 50257, LENGTH))
     with tempfile.TemporaryDirectory(prefix="lowvram-chat-step-", ignore_cleanup_errors=True) as name:
         folder = Path(name)

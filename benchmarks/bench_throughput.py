@@ -17,6 +17,7 @@ import sys
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,8 @@ class Case:
     words: Sequence[str]
     stock: bool = False
     """Run by `trl sft`, not by this package."""
+    micro_batches: int = 1
+    """Into which this package cuts an optimizer step."""
 
     @property
     def share(self) -> float:
@@ -63,7 +66,10 @@ TRL_TUNED = [
     "--model_init_kwargs",
     json.dumps({"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "activation_function": "gelu_pytorch_tanh"}),
 ]  # fmt: skip
-TRL_LORA = ["--use_peft", "--lora_r", "16", "--lora_alpha", "32", "--lora_target_modules", "c_attn", "c_proj", "c_fc"]
+TRL_LORA = [
+    "--use_peft", "--lora_r", "16", "--lora_alpha", "32", "--lora_dropout", "0",
+    "--lora_target_modules", "c_attn", "c_proj", "c_fc",
+]  # fmt: skip
 
 THROUGHPUT: Mapping[str, Case] = {
     "ours: padded": Case([]),
@@ -76,19 +82,26 @@ THROUGHPUT: Mapping[str, Case] = {
     "trl tuned, LoRA": Case([*TRL_TUNED, *TRL_LORA], stock=True),
 }
 
+ACCUMULATED = 4
+"""Micro-batches of an optimizer step where the ladder begins; above its first rung there is one."""
+
 LADDER: Mapping[str, Sequence[str]] = {
-    "as stock": [
-        "model.lean_gelu=false", "model.lean_loss=false", "data.attention_mask=true", "model.dropout=0.1",
-        "train.gradient_checkpointing=true", "optimizer.name=adamw_unfused",
+    "as stock, four micro-batches": [
+        "model.lean_gelu=false", "model.lean_loss=false", "model.pad_vocabulary=false", "data.attention_mask=true",
+        "model.dropout=0.1", "train.gradient_checkpointing=true", "optimizer.name=adamw_unfused",
     ],
+    "one micro-batch": [],
     "no checkpointing": ["train.gradient_checkpointing=false"],
     "dropout 0 (a change of recipe)": ["model.dropout=0.0"],
     "one-kernel GELU": ["model.lean_gelu=true"],
     "labelled positions, in tiles": ["model.lean_loss=true"],
+    "vocabulary padded": ["model.pad_vocabulary=true"],
     "no mask": ["data.attention_mask=false"],
     "fused AdamW": ["optimizer.name=adamw"],
     "packed rows": ["data.rows=packed"],
     "compiled": ["train.compile=true"],
+    "LoRA, not compiled (a change of recipe)": ["train.compile=false", "adapter.kind=lora", "adapter.lean=false"],
+    "an adapter's sum in one kernel": ["adapter.lean=true"],
 }  # fmt: skip
 """The ablation: one substitution after the other, each on top of those before."""
 
@@ -99,25 +112,28 @@ def ablation() -> dict[str, Case]:
     cases = {}
     for number, (name, own) in enumerate(LADDER.items()):
         words = [*words, *own]
-        cases[f"{number} {name}"] = Case(words)
+        cases[f"{number:02} {name}"] = Case(words, micro_batches=1 if number else ACCUMULATED)
     return cases
 
 
 BENCHMARKS = {"throughput": THROUGHPUT, "ablation": ablation()}
 
 
-def measure(model: str, cases: Mapping[str, Case], repeats: int) -> Iterable[tuple[str, list[dict[str, Any]]]]:
-    """Run the cases in turns; yield each with its runs as soon as it has all of them."""
+def measure(
+    model: str, cases: Mapping[str, Case], repeats: int, conversations: int = ROWS
+) -> Iterable[tuple[str, list[dict[str, Any]]]]:
+    """Run the cases in turns, with so many conversations a step; yield each with its runs as soon as it has all of them."""
     runs: dict[str, list[dict[str, Any]]] = {name: [] for name in cases}
     with tempfile.TemporaryDirectory(prefix="lowvram-chat-throughput-") as name:
         folder = Path(name)
         prepare(folder, model)
-        few = packed_rows(folder)
+        few = packed_rows(folder, conversations)
         for turn in range(repeats):
             for case, how in cases.items():
                 before = matrix_peak()
-                rows = few if "data.rows=packed" in how.words else ROWS
-                done = run_trl(folder, how.words) if how.stock else run_ours(folder, how.words, rows)
+                rows = few if "data.rows=packed" in how.words else conversations
+                train = run_trl if how.stock else partial(run_ours, rows=rows, micro_batches=how.micro_batches)
+                done = train(folder, how.words)
                 peak = (before + matrix_peak()) / 2
                 share = done["tokens_per_second"] * SIZES[model].flops_per_token * how.share / peak
                 runs[case].append(done | {"matrix_peak_gflops": peak / 1e9, "share_of_matrix_peak": share})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -33,7 +34,8 @@ class Plans:
     """Plans on demand; those that are asked for early are made side by side."""
 
     def __init__(self) -> None:
-        self.pool = ProcessPoolExecutor(WORKERS, mp_context=multiprocessing.get_context("spawn"))
+        context = multiprocessing.get_context("spawn")
+        self.pool = ProcessPoolExecutor(WORKERS, mp_context=context, initializer=_without_a_card)
         self.asked: dict[tuple[str, tuple[str, ...]], Future[Planned]] = {}
 
     def ask(self, recipe: str, *overrides: str) -> Future[Planned]:
@@ -43,9 +45,26 @@ class Plans:
             self.asked[key] = self.pool.submit(planned, recipe, overrides)
         return self.asked[key]
 
+    def largest_micro_batches(self, recipe: str) -> dict[str, int]:
+        """Return "linux", "windows" -> the most rows of a micro-batch that fit."""
+        return self.pool.submit(_largest_micro_batches, recipe).result()
+
     def close(self) -> None:
         """Stop what has not begun."""
         self.pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _without_a_card() -> None:
+    """Keep a planning process off the card that another case measures: libraries look at it when they are imported."""
+    os.environ["CUDA_VISIBLE_DEVICES"] = "-1"
+
+
+def _largest_micro_batches(name: str) -> dict[str, int]:
+    from lowvram_chat.memory.plan import limits
+    from lowvram_chat.memory.search import largest_micro_batch
+
+    recipe = load_recipe(RECIPES[name])
+    return {system: largest_micro_batch(recipe, system) for system in limits(recipe)}
 
 
 def planned(name: str, overrides: tuple[str, ...] = ()) -> Planned:

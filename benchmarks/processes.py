@@ -12,6 +12,8 @@ from dataclasses import dataclass
 
 import psutil
 
+from lowvram_chat.train.callbacks import high_water_bytes
+
 POLL_SECONDS = 0.1
 
 
@@ -49,6 +51,12 @@ def run(command: Sequence[str], environment: Mapping[str, str] | None = None) ->
 
 def _wait(process: subprocess.Popen[bytes]) -> tuple[int, int]:
     """Return a process's exit status and the bytes it held at most."""
+    if high_water_bytes() is not None:
+        peak = 0
+        while process.poll() is None:
+            peak = high_water_bytes(process.pid) or peak  # none of a process that has just ended
+            time.sleep(POLL_SECONDS)
+        return process.returncode, peak
     if sys.platform != "win32":
         _, status, usage = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)

@@ -21,7 +21,7 @@ def test_a_merged_model_is_the_same_function(kind: str, keeper: Keeper, tmp_path
     words = [f"adapter.kind={kind}", f"output.dir={tmp_path / 'run'}", "output.sample_prompts=[]", "data.limit=200"]
     words += ["data.eval_limit=20", "train.max_steps=12"]
     # In processes of their own, on the CPU: this one must hold no share of a card that another case measures.
-    on_the_cpu = {"CUDA_VISIBLE_DEVICES": ""}
+    on_the_cpu = {"CUDA_VISIBLE_DEVICES": "-1"}
     processes.run([sys.executable, "-m", "lowvram_chat.sft", str(RECIPES["quickstart"]), *words], on_the_cpu)
     said = processes.run([sys.executable, "-m", "lowvram_chat.merge", str(tmp_path / "run"), "--json"], on_the_cpu).said
     found = json.loads(said.splitlines()[-1])

@@ -86,13 +86,14 @@ def run_trl(folder: Path, words: Sequence[str]) -> dict[str, Any]:
     return figures | _rate(clock) | {"held_out_loss": held_out_loss(folder, out)}
 
 
-def run_ours(folder: Path, words: Sequence[str], rows: int) -> dict[str, Any]:
-    """Train with this package; return its figures."""
+def run_ours(folder: Path, words: Sequence[str], rows: int, micro_batches: int = 1) -> dict[str, Any]:
+    """Train with this package, `rows` an optimizer step in so many micro-batches; return its figures."""
     recipe, out = folder / "recipe.yaml", folder / "run"
     recipe.write_text("model: {dropout: 0.0}\ntrain: {precision: fp32, save_steps: null}\n", encoding="utf-8")
     command = [sys.executable, "-m", "lowvram_chat.sft", str(recipe), "--overwrite", f"model.name={folder / 'model'}"]
     command += [f"data.source={folder / 'chitchat' / 'train.jsonl'}", "data.loss_on=all", f"data.max_length={LENGTH}"]
-    command += [f"train.per_device_train_batch_size={rows}", "train.logging_steps=1", f"output.dir={out}"]
+    command += [f"train.per_device_train_batch_size={rows // micro_batches}", f"output.dir={out}"]
+    command += [f"train.gradient_accumulation_steps={micro_batches}", "train.logging_steps=1"]
     command += [f"train.learning_rate={LEARNING_RATE}", "train.warmup_ratio=0.06", "optimizer.name=adamw", *words]
     figures = _process(command, cache=folder / "cache")
     result = json.loads((out / "result.json").read_text(encoding="utf-8"))
@@ -102,7 +103,7 @@ def run_ours(folder: Path, words: Sequence[str], rows: int) -> dict[str, Any]:
 
 def _process(command: list[str], cache: Path | None = None) -> dict[str, Any]:
     """Run a command on the CPU, on a machine with a card too; return its wall time and peak resident memory."""
-    quiet = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "true", "CUDA_VISIBLE_DEVICES": ""}
+    quiet = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "true", "CUDA_VISIBLE_DEVICES": "-1"}
     done = processes.run(command, quiet | ({"LOWVRAM_CHAT_CACHE": str(cache)} if cache else {}))
     return {"wall_seconds": done.wall_seconds, "peak_resident_mib": done.peak_resident_mib}
 
@@ -172,8 +173,8 @@ def matrix_peak() -> float:
     return max(rates)
 
 
-def packed_rows(folder: Path) -> int:
-    """Return the packed rows of a step that hold about as many tokens as `ROWS` conversations do."""
+def packed_rows(folder: Path, conversations: int) -> int:
+    """Return the packed rows of a step that hold about as many tokens as so many conversations do."""
     lines = (folder / "chitchat" / "train.jsonl").read_text(encoding="utf-8").splitlines()
     from lowvram_chat.data.template import set_template
     from lowvram_chat.model.load import load_tokenizer
@@ -181,4 +182,4 @@ def packed_rows(folder: Path) -> int:
     tokenizer = load_tokenizer(str(folder / "model"))
     set_template(tokenizer, "plain", "all")
     mean = statistics.mean(_tokens(tokenizer, json.loads(line)) for line in lines)
-    return max(1, round(ROWS * mean / LENGTH))
+    return max(1, round(conversations * mean / LENGTH))

@@ -55,19 +55,26 @@ def _run(args: argparse.Namespace) -> int:
     recipe = load_recipe(args.recipe, args.overrides)
     name = Path(args.recipe).stem
     out = args.out or Path(f"bench-{name}.json")
-    if not out.parent.is_dir():
-        raise UsageError(f"--out: {out.parent} is no folder. Make it first, or give another.")
+    _check_file("--out", out)
     quiet_transformers()
     from lowvram_chat.results.own_run import measured, sentence
 
     print(f"measuring {args.steps} steps twice, for memory and for speed ...", file=sys.stderr, flush=True)
-    record = measured(recipe, name, args.steps)
+    record = measured(recipe, " ".join([name, *args.overrides]), args.steps)
     out.write_text(record.model_dump_json(indent=1) + "\n", encoding="utf-8")
     print(sentence(record))
     print(f"written: {out} (bench report {out} shows it; send it to put it beside others)")
     if args.json:
         print_json(record.model_dump(mode="json"))
     return 0 if record.status == "passed" else 1
+
+
+def _check_file(option: str, path: Path) -> None:
+    """Refuse a place where no file can be written, before anything is measured."""
+    if path.is_dir():
+        raise UsageError(f"{option}: {path} is a folder. Give the name of a file.")
+    if not path.parent.is_dir():
+        raise UsageError(f"{option}: {path.parent} is no folder. Make it first, or give another.")
 
 
 def _report(args: argparse.Namespace) -> int:
@@ -79,8 +86,7 @@ def _report(args: argparse.Namespace) -> int:
 
     records = load_all(args.results or [RESULTS])
     if args.html is not None:
-        if not args.html.parent.is_dir():
-            raise UsageError(f"--html: {args.html.parent} is no folder. Make it first, or give another.")
+        _check_file("--html", args.html)
         args.html.write_text(suite_page(records), encoding="utf-8")
         print(f"written: {args.html}")
         return 0

@@ -41,15 +41,23 @@ def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> Path:
 
 
 def save_tiny_gpt2(
-    folder: Path, *, seed: int = 0, width: int = 64, layers: int = 2, positions: int = POSITIONS, dropout: float = 0.0
+    folder: Path,
+    *,
+    seed: int = 0,
+    width: int = 64,
+    layers: int = 2,
+    positions: int = POSITIONS,
+    dropout: float = 0.0,
+    unused: int = 0,
 ) -> Path:
-    """Save a random GPT-2 (2 layers x 64) with the built-in tokenizer, as a plain transformers checkpoint."""
+    """Save a random GPT-2 (2 layers x 64) with the built-in tokenizer, as a plain transformers checkpoint; `unused` tokens
+    more stand in its vocabulary than the tokenizer makes."""
     import torch
     from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
     tokenizer = AutoTokenizer.from_pretrained(BUILTIN)
     config = GPT2Config(
-        vocab_size=len(tokenizer),
+        vocab_size=len(tokenizer) + unused,
         n_embd=width,
         n_layer=layers,
         n_head=2,

@@ -98,7 +98,9 @@ def ablation_table(cases: Cases) -> str:
         )
         before = rate
     rows[0][2] = ""
-    return _table(["substitution", "real tokens/s", "by itself", "x stock", "peak memory, MiB", "held-out loss"], rows)
+    return _table(
+        ["substitution", "real tokens/s", "by itself", "x the first", "peak memory, MiB", "held-out loss"], rows
+    )
 
 
 def validation_table(cases: Cases) -> str:

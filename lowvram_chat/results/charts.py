@@ -44,7 +44,9 @@ def bars(title: str, rows: Sequence[Bar], *, unit: str, marks: Mapping[str, floa
         for bar in rows
     )
     told = f"<p>Red lines: {escape('; '.join(marks))}.</p>" if marks else ""
-    behind = table(f"{title} ({unit})", ["what", "kind", unit], [[bar.label, bar.kind, bar.text] for bar in rows])
+    kinds = list(dict.fromkeys(bar.kind for bar in rows))
+    texts = [[bar.label, *(bar.text if bar.kind == kind else "" for kind in kinds)] for bar in rows]
+    behind = table(f"{title} ({unit})", ["what", *kinds], texts)
     return _figure(title, f'{told}<ul class="bars">{items}</ul>', behind)
 
 

@@ -37,6 +37,7 @@ def compare(old: Sequence[Record], new: Sequence[Record]) -> list[Difference]:
         _refuse(old, new)
     for key in common:
         _check_version(before[key], after[key])
+        _check_processor(before[key], after[key])
     return [difference for key in common for difference in _differences(before[key], after[key])]
 
 
@@ -64,6 +65,14 @@ def _check_version(old: Record, new: Record) -> None:
             f"{'/'.join(old.key)}: version {old.case_version} and version {new.case_version} of the case measure different "
             "things. Measure the old code anew with this suite."
         )
+
+
+def _check_processor(old: Record, new: Record) -> None:
+    """Refuse figures of two processors; with a card it hardly matters, and older results do not say theirs."""
+    one, other = (record.machine.processor_model for record in (old, new))
+    measured = any(metric.kind == "measured" for metric in old.metrics.values())
+    if old.machine.card is None and measured and one and other and one != other:
+        raise UsageError(f"{'/'.join(old.key)}: taken on {one} and on {other}. Compare results of one machine.")
 
 
 def _differences(old: Record, new: Record) -> Iterator[Difference]:

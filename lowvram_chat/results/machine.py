@@ -39,6 +39,7 @@ def this_machine() -> Machine:
         name=slug(f"{limited} {system}" if card else f"{found['processor']} {system} {os.cpu_count()} threads"),
         platform=found["platform"].split("-with-")[0],
         processor=found["processor"],
+        processor_model=_processor_model(),
         threads=found["threads"],
         card=card,
         card_mib=total // 2**20 if total else None,
@@ -60,14 +61,23 @@ def in_a_process(work: Callable[..., T], *words: Any) -> T:
 
 def _power_limit() -> float | None:
     """Return the card's power limit in watts, where the driver tells it (laptops often do not)."""
-    words = ["nvidia-smi", "--query-gpu=power.limit", "--format=csv,noheader,nounits"]
+    words = ["nvidia-smi", "--query-gpu=enforced.power.limit", "--format=csv,noheader,nounits"]
     if shutil.which(words[0]) is None:
         return None
-    said = subprocess.run(words, capture_output=True, text=True, timeout=20, check=False)
     try:
+        said = subprocess.run(words, capture_output=True, text=True, timeout=20, check=False)
         return float(said.stdout.split()[0])
-    except (IndexError, ValueError):
+    except (IndexError, ValueError, OSError, subprocess.TimeoutExpired):
         return None
+
+
+def _processor_model() -> str | None:
+    """Return the processor's name, where Linux or Windows tells it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return os.environ.get("PROCESSOR_IDENTIFIER")
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), None)
 
 
 def commit(root: Path) -> str | None:

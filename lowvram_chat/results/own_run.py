@@ -5,6 +5,7 @@ from __future__ import annotations
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any, Literal
 
+from lowvram_chat import __version__
 from lowvram_chat.quiet import quiet_libraries, quiet_transformers
 from lowvram_chat.recipe.gpus import GPUS, MIB
 from lowvram_chat.recipe.schema import Memory, Recipe
@@ -13,12 +14,17 @@ from lowvram_chat.results.record import Machine, Metric, Record, spread
 from lowvram_chat.results.suite_page import BASELINE_TOKENS_PER_SECOND
 
 BENCHMARK = "run"
+VARIANTS = {"ti", "super", "max", "ada"}
+"""Words that make another card of a name."""
+ALSO_DESKTOP = {"3050"}
+"""Names that a desktop card with other figures has too, where drivers do say "laptop"."""
 RATE_NOISE, MEMORY_NOISE = 0.05, 0.02
 """Relative change that counts as noise: of a rate, of a peak."""
 
 
 def measured(recipe: Recipe, name: str, steps: int) -> Record:
-    """Return the record of a recipe's `steps` steps on this machine; memory and speed each in a process of its own.
+    """Return the record of a recipe's `steps` steps on this machine, under this name; memory and speed each in a process of
+    its own.
 
     Raises:
         LowVramError: as a run with this recipe.
@@ -39,6 +45,7 @@ def measured(recipe: Recipe, name: str, steps: int) -> Record:
         metrics=metrics,
         recipe=recipe.model_dump(mode="json", exclude_defaults=True),
         machine=here,
+        package=__version__,
         date=machine.now(),
     )
 
@@ -51,6 +58,8 @@ def sentence(record: Record) -> str:
     words = f"{record.case}: measured {rate.value:,.0f} tokens/s, {rate.value / BASELINE_TOKENS_PER_SECOND:.2g}x the baseline's "
     words += f"{BASELINE_TOKENS_PER_SECOND:,.0f}"
     words += _beside(rate, record.metrics.get("predicted_tokens_per_second"), "tokens/s")
+    if "assumed_power_limit" in record.metrics:
+        words += f" (predicted for {record.metrics['assumed_power_limit'].value:.0f} W: the driver tells no limit)"
     if "reserved" in record.metrics:
         reserved = record.metrics["reserved"]
         words += f"; peak reserved {reserved.value:,.0f} MiB measured"
@@ -142,17 +151,21 @@ def _predictions(recipe: Recipe, here: Machine) -> dict[str, Metric]:
         nearest = max(limits) if watts is None else min(limits, key=lambda limit: abs(limit - watts))
         rate = predict(recipe, planned.work, known, nearest).tokens_per_second
         found["predicted_tokens_per_second"] = Metric(value=round(rate, 1), unit="tokens/s", kind="predicted")
+        if watts is None and len(limits) > 1:
+            found["assumed_power_limit"] = Metric(value=nearest, unit="W", kind="predicted")
     return found
 
 
 def known_card(card: str, mib: int) -> str | None:
     """Return the row of the card table that a driver's name and memory mean; None where there is none.
 
-    "NVIDIA GeForce RTX 3050 Laptop GPU" of 4,096 MiB is rtx-3050-laptop-4gb: the words of the row's name are said ("laptop"
-    often is not), and its memory is that within a tenth.
+    "NVIDIA GeForce RTX 3050 Laptop GPU" of 4,096 MiB is rtx-3050-laptop-4gb: the words of the row's name are said, no variant
+    that is another chip is, and its memory is that within a tenth. Of most laptops' cards drivers do not say "laptop".
     """
-    said = {*card.lower().replace("-", " ").split(), "laptop"}
-    alike = (
-        name for name, gpu in GPUS.items() if {*name.split("-")[:-1]} <= said and abs(mib - gpu.total_mib) < mib / 10
-    )
-    return next(alike, None)
+    said = {*card.lower().replace("-", " ").split()}
+    said |= set() if ALSO_DESKTOP & said else {"laptop"}
+
+    def is_it(words: set[str], mib_of_row: int) -> bool:
+        return words <= said and not (VARIANTS & said) - words and abs(mib - mib_of_row) < mib / 10
+
+    return next((name for name, gpu in GPUS.items() if is_it({*name.split("-")[:-1]}, gpu.total_mib)), None)

@@ -47,10 +47,12 @@ class Machine(_Frozen):
     """What a case ran on; no user or host name."""
 
     name: str
-    """The folder's name, by which results are compared. Of a machine without a card it says little: give processors that
-    differ folders of their own."""
+    """The folder's name, by which results are compared."""
     platform: str
     processor: str
+    """Its kind."""
+    processor_model: str | None = None
+    """Its maker's name, where the system tells it."""
     threads: int
     card: str | None = None
     card_mib: int | None = None
@@ -76,6 +78,8 @@ class Record(_Frozen):
     recipe: dict[str, Any] | None = None
     machine: Machine
     commit: str | None = None
+    package: str | None = None
+    """The version of this package, which a result that was sent says instead of a commit."""
     date: str = ""
     """ISO 8601, UTC."""
 

@@ -213,9 +213,13 @@ def clock(hours: float) -> str:
 
 def text_table(records: Iterable[Record]) -> tuple[list[str], list[list[str]]]:
     """Return (head, rows) of every case's first figures, for the terminal."""
+    kinds = ("predicted", "measured")
     rows = []
     for record in records:
-        figures = [f"{name} {metric.value:,.4g} {metric.unit}" for name, metric in list(record.metrics.items())[:3]]
-        kinds = sorted({metric.kind for metric in record.metrics.values()})
-        rows.append([record.benchmark, record.case, record.status, ", ".join(kinds), "; ".join(figures)])
-    return ["benchmark", "case", "result", "kind", "figures"], rows
+        figures: dict[str, list[str]] = {kind: [] for kind in kinds}
+        for name, metric in record.metrics.items():
+            figures[metric.kind].append(
+                f"{name.replace('_', ' ')} {metric.value:,.4g} {metric.unit}".removesuffix(" 1")
+            )
+        rows.append([record.benchmark, record.case, record.status, *("; ".join(figures[kind][:3]) for kind in kinds)])
+    return ["benchmark", "case", "result", *kinds], rows

@@ -25,6 +25,7 @@ from lowvram_chat.model.load import load_tokenizer
 from lowvram_chat.recipe.schema import Recipe
 from lowvram_chat.train import budget, run_dir
 from lowvram_chat.train.callbacks import memory
+from lowvram_chat.train.oom import is_out_of_memory
 from lowvram_chat.train.session import Session
 
 log = logging.getLogger(__name__)
@@ -34,20 +35,21 @@ WARM_UP = 3
 
 
 class _Clock(TrainerCallback):
-    """Takes the time of each optimizer step, the device waited for, and the most of the device that is in use."""
+    """Takes the time from one optimizer step's end to the next one's, the device waited for and the fetching of rows included;
+    and the most of the device that is in use."""
 
     def __init__(self) -> None:
         self.seconds: list[float] = []
         self.device_bytes = 0
-        self.started = 0.0
+        self.ended = 0.0
 
-    def on_step_begin(self, *_: Any, **__: Any) -> None:
-        _wait()
-        self.started = time.perf_counter()
+    def on_train_begin(self, *_: Any, **__: Any) -> None:
+        self.ended = time.perf_counter()
 
     def on_step_end(self, *_: Any, **__: Any) -> None:
         _wait()
-        self.seconds.append(time.perf_counter() - self.started)
+        before, self.ended = self.ended, time.perf_counter()
+        self.seconds.append(self.ended - before)
         if torch.cuda.is_available():
             free, total = torch.cuda.mem_get_info()
             self.device_bytes = max(self.device_bytes, total - free)
@@ -71,7 +73,9 @@ def measure(recipe: Recipe, steps: int, of: Literal["memory", "speed"]) -> dict[
         clock = _Clock()
         try:
             prepared(recipe, device, folder, steps).steps(run_dir.create(recipe, resume=False), clock)
-        except torch.OutOfMemoryError as error:
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
             return {"status": "out_of_memory", "reason": str(error).splitlines()[0]}
         train = recipe.train
         rows = train.per_device_train_batch_size * train.gradient_accumulation_steps
@@ -99,8 +103,10 @@ def rows_of(recipe: Recipe, steps: int) -> Rows:
 
 
 def plain(recipe: Recipe, folder: Path, steps: int) -> Recipe:
-    """Return the recipe without what is not a step: evaluation, checkpoints, trackers, a schedule over an epoch."""
-    data = recipe.data.model_copy(update={"eval_source": None, "eval_split": None, "eval_fraction": None})
+    """Return the recipe without what is not a step: evaluation, checkpoints, trackers, a schedule over an epoch, a template
+    that the stand-in's tokenizer may lack."""
+    nothing = {"eval_source": None, "eval_split": None, "eval_fraction": None, "chat_template": "plain"}
+    data = recipe.data.model_copy(update=nothing)
     train = recipe.train.model_copy(
         update={"max_steps": steps + WARM_UP, "save_steps": None, "eval_steps": None, "logging_steps": 10**6}
     )
