@@ -11,12 +11,7 @@ from __future__ import annotations
 import os
 import statistics
 import tempfile
-import time
 from pathlib import Path
-from typing import Any
-
-import torch
-from transformers import TrainerCallback
 
 from benchmarks.suite import RECIPES, Keeper
 from benchmarks.timed_runs import flops
@@ -26,8 +21,6 @@ from lowvram_chat.results.machine import in_a_process
 from lowvram_chat.results.record import Metric, Record, spread
 
 ROWS, LENGTH, STEPS = 4, 512, 5
-SIZE, PRODUCTS = 2048, 6
-"""Of the matrices whose product is the rate, and how many products are timed at once."""
 SHARE = 0.8
 """Of the rate, at least."""
 WORDS = [
@@ -41,40 +34,14 @@ WORDS = [
 ]
 
 
-class Shares(TrainerCallback):
-    """Takes each step's time and the rate of products around it."""
-
-    def __init__(self, flops_per_step: float) -> None:
-        self.flops_per_step = flops_per_step
-        self.one, self.out = torch.randn(SIZE, SIZE), torch.empty(SIZE, SIZE)
-        self.shares: list[float] = []
-        self.rates: list[float] = []
-        self.seconds: list[float] = []
-
-    def on_step_begin(self, *_: Any, **__: Any) -> None:
-        self.rate, self.started = self._rate(), time.perf_counter()
-
-    def on_step_end(self, *_: Any, **__: Any) -> None:
-        seconds = time.perf_counter() - self.started
-        rate = (self.rate + self._rate()) / 2
-        self.shares.append(self.flops_per_step / seconds / rate)
-        self.rates.append(rate)
-        self.seconds.append(seconds)
-
-    def _rate(self) -> float:
-        times = []
-        for _ in range(PRODUCTS):
-            started = time.perf_counter()
-            torch.mm(self.one, self.one, out=self.out)
-            times.append(time.perf_counter() - started)
-        return 2 * SIZE**3 / statistics.median(times)
-
-
 def steps() -> tuple[list[float], list[float], list[float]]:
     """Return each step's share, the rate around it (FLOP/s), and its seconds; on the CPU, on a machine with a card too."""
     os.environ["CUDA_VISIBLE_DEVICES"] = "-1"  # before anything that asks for a card is imported
     quiet_libraries()
     quiet_transformers()
+    import torch
+
+    from benchmarks.step_clock import Shares
     from lowvram_chat.train import measure, run_dir
 
     watch = Shares(ROWS * LENGTH * flops(12, 768, 50257, LENGTH))

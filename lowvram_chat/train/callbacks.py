@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
-import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,6 +12,7 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from lowvram_chat.train.display import Display
+from lowvram_chat.train.resident import peak_resident_bytes
 from lowvram_chat.train.run_dir import COUNTS_FILE, RunDir, write_json
 
 
@@ -111,31 +110,4 @@ def memory() -> dict[str, int]:
             "peak_allocated_bytes": torch.cuda.max_memory_allocated(),
             "peak_reserved_bytes": torch.cuda.max_memory_reserved(),
         }
-    return {"peak_resident_bytes": _peak_resident_bytes()}
-
-
-def high_water_bytes(process: int | str = "self") -> int | None:
-    """Return the most memory that a process has held, where Linux tells it.
-
-    The usual `ru_maxrss` begins with what the process's parent held. Source: proc_pid_status(5), `VmHWM`.
-    """
-    try:
-        text = Path("/proc", str(process), "status").read_text(encoding="utf-8")
-    except OSError:
-        return None
-    found = re.search(r"^VmHWM:\s+(\d+) kB", text, re.MULTILINE)
-    return 1024 * int(found[1]) if found else None
-
-
-def _peak_resident_bytes() -> int:
-    own = high_water_bytes()
-    if own is not None:
-        return own
-    try:
-        import resource
-    except ImportError:  # Windows, where psutil tells the peak
-        import psutil
-
-        return int(psutil.Process().memory_info().peak_wset)  # type: ignore[attr-defined, unused-ignore]
-    unit = 1 if sys.platform == "darwin" else 1024
-    return int(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) * unit
+    return {"peak_resident_bytes": peak_resident_bytes()}

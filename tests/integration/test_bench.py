@@ -23,6 +23,9 @@ from tests.runs import Bench
 from tests.samples import ROOT
 from tests.unit.test_results import git
 
+IN_CHILDREN = {"step_clock", "trl_clock"}
+"""Modules of the suite that are imported in processes of their own."""
+
 
 def test_a_recipe_is_measured_on_this_machine(bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:
     out = bench.folder / "mine.json"
@@ -195,3 +198,11 @@ def test_an_interrupted_suite_keeps_the_finished_cases(tmp_path: Path) -> None:
     assert refused.returncode != 0
     assert "the tree is dirty (test_two.py)" in refused.stderr
     assert command.main(["report", str(folder / "results")]) == 0
+
+
+def test_the_suite_s_own_process_looks_at_no_card() -> None:
+    # bitsandbytes asks for the card when it is imported, and a process that has done so may hold a share of it.
+    modules = [f"benchmarks.{path.stem}" for path in (ROOT / "benchmarks").glob("*.py") if path.stem not in IN_CHILDREN]
+    code = f"import sys, {', '.join(modules)}; print({{'bitsandbytes', 'peft', 'trl'}} & {{*sys.modules}})"
+    said = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert said.stdout.strip() == "set()"
