@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,6 +48,10 @@ class Plans:
     def largest_micro_batches(self, recipe: str) -> dict[str, int]:
         """Return "linux", "windows" -> the most rows of a micro-batch that fit."""
         return self.pool.submit(_largest_micro_batches, recipe).result()
+
+    def wait(self) -> None:
+        """Return when all that was asked is planned: what is timed next has the machine to itself."""
+        wait(self.asked.values())
 
     def close(self) -> None:
         """Stop what has not begun."""

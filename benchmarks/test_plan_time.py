@@ -8,6 +8,7 @@ import time
 
 import pytest
 
+from benchmarks.plans import Plans
 from benchmarks.suite import RECIPES, Keeper
 from lowvram_chat.results.record import spread
 
@@ -18,8 +19,9 @@ TURNS = 5
 
 
 @pytest.fixture(scope="module")
-def seconds() -> dict[str, list[float]]:
+def seconds(plans: Plans) -> dict[str, list[float]]:
     """Recipe -> seconds of its plans; the recipes take turns, so that a slow minute of the machine falls on all."""
+    plans.wait()
     taken: dict[str, list[float]] = {name: [] for name in NAMES}
     for name in NAMES * TURNS:
         started = time.monotonic()

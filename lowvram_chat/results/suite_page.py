@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import get_args
 
 from lowvram_chat.recipe.baseline import BASELINE_SECONDS, BASELINE_TOKENS
 from lowvram_chat.recipe.schema import Memory
 from lowvram_chat.results.charts import Bar, areas, bars
 from lowvram_chat.results.html import folded, key, page, paragraph, table
-from lowvram_chat.results.record import Metric, Record, of_benchmark
+from lowvram_chat.results.record import Kind, Metric, Record, of_benchmark
 
 BASELINE_HOURS = BASELINE_SECONDS / 3600
 BASELINE_TOKENS_PER_SECOND = 3 * BASELINE_TOKENS / BASELINE_SECONDS
@@ -216,7 +217,7 @@ def text_table(records: Iterable[Record]) -> tuple[list[str], list[list[str]]]:
     kinds = ("predicted", "measured")
     rows = []
     for record in records:
-        figures: dict[str, list[str]] = {kind: [] for kind in kinds}
+        figures: dict[str, list[str]] = {kind: [] for kind in get_args(Kind)}
         for name, metric in record.metrics.items():
             figures[metric.kind].append(
                 f"{name.replace('_', ' ')} {metric.value:,.4g} {metric.unit}".removesuffix(" 1")

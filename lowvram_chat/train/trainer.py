@@ -119,9 +119,8 @@ def sft_config(recipe: Recipe, run: RunDir, *, evaluate: bool) -> SFTConfig:
         dataloader_num_workers=workers,
         dataloader_persistent_workers=workers > 0,
         dataloader_pin_memory=cuda,
-        accelerator_config={
-            "non_blocking": cuda
-        },  # else a copy of pinned rows would wait for all that the card has to do
+        # Else a copy of pinned rows would wait for all that the card has to do.
+        accelerator_config={"non_blocking": cuda},
         dataloader_drop_last=False,
         # the step
         per_device_train_batch_size=train.per_device_train_batch_size,

@@ -11,8 +11,8 @@ import pytest
 from lowvram_chat import bench
 from lowvram_chat.results.charts import Bar, areas, bars, curves
 from lowvram_chat.results.html import POLICY, table
-from lowvram_chat.results.record import Machine, Metric, Record, store
-from lowvram_chat.results.suite_page import suite_page
+from lowvram_chat.results.record import Kind, Machine, Metric, Record, store
+from lowvram_chat.results.suite_page import suite_page, text_table
 from tests.samples import ROOT
 
 VOID = {"meta", "link"}
@@ -152,3 +152,20 @@ def test_the_command_writes_the_page_of_the_stored_results(tmp_path: Path, capsy
     assert "predicted" in capsys.readouterr().out
     assert bench.main(["report", str(tmp_path / "results"), "--html", str(tmp_path / "no" / "r.html")]) == 2
     assert bench.main(["report", str(tmp_path / "nothing")]) == 2
+
+
+def test_predicted_and_measured_have_columns_of_their_own() -> None:
+    published = Metric(value=3666, unit="tokens/s", kind="published")
+    metrics = {"reserved": measured(2790), "predicted_reserved": predicted(2772), "theirs": published}
+    head, [row] = text_table([Record(benchmark="run", case="r", metrics=metrics, machine=CARD)])
+    assert dict(zip(head, row, strict=True)) == {
+        "benchmark": "run",
+        "case": "r",
+        "result": "passed",
+        "predicted": "predicted reserved 2,772 MiB",
+        "measured": "reserved 2,790 MiB",
+    }
+    kinds: tuple[Kind, ...] = ("predicted", "measured")
+    drawn = bars("t", [Bar(label=kind, value=1, kind=kind, text=f"1 {kind}") for kind in kinds], unit="h")
+    assert re.findall(r"<th scope[^>]*>(.*?)</th>", drawn) == ["what", "predicted", "measured"]
+    assert re.findall(r"<td\b[^>]*>(.*?)</td>", drawn) == ["predicted", "1 predicted", "", "measured", "", "1 measured"]
