@@ -28,7 +28,7 @@ validate: benchmarks/data/vram_measured.csv
 	$(VENV)-validate/bin/python -m pytest benchmarks/test_planner.py -k memory $(STORE)
 
 test: $(READY)
-	$(BIN)/python -m pytest tests
+	$(BIN)/python -m pytest tests -n 2 --dist loadfile
 
 check: $(READY)
 	$(BIN)/ruff check .
