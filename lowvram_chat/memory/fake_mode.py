@@ -1,51 +1,143 @@
-"""torch's fake tensors, with a shorter way to the cache of what each operation returns.
+"""torch's fake tensors, with a short way to what an operation returned before.
 
-FakeTensorMode remembers the shape that an operation returns for given arguments. Of a trace's time, a third went into
-writing those arguments down, seventeen fields a tensor. Dense tensors differ in six of them.
-Source: torch/_subclasses/fake_tensor.py, `_cache_key`, `extract_tensor_metadata` (2.13).
+FakeTensorMode remembers the shape that an operation returns for given arguments, but asks seventeen things of each tensor
+first, and makes each result by way of checks that pass in every trace: of a trace's time, half went there. Here the key
+says what can differ between dense tensors, and a result that torch itself would remember is made at once.
+Source: torch/_subclasses/fake_tensor.py, `FakeTensorMode._cached_dispatch_impl`, `FakeTensor.__new__` (2.13).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
+from operator import itemgetter
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, in_kernel_invocation_manager
 
-PLAIN = frozenset({int, float, bool, type(None), torch.dtype, torch.device})
+PLAIN = frozenset({int, float, bool, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format, str})
 """Types of arguments that stand for themselves."""
+
+VIEW = torch.ops.aten.view.default
+SAME = {torch.ops.aten._unsafe_view.default: VIEW}
+"""Operations that do to memory what another one does, which can be remembered."""
+DIRECT = frozenset({VIEW, torch.ops.aten.slice.Tensor, torch.ops.aten.addmm.default, torch.ops.aten.mm.default})
+"""Operations that are asked of their kernel for tensors without memory at once; torch tries other ways first, a millisecond
+each."""
+FUNCTIONAL = "bitsandbytes::"
+"""A library whose operations return new tensors or nothing; torch remembers none but its own."""
+
+Maker = Callable[[tuple[Any, ...]], Any]
+"""Makes an operation's result anew, from its arguments."""
+
+
+class UnknownError(Exception):
+    """An argument that a key cannot say."""
 
 
 class BriefFakeTensorMode(FakeTensorMode):
-    """A FakeTensorMode whose cache keys say only what can differ in a trace; other arguments go torch's own way."""
+    """A FakeTensorMode with a short way for what it has seen before; everything else goes torch's own way."""
 
-    def _prep_args_for_hash(self, result: list[Any], args: Any, *rest: Any) -> None:
-        """Appends to `result` what tells these arguments from others."""
-        if isinstance(args, dict):
-            result.append(tuple(args))
-            args = args.values()
-        result.append(len(args))
-        for argument in args:
-            kind = type(argument)
-            if kind is FakeTensor and argument.constant is None and argument.layout is torch.strided:
-                result += _described(argument)
-            elif kind in PLAIN:
-                # The type too: 1 and 1.0 are equal, and make different results.
-                result += (kind, argument)
-            elif kind is list or kind is tuple:
-                self._prep_args_for_hash(result, argument, *rest)
-            else:
-                super()._prep_args_for_hash(result, (argument,), *rest)
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        self._known: dict[tuple[Any, ...], Maker] = {}
+
+    def dispatch(self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None) -> Any:
+        """Runs one operation on fake tensors."""
+        func = SAME.get(func, func)
+        key: list[Any] = [func, torch.get_default_dtype(), torch.is_inference_mode_enabled()]
+        try:
+            _describe(args, key)
+            if kwargs:
+                key += kwargs
+                _describe(kwargs.values(), key)
+        except UnknownError:
+            return super().dispatch(func, types, args, kwargs or {})
+        made = self._known.get(tuple(key))
+        if made is not None:
+            return made(args)
+        if func in DIRECT:
+            with in_kernel_invocation_manager(self):
+                like = func(*args)
+            made = self._known[tuple(key)] = self._tensor_maker(like, args[0].fake_device, 0 if func.is_view else None)
+            return made(args)
+        before = _remembered()
+        result = super().dispatch(func, types, args, kwargs or {})
+        if (_remembered() > before or func.name().startswith(FUNCTIONAL)) and (
+            result is None or not _holds_tensor(kwargs)
+        ):
+            maker = self._maker(func, args, result)
+            if maker is not None:
+                self._known[tuple(key)] = maker
+        return result
+
+    def _maker(self, func: Any, args: tuple[Any, ...], result: Any) -> Maker | None:
+        """What makes this result from such arguments; None where only torch should."""
+        if isinstance(result, tuple):
+            makers = [self._maker(func, args, one) for one in result]
+            known = [maker for maker in makers if maker is not None]
+            return (lambda args: tuple(maker(args) for maker in known)) if len(known) == len(makers) else None
+        if result is None:
+            return lambda _: None
+        if type(result) is not FakeTensor or result.constant is not None or result.layout is not torch.strided:
+            return None
+        same = [place for place, argument in enumerate(args) if argument is result]
+        if same:
+            return itemgetter(same[0])
+        viewed = None
+        if getattr(func, "is_view", False):
+            (viewed,) = (place for place, argument in enumerate(args) if isinstance(argument, torch.Tensor))
+        return self._tensor_maker(result, result.fake_device, viewed)
+
+    def _tensor_maker(self, like: torch.Tensor, device: torch.device, viewed: int | None) -> Maker:
+        """Makes fake tensors like this one: with a storage of their own, or that of an argument."""
+        shape, stride, offset, kind = tuple(like.shape), like.stride(), like.storage_offset(), like.dtype
+        attributes = vars(FakeTensor(self, torch.empty((), device="meta"), device))  # type: ignore[no-untyped-call]
+
+        def make(args: tuple[Any, ...]) -> FakeTensor:
+            storage = None if viewed is None else args[viewed].untyped_storage()
+            with in_kernel_invocation_manager(self):
+                inner = torch.empty_strided(shape, stride, dtype=kind, device="meta")
+                if storage is not None:
+                    inner.set_(storage, offset, shape, stride)
+            made: FakeTensor = torch.Tensor._make_subclass(
+                FakeTensor, inner, False, dispatch_device=True, device_for_backend_keys=device
+            )
+            torch._C._set_throw_on_mutable_data_ptr(made)
+            vars(made).update(attributes)
+            return made
+
+        return make
 
 
-def _described(tensor: FakeTensor) -> Iterable[object]:
-    # `fake_device`, since asking for `device` is a dispatched operation of its own.
-    return (
-        tensor.fake_device,
-        tensor.dtype,
-        tensor.shape,
-        tensor.stride(),
-        tensor.storage_offset(),
-        tensor.requires_grad,
-    )
+def _holds_tensor(kwargs: Mapping[str, Any] | None) -> bool:
+    return any(isinstance(one, torch.Tensor) for one in (kwargs or {}).values())
+
+
+def _remembered() -> int:
+    """A number that is higher after an operation that torch's own cache takes, and lower after one that it does not."""
+    bypassed = sum(FakeTensorMode.cache_bypasses.values())
+    return FakeTensorMode.cache_hits + FakeTensorMode.cache_misses - 1_000_000 * bypassed
+
+
+def _describe(arguments: Iterable[Any], key: list[Any]) -> None:
+    """Appends to `key` what tells these arguments from others."""
+    for argument in arguments:
+        kind = type(argument)
+        if kind is FakeTensor and argument.constant is None and argument.layout is torch.strided:
+            # `fake_device`, since asking for `device` is a dispatched operation of its own.
+            key += (
+                argument.fake_device,
+                argument.dtype,
+                argument.shape,
+                argument.stride(),
+                argument.storage_offset(),
+                argument.requires_grad,
+            )
+        elif kind in PLAIN:
+            key += (kind, argument)  # the type too: 1 and 1.0 are equal, and make different results
+        elif kind is list or kind is tuple:
+            key.append(len(argument))
+            _describe(argument, key)
+        else:
+            raise UnknownError
