@@ -88,17 +88,23 @@ def run_trl(folder: Path, words: Sequence[str]) -> dict[str, Any]:
 
 def run_ours(folder: Path, words: Sequence[str], rows: int, micro_batches: int = 1) -> dict[str, Any]:
     """Train with this package, `rows` an optimizer step in so many micro-batches; return its figures."""
-    recipe, out = folder / "recipe.yaml", folder / "run"
-    recipe.write_text("model: {dropout: 0.0}\ntrain: {precision: fp32, save_steps: null}\n", encoding="utf-8")
-    command = [sys.executable, "-m", "lowvram_chat.sft", str(recipe), "--overwrite", f"model.name={folder / 'model'}"]
-    command += [f"data.source={folder / 'chitchat' / 'train.jsonl'}", "data.loss_on=all", f"data.max_length={LENGTH}"]
-    command += [f"train.per_device_train_batch_size={rows // micro_batches}", f"output.dir={out}"]
-    command += [f"train.gradient_accumulation_steps={micro_batches}", "train.logging_steps=1"]
-    command += [f"train.learning_rate={LEARNING_RATE}", "train.warmup_ratio=0.06", "optimizer.name=adamw", *words]
+    out = folder / "run"
+    command = [sys.executable, "-m", "lowvram_chat.sft", *ours(folder, out, words, rows, micro_batches)]
     figures = _process(command, cache=folder / "cache")
     result = json.loads((out / "result.json").read_text(encoding="utf-8"))
     trained = out / ("adapter" if "adapter" in result else "model")
     return figures | _rate(out / "metrics.jsonl") | {"held_out_loss": held_out_loss(folder, trained)}
+
+
+def ours(folder: Path, out: Path, words: Sequence[str], rows: int, micro_batches: int = 1) -> list[str]:
+    """Return the words of `sft` for a run into `out`: `rows` an optimizer step in so many micro-batches."""
+    recipe = folder / "recipe.yaml"
+    recipe.write_text("model: {dropout: 0.0}\ntrain: {precision: fp32, save_steps: null}\n", encoding="utf-8")
+    command = [str(recipe), "--overwrite", f"model.name={folder / 'model'}", f"output.dir={out}"]
+    command += [f"data.source={folder / 'chitchat' / 'train.jsonl'}", "data.loss_on=all", f"data.max_length={LENGTH}"]
+    command += [f"train.per_device_train_batch_size={rows // micro_batches}", "train.logging_steps=1"]
+    command += [f"train.gradient_accumulation_steps={micro_batches}", "optimizer.name=adamw"]
+    return [*command, f"train.learning_rate={LEARNING_RATE}", "train.warmup_ratio=0.06", *words]
 
 
 def _process(command: list[str], cache: Path | None = None) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from tests.runs import Bench
 from tests.samples import ROOT
 from tests.unit.test_results import git
 
-IN_CHILDREN = {"step_clock", "trl_clock"}
+IN_CHILDREN = {"step_clock", "trl_clock", "turn_clock"}
 """Modules of the suite that are imported in processes of their own."""
 
 
