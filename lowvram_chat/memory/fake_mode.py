@@ -18,14 +18,24 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, in_kernel_
 PLAIN = frozenset({int, float, bool, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format, str})
 """Types of arguments that stand for themselves."""
 
-VIEW = torch.ops.aten.view.default
-SAME = {torch.ops.aten._unsafe_view.default: VIEW}
+aten = torch.ops.aten
+
+SAME = {aten._unsafe_view.default: aten.view.default}
 """Operations that do to memory what another one does, which can be remembered."""
-DIRECT = frozenset({VIEW, torch.ops.aten.slice.Tensor, torch.ops.aten.addmm.default, torch.ops.aten.mm.default})
+DIRECT = frozenset(
+    {
+        aten.view.default,
+        aten.slice.Tensor,
+        aten.addmm.default,
+        aten.mm.default,
+        aten._to_copy.default,
+        aten.gelu_backward.default,
+    }
+)
 """Operations that are asked of their kernel for tensors without memory at once; torch tries other ways first, a millisecond
 each."""
-FUNCTIONAL = "bitsandbytes::"
-"""A library whose operations return new tensors or nothing; torch remembers none but its own."""
+FUNCTIONAL = "bitsandbytes"
+"""A library whose operations return new tensors, or nothing and then do nothing to shapes; torch remembers none but its own."""
 
 Maker = Callable[[tuple[Any, ...]], Any]
 """Makes an operation's result anew, from its arguments."""
@@ -42,6 +52,15 @@ class BriefFakeTensorMode(FakeTensorMode):
         super().__init__(**settings)
         self._known: dict[tuple[Any, ...], Maker] = {}
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """No: nothing is compiled here, and torch's wrapper against it would be called with every operation."""
+        return False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None) -> Any:
+        """Runs one operation on fake tensors, uncounted."""
+        return self.dispatch(func, types, args, kwargs)
+
     def dispatch(self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None) -> Any:
         """Runs one operation on fake tensors."""
         func = SAME.get(func, func)
@@ -52,20 +71,20 @@ class BriefFakeTensorMode(FakeTensorMode):
                 key += kwargs
                 _describe(kwargs.values(), key)
         except UnknownError:
+            if func.namespace == FUNCTIONAL and not func._schema.returns:
+                return None
             return super().dispatch(func, types, args, kwargs or {})
         made = self._known.get(tuple(key))
         if made is not None:
             return made(args)
-        if func in DIRECT:
+        if func in DIRECT and "device" not in (kwargs or {}):
             with in_kernel_invocation_manager(self):
-                like = func(*args)
+                like = func(*args, **(kwargs or {}))
             made = self._known[tuple(key)] = self._tensor_maker(like, args[0].fake_device, 0 if func.is_view else None)
             return made(args)
         before = _remembered()
         result = super().dispatch(func, types, args, kwargs or {})
-        if (_remembered() > before or func.name().startswith(FUNCTIONAL)) and (
-            result is None or not _holds_tensor(kwargs)
-        ):
+        if (_remembered() > before or func.namespace == FUNCTIONAL) and (result is None or not _holds_tensor(kwargs)):
             maker = self._maker(func, args, result)
             if maker is not None:
                 self._known[tuple(key)] = maker
@@ -77,8 +96,8 @@ class BriefFakeTensorMode(FakeTensorMode):
             makers = [self._maker(func, args, one) for one in result]
             known = [maker for maker in makers if maker is not None]
             return (lambda args: tuple(maker(args) for maker in known)) if len(known) == len(makers) else None
-        if result is None:
-            return lambda _: None
+        if result is None or type(result) is int:
+            return lambda _: result
         if type(result) is not FakeTensor or result.constant is not None or result.layout is not torch.strided:
             return None
         same = [place for place, argument in enumerate(args) if argument is result]
