@@ -103,6 +103,15 @@ def ablation_table(cases: Cases) -> str:
     )
 
 
+def turns_table(cases: Cases) -> str:
+    """Return the ratios of runs whose steps took turns."""
+    rows = []
+    for name, case in cases.items():
+        first, second = (_figure(case, metric) for metric in case.metrics if metric != "ratio")
+        rows.append([name, first, second, f"{case.metrics['ratio'].value:.2f}"])
+    return _table(["step against step", "the first, real tokens/s", "the second", "ratio"], rows)
+
+
 def validation_table(cases: Cases) -> str:
     """Return the planner's error beside that of four published predictors, on the rows that each predicts."""
     with MEASURED.open(encoding="utf-8", newline="") as file:
@@ -153,6 +162,7 @@ TABLES: Mapping[str, tuple[str, str, Callable[[Cases], str]]] = {
     "step": ("step", "", figures_table),
     "tokenize": ("tokenize", "", figures_table),
     "ablation": ("ablation", "tiny: ", ablation_table),
+    "turns": ("turns", "", turns_table),
 }
 """Place in README -> benchmark, what its cases' names begin with, and what makes the table."""
 
