@@ -46,15 +46,20 @@ class Match:
     """Steps of each that count."""
 
 
-WORDS = {
+WORDS: Mapping[str, Sequence[str]] = {
     "padded": [],
     "packed": ["data.rows=packed"],
     "packed, LoRA": ["data.rows=packed", "adapter.kind=lora"],
+    "packed, LoRA of one layer": [
+        "data.rows=packed", "adapter.kind=lora", "adapter.r=1", "adapter.target_modules=[h.0.attn.c_attn]",
+    ],
     "packed, compiled": ["data.rows=packed", "train.compile=true"],
     "packed, compiled, LoRA": ["data.rows=packed", "train.compile=true", "adapter.kind=lora"],
-}
+}  # fmt: skip
+"""Way -> its words. The adapter of one layer costs next to nothing: it shows what any adapter could reach."""
 MATCHES: Mapping[str, Match] = {
     "tiny: LoRA beside full": Match("tiny", ("packed, LoRA", "packed"), ROWS, 1.3, 60),
+    "tiny: LoRA of one layer beside full": Match("tiny", ("packed, LoRA of one layer", "packed"), ROWS, 1.3, 60),
     "tiny: LoRA beside full, compiled": Match("tiny", ("packed, compiled, LoRA", "packed, compiled"), ROWS, 1.3, 60),
     "gpt2: LoRA beside full": Match("gpt2", ("packed, LoRA", "packed"), ROWS, 1.3, 10),
     "tiny: packed beside padded, 1 conversation": Match("tiny", ("packed", "padded"), 1, 1.0, 200),

@@ -206,3 +206,24 @@ def test_the_suite_s_own_process_looks_at_no_card() -> None:
     code = f"import sys, {', '.join(modules)}; print({{'bitsandbytes', 'peft', 'trl'}} & {{*sys.modules}})"
     said = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert said.stdout.strip() == "set()"
+
+
+def test_steps_that_take_turns_are_counted_after_the_warm_up(tmp_path: Path) -> None:
+    from benchmarks import bench_turns
+    from benchmarks.timed_runs import WARM_UP
+
+    lines = [{"step": step, "real_tokens": 100 * step} for step in range(1, 6)] + [{"held_out_loss": 1.0}]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
+    seconds = [9.0, 9.0, 1.0, 2.0, 3.0]
+    assert bench_turns._counted(tmp_path, seconds) == [(100, second) for second in seconds[WARM_UP:]]
+
+
+def test_a_run_that_ends_before_its_turn_says_why() -> None:
+    from benchmarks import bench_turns
+
+    code = f"print('loading'); print('{bench_turns.STEP}1.5'); print('no such setting')"
+    child = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert bench_turns._seconds(child) == 1.5
+    with pytest.raises(RuntimeError, match="no such setting"):
+        bench_turns._seconds(child)
+    child.communicate()
