@@ -1,8 +1,8 @@
 """torch's fake tensors, with a short way to what an operation returned before.
 
 FakeTensorMode remembers the shape that an operation returns for given arguments, but asks seventeen things of each tensor
-first, and makes each result by way of checks that pass in every trace: of a trace's time, half went there. Here the key
-says what can differ between dense tensors, and a result that torch itself would remember is made at once.
+first, makes each result by way of checks that pass in every trace, and takes neither unsafe views nor another library's
+operations. Here the key says what can differ between dense tensors, and the result is made at once.
 Source: torch/_subclasses/fake_tensor.py, `FakeTensorMode._cached_dispatch_impl`, `FakeTensor.__new__` (2.13).
 """
 
