@@ -1,6 +1,6 @@
 """Two ways to train, step against step: both runs are there at once, and their optimizer steps take turns.
 
-    python -m benchmarks.bench_turns            LoRA beside full on both models, packed beside padded: a quarter of an hour
+    python -m benchmarks.bench_turns            LoRA beside full on both models, packed beside padded: ten minutes
     python -m benchmarks.bench_turns --store    writes benchmarks/results/<machine>/turns/...
 
 Whole runs on a shared machine differ by a fifth from one to the next, a ratio of steps that alternate by a twentieth at most.

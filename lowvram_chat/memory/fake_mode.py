@@ -63,31 +63,32 @@ class BriefFakeTensorMode(FakeTensorMode):
 
     def dispatch(self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None) -> Any:
         """Runs one operation on fake tensors."""
-        func = SAME.get(func, func)
-        key: list[Any] = [func, torch.get_default_dtype(), torch.is_inference_mode_enabled()]
+        func, kwargs = SAME.get(func, func), kwargs or {}
+        words: list[Any] = [func, torch.get_default_dtype(), torch.is_inference_mode_enabled()]
         try:
-            _describe(args, key)
-            if kwargs:
-                key += kwargs
-                _describe(kwargs.values(), key)
+            _describe(args, words)
+            words += kwargs
+            _describe(kwargs.values(), words)
         except UnknownError:
             if func.namespace == FUNCTIONAL and not func._schema.returns:
                 return None
-            return super().dispatch(func, types, args, kwargs or {})
-        made = self._known.get(tuple(key))
-        if made is not None:
-            return made(args)
-        if func in DIRECT and "device" not in (kwargs or {}):
+            return super().dispatch(func, types, args, kwargs)
+        key = tuple(words)
+        if key in self._known:
+            return self._known[key](args)
+        if func in DIRECT and "device" not in kwargs:
             with in_kernel_invocation_manager(self):
-                like = func(*args, **(kwargs or {}))
-            made = self._known[tuple(key)] = self._tensor_maker(like, args[0].fake_device, 0 if func.is_view else None)
-            return made(args)
-        before = _remembered()
-        result = super().dispatch(func, types, args, kwargs or {})
-        if (_remembered() > before or func.namespace == FUNCTIONAL) and (result is None or not _holds_tensor(kwargs)):
-            maker = self._maker(func, args, result)
+                like = func(*args, **kwargs)
+            viewed = 0 if func.is_view else None
+            self._known[key] = self._tensor_maker(like, args[0].fake_device, viewed)
+            return self._known[key](args)
+        taken, bypassed = _cache_counts()
+        result = super().dispatch(func, types, args, kwargs)
+        taken_now, bypassed_now = _cache_counts()
+        if (taken_now > taken and bypassed_now == bypassed) or func.namespace == FUNCTIONAL:
+            maker = None if _holds_tensor(kwargs) else self._maker(func, args, result)
             if maker is not None:
-                self._known[tuple(key)] = maker
+                self._known[key] = maker
         return result
 
     def _maker(self, func: Any, args: tuple[Any, ...], result: Any) -> Maker | None:
@@ -129,14 +130,13 @@ class BriefFakeTensorMode(FakeTensorMode):
         return make
 
 
-def _holds_tensor(kwargs: Mapping[str, Any] | None) -> bool:
-    return any(isinstance(one, torch.Tensor) for one in (kwargs or {}).values())
+def _holds_tensor(kwargs: Mapping[str, Any]) -> bool:
+    return any(isinstance(one, torch.Tensor) for one in kwargs.values())
 
 
-def _remembered() -> int:
-    """A number that is higher after an operation that torch's own cache takes, and lower after one that it does not."""
-    bypassed = sum(FakeTensorMode.cache_bypasses.values())
-    return FakeTensorMode.cache_hits + FakeTensorMode.cache_misses - 1_000_000 * bypassed
+def _cache_counts() -> tuple[int, int]:
+    """How many results torch's own cache has taken or given, and how many it would not take."""
+    return FakeTensorMode.cache_hits + FakeTensorMode.cache_misses, sum(FakeTensorMode.cache_bypasses.values())
 
 
 def _describe(arguments: Iterable[Any], key: list[Any]) -> None:

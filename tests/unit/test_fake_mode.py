@@ -97,3 +97,22 @@ def test_inference_tensors_are_remembered_apart() -> None:
             with torch.inference_mode():
                 assert (torch.empty(2) + 1).is_inference()
             assert not (torch.empty(2) + 1).is_inference()
+
+
+def test_torch_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+    plain = FakeTensorMode.dispatch
+
+    def counted(self: FakeTensorMode, func: Any, *rest: Any) -> Any:
+        if func is not torch.ops.prim.device.default:  # a question that the recorder answers itself
+            asked.append(func)
+        return plain(self, func, *rest)
+
+    with BriefFakeTensorMode():
+        inputs = torch.empty(4, 6), torch.empty(6, 8)
+        torch.relu(inputs[0] @ inputs[1]).t()
+        monkeypatch.setattr(FakeTensorMode, "dispatch", counted)
+        torch.relu(inputs[0] @ inputs[1]).t()
+        assert asked == []
+        torch.relu(inputs[1])  # another shape
+        assert asked == [aten.relu.default]
