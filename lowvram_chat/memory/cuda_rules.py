@@ -2,6 +2,7 @@
 
 - `cuda_attention`: which kernel `scaled_dot_product_attention` picks, and so what it saves and what it needs meanwhile;
 - `cuda_dropout`: the fused kernel, which keeps a mask of one byte an element;
+- `cuda_log_softmax`: fp16 logits are not copied to fp32 first;
 - `cuda_foreach_default`: torch's optimizers and `clip_grad_norm_` take their foreach implementations;
 - `TEMPORARIES`: memory that lives inside a kernel, where the trace cannot see it;
 - `cuda_autocast` (its own file): the operations that autocast casts on CUDA and not on the CPU.
@@ -84,13 +85,29 @@ def cuda_functions(compute_capability: tuple[int, int]) -> Iterator[None]:
     A function mode would not do: autograd switches it off, and a checkpoint's forward runs again in the backward pass.
     """
     functions: Any = functional
-    before = functions.dropout, functions.scaled_dot_product_attention
-    functions.dropout = cuda_dropout
-    functions.scaled_dot_product_attention = partial(cuda_attention, compute_capability=compute_capability)
+    stand_ins = {
+        "dropout": cuda_dropout,
+        "log_softmax": cuda_log_softmax,
+        "scaled_dot_product_attention": partial(cuda_attention, compute_capability=compute_capability),
+    }
+    before = {name: getattr(functions, name) for name in stand_ins}
+    vars(functions).update(stand_ins)
     try:
         yield
     finally:
-        functions.dropout, functions.scaled_dot_product_attention = before
+        vars(functions).update(before)
+
+
+def cuda_log_softmax(
+    input: torch.Tensor, dim: int, _stacklevel: int = 3, dtype: torch.dtype | None = None
+) -> torch.Tensor:
+    """Log-softmax as CUDA does it: fp16 that is wanted as fp32 is cast while it is read, not copied first.
+
+    Source: aten/src/ATen/native/SoftMax.cpp, `log_softmax`.
+    """
+    if input.dtype == torch.float16 and dtype == torch.float32:
+        return cast(torch.Tensor, aten._log_softmax(input, dim, True))
+    return input.log_softmax(dim, dtype=dtype)
 
 
 def cuda_dropout(input: torch.Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> torch.Tensor:

@@ -42,6 +42,7 @@ TOUCHES_FEW: Mapping[str, int] = {
     "aten.nll_loss_forward.default": 0,
     "aten.nll_loss_backward.default": 1,
     "aten.scatter_add_.default": 0,
+    "aten.scatter_.src": 0,
 }
 """Operation -> the argument of which hardly anything is touched: one element for each index."""
 UNWRITTEN: Mapping[str, int] = {

@@ -41,7 +41,7 @@ class Padding(NamedTuple):
 PADDED, AS_IT_IS = Padding(), Padding(multiple=1)
 
 SAFE = 0.125
-"""Logit gradients are held at this scale in fp16, against overflow of their sum over a tile."""
+"""The head's gradient is summed over a tile at this scale, against overflow in fp16."""
 
 
 class _TiledCrossEntropy(torch.autograd.Function):
@@ -82,16 +82,15 @@ class _TiledCrossEntropy(torch.autograd.Function):
                 logits[:, size:] = -torch.inf
                 if bias is not None:
                     logits[:, :size] += bias
-                loss, gradient = of_a_tile(logits, targets[rows, None], dtype)
+                loss, gradient = of_a_tile(logits, targets[rows, None])
                 total += loss
-                del logits
                 if d_hidden is not None:
                     d_hidden[rows] = gradient @ head
                 if d_weight is not None:
-                    _add_product(d_weight, gradient.t(), states)
+                    _add_product(d_weight, gradient.t(), states * SAFE)
                 if d_bias is not None:
                     d_bias += gradient.sum(0)[:size]
-                del gradient
+                del logits, gradient
         if d_weight is not None and d_weight.size(0) != size:
             d_weight.resize_(weight.shape)  # not a view, which the engine would copy
         ctx.gradients = [d_hidden, d_weight, d_bias]
@@ -101,7 +100,9 @@ class _TiledCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, *upstream: torch.Tensor) -> Any:
         """Return the kept gradients times the upstream one (); they are given away, so this runs once."""
         gradients, ctx.gradients = ctx.gradients, None
-        return (*(None if g is None else g.mul_(upstream[0] / SAFE) for g in gradients), None, None, None)
+        scales = (upstream[0], upstream[0] / SAFE, upstream[0])
+        scaled = (None if g is None else g.mul_(scale) for g, scale in zip(gradients, scales, strict=True))
+        return (*scaled, None, None, None)
 
 
 def _rounded(weight: torch.Tensor, dtype: torch.dtype, padding: Padding) -> int:
@@ -127,9 +128,9 @@ def _held_logits(hidden: torch.Tensor, head: torch.Tensor) -> torch.Tensor | Non
 
 
 def _logits(states: torch.Tensor, head: torch.Tensor, held: torch.Tensor | None) -> torch.Tensor:
-    """Return a tile's logits (rows, V), fp32, in the memory held for them."""
+    """Return a tile's logits (rows, V) in the type of the products, those in fp32 in the memory held for them."""
     if held is None:
-        return F.linear(states, head).float()
+        return F.linear(states, head)
     return torch.mm(states, head.t(), out=held[: states.size(0)])
 
 
@@ -141,21 +142,25 @@ def _add_product(total: torch.Tensor, one: torch.Tensor, other: torch.Tensor) ->
         total += (one @ other)[: total.size(0)]
 
 
-def _loss_and_gradient(
-    logits: torch.Tensor, targets: torch.Tensor, dtype: torch.dtype
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return a tile's summed loss () and `SAFE` x (softmax - one-hot) (rows, V) in the type of the matrix products.
+def _loss_and_gradient(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return a tile's summed loss (), fp32, and softmax - one-hot (rows, V), in the logits' memory and type.
 
-    Everything of size (rows, V) happens in place in the (rows, V) fp32 logits; `targets` is (rows, 1).
+    `targets` is (rows, 1). Two passes over the tile, with the logarithms of the probabilities in fp32 between them: a card
+    waits here for its memory, not for its arithmetic.
     """
-    highest = logits.amax(dim=1, keepdim=True)
-    shifted_target = logits.gather(1, targets) - highest
-    exponentials = logits.sub_(highest).exp_()
-    total = exponentials.sum(dim=1, keepdim=True)
-    loss = (total.log() - shifted_target).sum()
-    softmax = exponentials.div_(total / SAFE)
-    minus_one = softmax.new_full((1, 1), -SAFE).expand_as(targets)
-    return loss, softmax.scatter_add_(1, targets, minus_one).to(dtype)
+    log_probabilities = _log_softmax(logits)
+    of_targets = log_probabilities.gather(1, targets)
+    gradient = torch.exp(log_probabilities, out=logits)
+    # In fp32 until here: p - 1 of a probability that was rounded first would be off by what p is close to 1.
+    return -of_targets.sum(), gradient.scatter_(1, targets, of_targets.expm1().to(gradient.dtype))
+
+
+def _log_softmax(logits: torch.Tensor) -> torch.Tensor:
+    """Return the logarithms of the probabilities (rows, V), fp32; logits that are fp32 already give their memory."""
+    if logits.dtype == torch.float16:  # CUDA's kernel casts as it reads; bf16 it would copy first
+        return F.log_softmax(logits, 1, dtype=torch.float32)
+    logits = logits.float()
+    return torch.log_softmax(logits, 1, out=logits)
 
 
 @functools.cache

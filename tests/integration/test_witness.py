@@ -32,10 +32,11 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 
 class CpuRules(Rules):
-    """The CPU, with what bitsandbytes' CPU kernels hold while they run (they are Python, and no trace sees inside).
+    """The CPU, with what bitsandbytes' CPU kernels hold while they run (they are Python, and no trace sees inside), and the
+    fp32 result of an exp that is wanted in bf16, which CUDA casts as it writes.
 
     Source: bitsandbytes/backends/cpu/ops.py, `_optimizer_update_8bit_blockwise_cpu`, `_optimizer_update_32bit_cpu`;
-    backends/default/ops.py, `_gemm_4bit_default_impl`.
+    backends/default/ops.py, `_gemm_4bit_default_impl`; aten/src/ATen/TensorIterator.cpp, `cast_common_dtype_to_outputs`.
     """
 
     def temporaries(self, func: Any, args: tuple[Any, ...], result: Any) -> Iterable[int]:
@@ -46,6 +47,8 @@ class CpuRules(Rules):
         if func is bnb.gemm_4bit.default:
             rows, columns = args[2]
             return [rows * columns * args[0].element_size()]
+        if func is torch.ops.aten.exp.out and result.dtype != args[0].dtype:
+            return [args[0].nbytes]
         return ()
 
 

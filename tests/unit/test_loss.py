@@ -215,3 +215,15 @@ def test_the_model_s_own_loss_is_summed_too(model: Any) -> None:
     attach_loss(own, lean=False)
     inputs = batch(8192)
     assert own(**inputs)["loss"].item() == pytest.approx(lean(**inputs)["loss"].item(), rel=1e-6)
+
+
+def test_a_tile_s_gradient_is_softmax_less_one_hot_and_rounded_once() -> None:
+    # p - 1 of a rounded p would be -0.00049 or 0 here.
+    logits = torch.tensor([[9.0, 0.0, 0.0], [-300.0, 0.0, 0.0]], dtype=torch.float16)
+    exact = logits.double().log_softmax(1)
+    targets = torch.tensor([[0], [0]])
+    loss, gradient = loss_module._loss_and_gradient(logits, targets)
+    assert gradient.dtype == torch.float16
+    assert loss.item() == pytest.approx(-exact[:, 0].sum().item(), rel=1e-6)
+    wanted = exact.exp() - torch.tensor([[1.0, 0, 0], [1.0, 0, 0]])
+    assert torch.allclose(gradient.double(), wanted, rtol=1e-3, atol=1e-7)

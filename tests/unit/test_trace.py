@@ -221,6 +221,14 @@ def test_autocast_runs_layer_norm_and_softmax_in_fp32_as_on_cuda() -> None:
         )
 
 
+@pytest.mark.parametrize(("dtype", "copied"), [(torch.float16, False), (torch.bfloat16, True)])
+def test_cuda_s_log_softmax_reads_fp16_without_a_copy(dtype: torch.dtype, copied: bool) -> None:
+    logits = torch.empty(4, 1024, dtype=dtype)
+    events = _trace(lambda: functional.log_softmax(logits, 1, dtype=torch.float32), CudaRules())
+    assert _born(events, "aten._log_softmax.default") == [4 * logits.numel()]
+    assert _born(events, "aten._to_copy.default") == ([4 * logits.numel()] if copied else [])
+
+
 def test_a_checkpoint_s_second_forward_follows_the_rules_too() -> None:
     def step() -> None:
         weight = torch.empty(64, 64, requires_grad=True)
