@@ -87,8 +87,8 @@ ACCUMULATED = 4
 
 LADDER: Mapping[str, Sequence[str]] = {
     "as stock, four micro-batches": [
-        "model.lean_gelu=false", "model.lean_loss=false", "model.pad_vocabulary=false", "data.attention_mask=true",
-        "model.dropout=0.1", "train.gradient_checkpointing=true", "optimizer.name=adamw_unfused",
+        "model.lean_gelu=false", "model.lean_loss=false", "model.pad_vocabulary=false", "model.lean_attention=false",
+        "data.attention_mask=true", "model.dropout=0.1", "train.gradient_checkpointing=true", "optimizer.name=adamw_unfused",
     ],
     "one micro-batch": [],
     "no checkpointing": ["train.gradient_checkpointing=false"],
@@ -99,9 +99,10 @@ LADDER: Mapping[str, Sequence[str]] = {
     "no mask": ["data.attention_mask=false"],
     "fused AdamW": ["optimizer.name=adamw"],
     "packed rows": ["data.rows=packed"],
+    "attention by document": ["model.lean_attention=true"],
     "compiled": ["train.compile=true"],
     "LoRA, not compiled (a change of recipe)": ["train.compile=false", "adapter.kind=lora", "adapter.lean=false"],
-    "an adapter's sum in one kernel": ["adapter.lean=true"],
+    "an adapter folded in": ["adapter.lean=true"],
 }  # fmt: skip
 """The ablation: one substitution after the other, each on top of those before."""
 

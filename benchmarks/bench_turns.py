@@ -49,6 +49,8 @@ class Match:
 WORDS: Mapping[str, Sequence[str]] = {
     "padded": [],
     "packed": ["data.rows=packed"],
+    "packed to 1,024": ["data.rows=packed", "data.max_length=1024"],
+    "packed to 1,024, under a mask": ["data.rows=packed", "data.max_length=1024", "model.lean_attention=false"],
     "packed, LoRA": ["data.rows=packed", "adapter.kind=lora"],
     "packed, LoRA of one layer": [
         "data.rows=packed", "adapter.kind=lora", "adapter.r=1", "adapter.target_modules=[h.0.attn.c_attn]",
@@ -65,6 +67,9 @@ MATCHES: Mapping[str, Match] = {
     "tiny: packed beside padded, 1 conversation": Match("tiny", ("packed", "padded"), 1, 1.0, 200),
     "tiny: packed beside padded, 4 conversations": Match("tiny", ("packed", "padded"), 4, 1.0, 80),
     "tiny: packed beside padded, 16 conversations": Match("tiny", ("packed", "padded"), 16, 1.0, 30),
+    "tiny: by document beside under a mask": Match(
+        "tiny", ("packed to 1,024", "packed to 1,024, under a mask"), 2, 1.0, 40
+    ),
 }
 
 

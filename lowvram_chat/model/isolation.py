@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from lowvram_chat.errors import ModelError
-from lowvram_chat.model.lean import positions_as_given
+from lowvram_chat.model.documents import attend_by_document, kept_apart
 from lowvram_chat.model.scoring import autocast
 
 LENGTH = 8
@@ -34,8 +34,9 @@ def isolates_documents(model: Any) -> bool:
 
     def states(before: int) -> torch.Tensor:
         row = torch.cat([torch.full_like(second, before), second], dim=1)
-        with positions_as_given(packed=True):
-            output = base.base_model(row, position_ids=torch.cat([positions, positions], dim=1), use_cache=False)
+        places = torch.cat([positions, positions], dim=1)
+        with kept_apart(base, places) as documents:
+            output = base.base_model(row, position_ids=places, use_cache=False, **documents)
         return output.last_hidden_state[:, LENGTH:].float()  # type: ignore[no-any-return]
 
     alone = base.base_model(second, use_cache=False).last_hidden_state.float()
@@ -45,6 +46,18 @@ def isolates_documents(model: Any) -> bool:
         largest = float("inf")
     model.train(was_training)
     return largest <= TOLERANCE * float(alone.abs().max())
+
+
+def keep_documents_apart(model: Any, device: torch.device, precision: str, *, by_document: bool) -> None:
+    """Ready a model for packed rows: `by_document` where it can attend so, else under its own mask.
+
+    Raises:
+        ModelError: as `check_isolation`.
+    """
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if by_document and attend_by_document(base) and not isolates_documents(model):
+        base.set_attn_implementation("sdpa")  # its layers are not told of documents
+    check_isolation(model, device, precision)
 
 
 def check_isolation(model: Any, device: torch.device, precision: str) -> None:

@@ -1,7 +1,7 @@
 """The training loss: cross-entropy over the labelled positions only, in tiles, without ever holding all logits.
 
 (B, T, V) logits of GPT-2 at 4 x 1,024 are 392 MiB in fp16 and 785 MiB in fp32: the largest tensors of a stock step. Here
-the hidden states of the labelled positions (N, d) meet the head (V, d) in tiles of `TILE` rows; each tile's gradient is
+the hidden states of the labelled positions (N, d) meet the head (V, d) in tiles of some rows; each tile's gradient is
 taken at once, while its logits are there, so that nothing of size (N, V) is kept for the backward pass and no product is
 computed twice. Source of the idea: Liger Kernel's fused linear cross-entropy (arXiv:2410.10989).
 
@@ -17,28 +17,29 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch.nn import functional as F
 
-from lowvram_chat.model.lean import positions_as_given
+from lowvram_chat.model.documents import kept_apart
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-TILE = 512
-"""Rows of logits held at once: 512 x 50,257 are 98 MiB in fp32 and 49 in fp16, both there for a moment."""
 
 VOCABULARY_MULTIPLE = 64
 """Half-precision products are fast where a matrix's rows begin at multiples of 16 bytes: 50,257 columns do not, 50,304 do.
 Source: NVIDIA's deep-learning performance guide, "Requirements to use tensor cores"."""
 
 
-class Padding(NamedTuple):
-    """How the vocabulary is rounded up in the products with the head."""
+class Tiling(NamedTuple):
+    """How the products with the head are cut, and how its vocabulary is rounded up in them."""
 
+    rows: int
+    """Of logits held at once: 512 x 50,257 are 98 MiB in fp32 and 49 in fp16, both there for a moment."""
     multiple: int = VOCABULARY_MULTIPLE
     always: bool = False
     """In fp32 too, which pays on a CPU; else in half precision only, where it costs a copy of the head at most."""
 
 
-PADDED, AS_IT_IS = Padding(), Padding(multiple=1)
+ON_A_CARD = Tiling(512)
+ON_A_CPU = Tiling(2048, always=True)
+"""Tiles of 512 rows, as a card has them for its memory's sake, made loss and gradient 4 to 9 % slower there."""
 
 SAFE = 0.125
 """The head's gradient is summed over a tile at this scale, against overflow in fp16."""
@@ -54,13 +55,12 @@ class _TiledCrossEntropy(torch.autograd.Function):
         weight: torch.Tensor,
         bias: torch.Tensor | None,
         targets: torch.Tensor,
-        padding: Padding,
+        tiling: Tiling,
         compiled: bool,
     ) -> torch.Tensor:
         """Return the summed loss (), fp32, and keep the gradients for the backward pass.
 
-        `padding` says what the vocabulary is rounded up to in the products; `compiled` whether a tile's passes over its
-        logits are fused.
+        `compiled` says whether a tile's passes over its logits are fused.
         """
         of_a_tile = _compiled_tile() if compiled else _loss_and_gradient
         device = hidden.device.type
@@ -68,15 +68,15 @@ class _TiledCrossEntropy(torch.autograd.Function):
         needs_hidden, needs_weight, needs_bias = (needed for needed in ctx.needs_input_grad[:3])
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         d_hidden = torch.empty_like(hidden) if needs_hidden else None
-        size, padded = weight.size(0), _rounded(weight, dtype, padding)
+        size, padded = weight.size(0), _rounded(weight, dtype, tiling)
         # Before the head's copy, whose room is needed no longer than the loop.
         d_weight = weight.new_zeros(padded if dtype == weight.dtype else size, weight.size(1)) if needs_weight else None
         d_bias = torch.zeros_like(bias) if bias is not None and needs_bias else None
         head = _head(weight, dtype, padded)
-        held = _held_logits(hidden, head)
+        held = _held_logits(min(tiling.rows, hidden.size(0)), head)
         with torch.autocast(device, enabled=False):
-            for start in range(0, hidden.size(0), TILE):
-                rows = slice(start, start + TILE)
+            for start in range(0, hidden.size(0), tiling.rows):
+                rows = slice(start, start + tiling.rows)
                 states = hidden[rows].to(dtype)
                 logits = _logits(states, head, held)
                 logits[:, size:] = -torch.inf
@@ -105,11 +105,11 @@ class _TiledCrossEntropy(torch.autograd.Function):
         return (*scaled, None, None, None)
 
 
-def _rounded(weight: torch.Tensor, dtype: torch.dtype, padding: Padding) -> int:
+def _rounded(weight: torch.Tensor, dtype: torch.dtype, tiling: Tiling) -> int:
     """Return the rows V' of the head in the products."""
     size = weight.size(0)
-    wanted = padding.always or dtype != torch.float32
-    return -(-size // padding.multiple) * padding.multiple if wanted else size
+    wanted = tiling.always or dtype != torch.float32
+    return -(-size // tiling.multiple) * tiling.multiple if wanted else size
 
 
 def _head(weight: torch.Tensor, dtype: torch.dtype, rows: int) -> torch.Tensor:
@@ -122,9 +122,9 @@ def _head(weight: torch.Tensor, dtype: torch.dtype, rows: int) -> torch.Tensor:
     return head
 
 
-def _held_logits(hidden: torch.Tensor, head: torch.Tensor) -> torch.Tensor | None:
+def _held_logits(rows: int, head: torch.Tensor) -> torch.Tensor | None:
     """Return memory for a tile's fp32 logits, where they are what a product gives: a CPU pays for every fresh page."""
-    return head.new_empty(min(TILE, hidden.size(0)), head.size(0)) if head.dtype == torch.float32 else None
+    return head.new_empty(rows, head.size(0)) if head.dtype == torch.float32 else None
 
 
 def _logits(states: torch.Tensor, head: torch.Tensor, held: torch.Tensor | None) -> torch.Tensor:
@@ -174,7 +174,7 @@ def summed_loss(
     head: torch.nn.Module,
     labels: torch.Tensor,
     loss_positions: torch.Tensor,
-    padding: Padding = PADDED,
+    tiling: Tiling = ON_A_CARD,
     *,
     compiled: bool = False,
 ) -> torch.Tensor:
@@ -186,7 +186,7 @@ def summed_loss(
     states = hidden.flatten(0, 1).index_select(0, loss_positions)
     targets = labels.flatten().index_select(0, loss_positions + 1)
     loss: torch.Tensor = _TiledCrossEntropy.apply(  # type: ignore[no-untyped-call]
-        states, head.weight, getattr(head, "bias", None), targets, padding, compiled
+        states, head.weight, getattr(head, "bias", None), targets, tiling, compiled
     )
     return loss
 
@@ -196,24 +196,27 @@ def attach_loss(
 ) -> None:
     """Let `model(input_ids, labels=, loss_positions=)` return the summed loss; other calls are as before.
 
-    `lean=False` takes the model's own loss from all logits instead; `on_a_cpu` pads the vocabulary in fp32 too. Rows with
-    `position_ids` are packed.
+    `lean=False` takes the model's own loss from all logits instead; `on_a_cpu` cuts the products as they are fastest there.
+    Rows with `position_ids` are packed.
     The forward is replaced on the object, not called around it, so that wrappers (PEFT, DistributedDataParallel) see it.
     """
     original = model.forward
-    padding = Padding(always=on_a_cpu) if pad_vocabulary else AS_IT_IS
+    tiling = ON_A_CPU if on_a_cpu else ON_A_CARD
+    if not pad_vocabulary:
+        tiling = tiling._replace(multiple=1)
 
     @functools.wraps(type(model).forward)
     def forward(self: PreTrainedModel, *args: Any, loss_positions: torch.Tensor | None = None, **kwargs: Any) -> Any:
         if loss_positions is None:
             return original(*args, **kwargs)
-        with positions_as_given(packed=kwargs.get("position_ids") is not None):
+        with kept_apart(self, kwargs.get("position_ids")) as documents:
+            kwargs |= documents
             if not lean:
                 return {"loss": original(*args, use_cache=False, num_items_in_batch=1, **kwargs).loss}
             labels = kwargs.pop("labels")
             hidden = self.base_model(*args, use_cache=False, **kwargs).last_hidden_state
         compiled = self.base_model._compiled_call_impl is not None
         head = self.get_output_embeddings()
-        return {"loss": summed_loss(hidden, head, labels, loss_positions, padding, compiled=compiled)}
+        return {"loss": summed_loss(hidden, head, labels, loss_positions, tiling, compiled=compiled)}
 
     model.forward = MethodType(forward, model)

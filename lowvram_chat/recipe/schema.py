@@ -66,6 +66,8 @@ class Model(Section):
     """Run GPT-2's `gelu_new` as one kernel (the same function in half the activation memory)."""
     lean_loss: bool = True
     """Score labelled tokens only, in tiles that never hold all logits; false: the model's own loss, for comparison."""
+    lean_attention: bool = True
+    """Packed rows on a CPU, not compiled: attend within each document, without a mask; false: under a mask over whole rows."""
     pad_vocabulary: bool = True
     """Round the vocabulary up to a multiple of 64 in the loss's half-precision matrix products, which run faster so;
     the weights stay as they are."""
@@ -83,7 +85,8 @@ class Adapter(Section):
     dropout: Share = 0.0
     """Dropout in front of the adapter."""
     lean: bool = True
-    """Add a plain adapter's product to its layer's output in one kernel; false: PEFT's own forward, for comparison."""
+    """Add a plain adapter's product to its layer's output in one kernel (on a CPU in fp32: fold it into a copy of the
+    weight); false: PEFT's own forward, for comparison."""
     target_modules: list[str] | None = None
     """Names of the layers that get an adapter; null: every linear layer of the blocks."""
 

@@ -22,7 +22,7 @@ from lowvram_chat.errors import DeviceError, OutOfMemory
 from lowvram_chat.model.adapters import add_adapter, save_adapter
 from lowvram_chat.model.compiled import compile_blocks, wants_compile
 from lowvram_chat.model.device import keep_freed_pages, sum_in_fp16
-from lowvram_chat.model.isolation import check_isolation
+from lowvram_chat.model.isolation import keep_documents_apart
 from lowvram_chat.model.load import check_positions, load_config, load_model, load_tokenizer
 from lowvram_chat.model.loss import attach_loss
 from lowvram_chat.model.scoring import score
@@ -77,9 +77,11 @@ class Session:
         keep_freed_pages(device)
         rows = rows or load_rows(recipe.data, tokenizer, recipe.train.seed)
         torch.manual_seed(recipe.train.seed)  # the adapter's random half
-        model = build_model(recipe, device, on_a_cpu=device.type == "cpu")
+        on_a_cpu = device.type == "cpu"
+        model = build_model(recipe, device, on_a_cpu=on_a_cpu)
         if recipe.data.rows == "packed":
-            check_isolation(model, device, recipe.train.precision)
+            by_document = base.lean_attention and on_a_cpu and not compiled  # the shapes of what is compiled are fixed
+            keep_documents_apart(model, device, recipe.train.precision, by_document=by_document)
         if compiled:
             compile_blocks(model)
         return cls(recipe, tokenizer, rows, model, planned, compiled)
@@ -255,7 +257,7 @@ def build_model(recipe: Recipe, device: torch.device, *, on_a_cpu: bool = False)
     attach_loss(model, lean=settings.lean_loss, pad_vocabulary=settings.pad_vocabulary, on_a_cpu=on_a_cpu)
     if recipe.adapter is None:
         return model
-    return add_adapter(model, recipe.adapter)
+    return add_adapter(model, recipe.adapter, on_a_cpu=on_a_cpu)
 
 
 def save(model: Any, tokenizer: PreTrainedTokenizerBase, folder: Path, recipe: Recipe) -> None:

@@ -98,6 +98,17 @@ def test_an_adapter_s_sum_in_one_kernel_gives_the_same_fifty_steps(kind: str, be
     assert max(ratios) < RELATIVE, f"{max(ratios):.1e}"
 
 
+@pytest.mark.parametrize("more", [{}, {"adapter": {"kind": "lora", "r": 8}}, {"train__gradient_checkpointing": True}])
+def test_attention_by_document_gives_the_same_fifty_steps(more: dict[str, Any], bench: Bench) -> None:
+    settings: dict[str, Any] = {"data__rows": "packed", "train__max_steps": 50, "train__learning_rate": 1e-3, **more}
+    by_document, masked = (
+        bench.run(f"lean-{lean}", model={"name": str(bench.model), "lean_attention": lean}, **settings)
+        for lean in (True, False)
+    )
+    ratios = [abs(one / other - 1) for one, other in zip(curve(by_document), curve(masked), strict=True)]
+    assert max(ratios) < RELATIVE, f"{max(ratios):.1e}"
+
+
 def test_packed_rows_learn_what_padded_rows_learn(bench: Bench) -> None:
     # All rows in one batch, so that both kinds take the same step; the rows are packed in another order.
     sizes = {"data__limit": 24, **shape(24, 1, max_steps=50, learning_rate=1e-3)}

@@ -66,7 +66,7 @@ def test_loss_and_gradients_are_those_of_transformers(model: Any) -> None:
 
 @pytest.mark.parametrize("tile", [1, 7, 18])
 def test_tiles_change_nothing(model: Any, tile: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loss_module, "TILE", tile)
+    monkeypatch.setattr(loss_module, "ON_A_CARD", loss_module.Tiling(tile))
     (mine, ours), (reference, theirs) = ours_and_theirs(model, batch(8192))
     assert mine == pytest.approx(reference, rel=1e-6)
     assert worst_gradient(ours, theirs) < 1e-5
@@ -182,15 +182,15 @@ def test_a_padded_vocabulary_is_the_same_loss_to_the_noise_of_bf16() -> None:
 
 @pytest.mark.parametrize(("size", "wanted"), [(50257, 50304), (49152, 49152)])
 def test_the_head_s_copy_has_rows_of_zeros_up_to_a_multiple_of_64(size: int, wanted: int) -> None:
-    weight, on_a_cpu = torch.ones(size, 2), loss_module.Padding(always=True)
-    for dtype, padding in ((torch.bfloat16, loss_module.PADDED), (torch.float32, on_a_cpu)):
-        head = loss_module._head(weight, dtype, loss_module._rounded(weight, dtype, padding))
+    weight = torch.ones(size, 2)
+    for dtype, tiling in ((torch.bfloat16, loss_module.ON_A_CARD), (torch.float32, loss_module.ON_A_CPU)):
+        head = loss_module._head(weight, dtype, loss_module._rounded(weight, dtype, tiling))
         assert head.shape == (wanted, 2)
         assert head.float().sum() == 2 * size
     frozen = weight.half()  # as under an adapter
-    assert loss_module._rounded(frozen, torch.float16, loss_module.PADDED) == wanted
+    assert loss_module._rounded(frozen, torch.float16, loss_module.ON_A_CARD) == wanted
     # On a card fp32 products take the weights themselves.
-    rows = loss_module._rounded(weight, torch.float32, loss_module.PADDED)
+    rows = loss_module._rounded(weight, torch.float32, loss_module.ON_A_CARD)
     assert loss_module._head(weight, torch.float32, rows) is weight
 
 

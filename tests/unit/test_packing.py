@@ -11,12 +11,22 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, GPTNeoConfig, OPTConfig
+from transformers import (
+    AttentionInterface,
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    GPTNeoConfig,
+    LlamaConfig,
+    MistralConfig,
+    OPTConfig,
+)
 
 from lowvram_chat.data.packing import best_fit_decreasing, pack
 from lowvram_chat.data.rows import IGNORED, Collator
 from lowvram_chat.errors import ModelError
-from lowvram_chat.model.isolation import check_isolation, isolates_documents
+from lowvram_chat.model.documents import BY_DOCUMENT, attend
+from lowvram_chat.model.isolation import check_isolation, isolates_documents, keep_documents_apart
 from lowvram_chat.model.loss import attach_loss
 
 CAPACITY = 32
@@ -103,7 +113,7 @@ def small(attention: str = "sdpa") -> GPT2LMHeadModel:
     return model
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("attention", ["sdpa", "eager", BY_DOCUMENT])
 def test_a_document_does_not_feel_its_neighbour(attention: str) -> None:
     model = small(attention).train()  # as in a step; there is no dropout to speak of below
     for module in model.modules():
@@ -154,6 +164,83 @@ def test_gpt2_isolates_documents_and_opt_is_refused() -> None:
         config.model_type: isolates_documents(AutoModelForCausalLM.from_config(config)) for config in (opt, neo)
     }
     assert verdicts == {"opt": False, "gpt_neo": True}
+
+
+def llama() -> Any:
+    """Two query heads a key head, rotary positions."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=50, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1,
+    )  # fmt: skip
+    return AutoModelForCausalLM.from_config(config)
+
+
+@pytest.mark.parametrize("made", [small, llama])
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_attention_by_document_is_attention_under_a_mask(made: Any, checkpointed: bool) -> None:
+    positions = torch.stack([torch.cat([torch.arange(n) for n in row]) for row in ([7, 1, 8], [16], [10, 6])])
+    ids = torch.randint(1, 50, positions.shape, generator=torch.Generator().manual_seed(1))
+    places = torch.arange(ids.numel()).view(ids.shape)[:, :-1].flatten()
+    losses, gradients = [], []
+    for by_document in (False, True):
+        model = made().eval()
+        attach_loss(model)
+        keep_documents_apart(model, torch.device("cpu"), "fp32", by_document=by_document)
+        assert (model.config._attn_implementation == BY_DOCUMENT) is by_document
+        if checkpointed:
+            model.train().gradient_checkpointing_enable({"use_reentrant": False})
+            for module in model.modules():
+                if isinstance(module, torch.nn.Dropout):
+                    module.p = 0.0
+        loss = model(input_ids=ids, labels=ids, loss_positions=places, position_ids=positions)["loss"]
+        loss.backward()
+        losses.append(loss.item())
+        gradients.append([p.grad for p in model.parameters()])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-6)
+    for a, b in zip(*gradients, strict=True):
+        assert torch.allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_by_document_there_is_no_mask(monkeypatch: pytest.MonkeyPatch) -> None:
+    masks: list[Any] = []
+    plain: Any = torch.nn.functional.scaled_dot_product_attention
+
+    def watched(*args: Any, attn_mask: Any = None, **kwargs: Any) -> Any:
+        masks.append(attn_mask)
+        return plain(*args, attn_mask=attn_mask, **kwargs)
+
+    model = small()
+    attach_loss(model)
+    keep_documents_apart(model, torch.device("cpu"), "fp32", by_document=True)
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", watched)
+    ids = torch.arange(1, 17)[None]
+    positions = torch.cat([torch.arange(10), torch.arange(6)])[None]
+    model(input_ids=ids, labels=ids, loss_positions=torch.arange(5), position_ids=positions)
+    assert masks == [None] * 4  # two documents in two layers
+
+
+def test_a_model_that_hides_more_than_the_future_keeps_its_mask() -> None:
+    model = AutoModelForCausalLM.from_config(
+        MistralConfig(
+            vocab_size=50, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
+            num_key_value_heads=1, sliding_window=12,
+        )
+    )  # fmt: skip
+    keep_documents_apart(model, torch.device("cpu"), "fp32", by_document=True)
+    assert model.config._attn_implementation == "sdpa"
+
+
+def test_a_model_whose_layers_are_not_told_of_documents_keeps_its_mask(monkeypatch: pytest.MonkeyPatch) -> None:
+    forget = {"documents": None}
+    monkeypatch.setitem(
+        AttentionInterface._global_mapping,
+        BY_DOCUMENT,
+        lambda *args, **kwargs: attend(*args, **(kwargs | forget)),
+    )
+    model = small()
+    keep_documents_apart(model, torch.device("cpu"), "fp32", by_document=True)
+    assert model.config._attn_implementation == "sdpa"
 
 
 def test_the_refusal_says_why_and_what_to_set(monkeypatch: pytest.MonkeyPatch) -> None:
