@@ -31,10 +31,15 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+class _Dumper(yaml.SafeDumper):
+    """YAML's safe dumper that puts text in quotes which `_Loader` would read as a number."""
+
+
 # YAML 1.1 wants a dot and a sign in the exponent; people write 3e-4 and 1e6.
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
-)
+for _kind in (_Loader, _Dumper):
+    _kind.add_implicit_resolver(
+        "tag:yaml.org,2002:float", re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
+    )
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -70,7 +75,7 @@ def dump_recipe(recipe: Recipe) -> str:
     tree = recipe.model_dump(mode="json")
     read = OPTIMIZERS[recipe.optimizer.name].reads
     tree["optimizer"] = {k: v for k, v in tree["optimizer"].items() if k in read or k in ("name", "weight_decay")}
-    return yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
+    return yaml.dump(tree, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
 def json_schema() -> str:
