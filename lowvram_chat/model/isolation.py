@@ -55,7 +55,9 @@ def keep_documents_apart(model: Any, device: torch.device, precision: str, *, by
         ModelError: as `check_isolation`.
     """
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    if by_document and attend_by_document(base) and not isolates_documents(model):
+    if by_document and attend_by_document(base):
+        if isolates_documents(model):
+            return
         base.set_attn_implementation("sdpa")  # its layers are not told of documents
     check_isolation(model, device, precision)
 
