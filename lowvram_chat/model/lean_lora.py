@@ -69,18 +69,19 @@ class _FoldedProduct(torch.autograd.Function):
     ) -> torch.Tensor:
         """Return the layer's output (N, out)."""
         folded = torch.addmm(weight, a.t(), b.t(), alpha=scaling)
-        ctx.save_for_backward(x, folded, a, b)
+        ctx.save_for_backward(x, x @ (a * scaling).t(), folded, b)
         ctx.scaling = scaling
         return x @ folded if bias is None else torch.addmm(bias, x, folded)
 
     @staticmethod
     def backward(ctx: Any, *upstream: torch.Tensor) -> Any:
         """Return the gradients of x, A and B from that of the output (N, out)."""
-        x, folded, a, b = ctx.saved_tensors
+        x, inner, folded, b = ctx.saved_tensors
         d_out = upstream[0]
+        d_a = (x.t() @ (d_out @ (b * ctx.scaling))).t()
+        d_b = d_out.t() @ inner
+        # Last, so that the layer before finds it in the processor's cache.
         d_x = d_out @ folded.t() if ctx.needs_input_grad[0] else None
-        d_a = (x.t() @ (d_out @ b)).t() * ctx.scaling
-        d_b = (d_out.t() @ (x @ a.t())) * ctx.scaling
         return d_x, None, None, d_a, d_b, None
 
 
