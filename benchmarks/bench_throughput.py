@@ -77,6 +77,7 @@ THROUGHPUT: Mapping[str, Case] = {
     "ours: packed": Case(["data.rows=packed"]),
     "ours: packed, compiled": Case(["data.rows=packed", "train.compile=true"]),
     "ours: packed, LoRA": Case(["data.rows=packed", "adapter.kind=lora"]),
+    "ours: packed, compiled, LoRA": Case(["data.rows=packed", "train.compile=true", "adapter.kind=lora"]),
     "trl defaults": Case(["--logging_steps", "1"], stock=True),
     "trl tuned": Case(TRL_TUNED, stock=True),
     "trl tuned, LoRA": Case([*TRL_TUNED, *TRL_LORA], stock=True),
