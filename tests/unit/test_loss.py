@@ -240,4 +240,4 @@ def test_on_a_cpu_a_tile_s_loss_and_gradient_are_the_same_function() -> None:
     for one in (loss_module._by_softmax, loss_module._loss_and_gradient):
         loss, gradient = one(logits.clone(), targets)
         assert loss.item() == pytest.approx(-exact.gather(1, targets).sum().item(), rel=1e-6)
-        assert (gradient - wanted).abs().max() < 2e-6  # 5e-7 off both ways
+        assert (gradient - wanted).abs().max() < 1e-6  # 1.3e-7 off at most, both ways
