@@ -8,7 +8,6 @@ base + adapter; a 4-bit run is merged onto the full-precision base.
 
 from __future__ import annotations
 
-import logging
 import shutil
 import sys
 from collections.abc import Sequence
@@ -20,8 +19,6 @@ from lowvram_chat.cli import guarded, parser, print_json
 from lowvram_chat.errors import ModelError, ProofError, UsageError
 from lowvram_chat.quiet import quiet_transformers
 from lowvram_chat.recipe.schema import Model
-
-log = logging.getLogger(__name__)
 
 TOLERANCE = 1e-3
 """Largest absolute difference of fp32 logits that still counts as the same function."""

@@ -8,7 +8,6 @@ Any setting can follow the recipe as section.key=value; --print-recipe shows the
 
 from __future__ import annotations
 
-import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,8 +18,6 @@ from lowvram_chat.errors import UsageError
 from lowvram_chat.quiet import quiet_transformers
 from lowvram_chat.recipe.load import dump_recipe, load_recipe
 from lowvram_chat.recipe.schema import Recipe
-
-log = logging.getLogger(__name__)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -60,14 +57,18 @@ def run(recipe: Recipe, *, resume: bool = False, overwrite: bool = False, force:
     Raises:
         LowVramError: one of its kinds, with nothing written, for everything that can be known before the first step.
     """
+    from lowvram_chat.train.resume import check_resumed
     from lowvram_chat.train.run_dir import RunDir, check_new, is_main_process, read_result
 
     run = RunDir(Path(recipe.output.dir))
     if is_main_process():
         check_new(run.path, overwrite=overwrite, resume=resume)
+        if resume:
+            check_resumed(run, recipe)
     finished = read_result(run) if resume else {}
     if finished and _is_same(run.recipe(), recipe):
-        log.info("%s: this run has ended; nothing to resume", recipe.output.dir)
+        if is_main_process():
+            print(f"{recipe.output.dir}: this run has ended after {finished['steps']:,} steps; nothing to resume")
         return finished
 
     from lowvram_chat.data.hub import work_offline_if_unreachable

@@ -1,4 +1,4 @@
-"""Packed documents must not see each other: asked of the model itself, before a run relies on it.
+"""No token may see a later one, nor packed documents each other: asked of the model itself, before a run relies on it.
 
 transformers isolates documents by positions that restart, but only where an attention implementation builds its mask from
 them; others let documents see each other without a word.
@@ -7,6 +7,7 @@ them; others let documents see each other without a word.
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,9 +18,24 @@ from lowvram_chat.model.scoring import autocast
 
 LENGTH = 8
 """Tokens of each of the two documents."""
+SEEN = 1e-5
+"""Largest difference, relative to the largest state, when only what must not be seen changes: 0 to the bit where it is not
+seen, whatever the type (ten architectures tried), and from 7e-4 on where it is (an untrained BERT of width 32)."""
 TOLERANCE = 1e-2
-"""Largest difference, relative to the largest state: fp32 kernels differ by 1e-6 and fp16 ones by 1e-3, a document that is
-seen by 0.1 and more."""
+"""The same for a document alone and in a row, which other kernels may take: fp32 ones differ by 1e-6, fp16 ones by 1e-3."""
+
+
+@torch.no_grad()
+def sees_ahead(model: Any) -> bool:
+    """Return whether a token's state depends on those after it."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    was_training = model.training
+    model.eval()
+    row = torch.arange(1, LENGTH + 1, device=next(model.parameters()).device)[None]
+    other = torch.cat([row[:, :-1], torch.full_like(row[:, -1:], 0)], dim=1)
+    first, second = (base.base_model(ids, use_cache=False).last_hidden_state[:, :-1].float() for ids in (row, other))
+    model.train(was_training)
+    return _difference(first, second) > SEEN
 
 
 @torch.no_grad()
@@ -41,11 +57,17 @@ def isolates_documents(model: Any) -> bool:
 
     alone = base.base_model(second, use_cache=False).last_hidden_state.float()
     try:
-        largest = max(float((states(before) - alone).abs().max()) for before in (1, 2))
+        one, other = states(1), states(2)
+        isolated = _difference(one, other) <= SEEN and _difference(one, alone) <= TOLERANCE
     except TypeError:  # no such argument as position_ids
-        largest = float("inf")
+        isolated = False
     model.train(was_training)
-    return largest <= TOLERANCE * float(alone.abs().max())
+    return isolated
+
+
+def _difference(states: torch.Tensor, others: torch.Tensor) -> float:
+    """Return the largest difference of two tensors of one shape, relative to the largest value of the second."""
+    return float((states - others).abs().max() / others.abs().max())
 
 
 def keep_documents_apart(model: Any, device: torch.device, precision: str, *, by_document: bool) -> None:
@@ -62,28 +84,50 @@ def keep_documents_apart(model: Any, device: torch.device, precision: str, *, by
     check_isolation(model, device, precision)
 
 
+def check_causal(model: Any, device: torch.device, precision: str) -> None:
+    """Refuse a model whose tokens see later ones (BERT as it comes): it would learn to copy what it should foretell.
+
+    Raises:
+        ModelError: so it is, or it cannot be asked.
+    """
+    if _ask(sees_ahead, model, device, precision):
+        raise ModelError(
+            f"model.name: the tokens of this {model.config.model_type} see those after them (tried on this model), so it is no "
+            "causal language model. Use another model."
+        )
+
+
 def check_isolation(model: Any, device: torch.device, precision: str) -> None:
     """Refuse packed rows for a model that lets documents see each other, or that cannot be asked.
 
     Raises:
         ModelError: with what to set instead.
     """
-    config = model.config
-    as_trained: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
-    if config._attn_implementation == "flash_attention_2":  # runs on the card alone, and in half precision alone
-        model.to(device)
-        as_trained = autocast(device.type, precision)
-    try:
-        with as_trained:
-            isolated = isolates_documents(model)
-    except RuntimeError as error:
-        reason = str(error).splitlines()[0].rstrip(".")
-        raise ModelError(
-            f"data.rows: packed, but whether {config._attn_implementation} attention keeps packed conversations apart could not "
-            f"be tried ({reason}). Set model.attention=sdpa, or data.rows=grouped."
-        ) from None
-    if not isolated:
+    if not _ask(isolates_documents, model, device, precision):
+        config = model.config
         raise ModelError(
             f"data.rows: packed, but {config.model_type} with {config._attn_implementation} attention lets packed conversations "
             "see each other (tried on this model). Set data.rows=grouped."
         )
+
+
+def _ask(question: Callable[[Any], bool], model: Any, device: torch.device, precision: str) -> bool:
+    """Return a model's answer, as it will be trained.
+
+    Raises:
+        ModelError: its attention does not run here.
+    """
+    attention = model.config._attn_implementation
+    as_trained: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
+    if attention == "flash_attention_2":  # runs on the card alone, and in half precision alone
+        model.to(device)
+        as_trained = autocast(device.type, precision)
+    try:
+        with as_trained:
+            return question(model)
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0].rstrip(".")
+        other = "eager" if attention == "sdpa" else "sdpa"
+        raise ModelError(
+            f"model.attention: {attention} could not be tried ({reason}). Set model.attention={other}."
+        ) from None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from lowvram_chat.train.run_dir import RunDir
+from lowvram_chat.train.run_dir import RunDir, step_of
 
 
 def last_loss(run: RunDir) -> float | None:
@@ -17,7 +17,7 @@ def last_loss(run: RunDir) -> float | None:
 
 def forget_later_lines(run: RunDir, checkpoint: Path) -> None:
     """Drop the metrics of steps after the checkpoint: they will be run, and written, again."""
-    step = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))["global_step"]
+    step = step_of(checkpoint) or 0
     if run.metrics_file.is_file():
         lines = run.metrics_file.read_text(encoding="utf-8").splitlines(keepends=True)
         kept = [line for line in lines if json.loads(line)["step"] <= step]

@@ -78,11 +78,12 @@ class RunDir:
 
         The trainer writes `trainer_state.json` last and our callback the token counts after it: with both it is whole.
         """
-        whole = [folder for folder in self.checkpoints.glob("checkpoint-*") if _step(folder) is not None]
-        return max(whole, key=lambda folder: _step(folder) or 0, default=None)
+        whole = [folder for folder in self.checkpoints.glob("checkpoint-*") if step_of(folder) is not None]
+        return max(whole, key=lambda folder: step_of(folder) or 0, default=None)
 
 
-def _step(checkpoint: Path) -> int | None:
+def step_of(checkpoint: Path) -> int | None:
+    """Return the optimizer step that a checkpoint is of; None where it was not written to its end."""
     if not (checkpoint / COUNTS_FILE).is_file():
         return None
     try:
@@ -103,9 +104,11 @@ def check_new(path: Path, *, overwrite: bool, resume: bool) -> None:
         UsageError: the folder is in use and neither `--overwrite` nor `--resume` was given; or it is no run folder.
         NotFoundError: `--resume` without a whole checkpoint.
     """
+    goes_on = RunDir(path).last_checkpoint() is not None
     if resume:
-        if RunDir(path).last_checkpoint() is None:
-            raise NotFoundError(f"{path}: no whole checkpoint to resume from. Start the run without --resume.")
+        if not goes_on:
+            start = "with --overwrite" if RunDir(path).recipe_file.is_file() else "without --resume"
+            raise NotFoundError(f"{path}: no whole checkpoint to resume from. Start the run {start}.")
         return
     nearest = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
     if not nearest.is_dir():
@@ -119,8 +122,9 @@ def check_new(path: Path, *, overwrite: bool, resume: bool) -> None:
             f"{path}: exists and is not a run folder, so it is left alone. Set output.dir to another folder."
         )
     if not overwrite:
+        go_on = " --resume to go on," if goes_on else ""
         raise UsageError(
-            f"{path}: holds an earlier run. Add --overwrite to replace it, --resume to go on, or set output.dir to a new folder."
+            f"{path}: holds an earlier run. Add --overwrite to replace it,{go_on} or set output.dir to a new folder."
         )
 
 

@@ -22,7 +22,7 @@ from lowvram_chat.errors import DeviceError, OutOfMemory
 from lowvram_chat.model.adapters import add_adapter, save_adapter
 from lowvram_chat.model.compiled import compile_blocks, wants_compile
 from lowvram_chat.model.device import keep_freed_pages, sum_in_fp16
-from lowvram_chat.model.isolation import keep_documents_apart
+from lowvram_chat.model.isolation import check_causal, keep_documents_apart
 from lowvram_chat.model.load import check_positions, load_config, load_model, load_tokenizer
 from lowvram_chat.model.loss import attach_loss
 from lowvram_chat.model.scoring import score
@@ -32,6 +32,7 @@ from lowvram_chat.train.callbacks import Recorder, TokenCounts, memory
 from lowvram_chat.train.metrics_file import forget_later_lines, last_loss
 from lowvram_chat.train.oom import advice, halve, is_out_of_memory, sizes
 from lowvram_chat.train.rehearsal import rehearse
+from lowvram_chat.train.resume import tell_changes
 from lowvram_chat.train.run_dir import RunDir
 from lowvram_chat.train.samples import Speaker, take_samples
 
@@ -79,6 +80,7 @@ class Session:
         torch.manual_seed(recipe.train.seed)  # the adapter's random half
         on_a_cpu = device.type == "cpu"
         model = build_model(recipe, device, on_a_cpu=on_a_cpu)
+        check_causal(model, device, recipe.train.precision)
         if recipe.data.rows == "packed":
             by_document = base.lean_attention and on_a_cpu and not compiled  # the shapes of what is compiled are fixed
             keep_documents_apart(model, device, recipe.train.precision, by_document=by_document)
@@ -93,7 +95,7 @@ class Session:
             RuntimeError: the device is full (`oom.is_out_of_memory`); the run folder is as it was at its last checkpoint.
         """
         if resume:
-            _tell_changes(RunDir(Path(self.recipe.output.dir)), self.recipe)
+            tell_changes(RunDir(Path(self.recipe.output.dir)), self.recipe)
         run = run_dir.create(self.recipe, resume=resume)
         checkpoint = run.last_checkpoint() if resume else None
         counts = TokenCounts() if checkpoint is None else TokenCounts.of_checkpoint(checkpoint)
@@ -113,7 +115,10 @@ class Session:
                 trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         except KeyboardInterrupt:
             kept = run.last_checkpoint()
-            log.info("%s", f"--resume goes on from {kept}" if kept else "no checkpoint was written yet")
+            log.info(
+                "%s",
+                f"--resume goes on from {kept}" if kept else "no checkpoint was written yet; --overwrite starts anew",
+            )
             raise
         return self._finish(run, trainer, before, self._held_out_loss(trainer))
 
@@ -267,16 +272,6 @@ def save(model: Any, tokenizer: PreTrainedTokenizerBase, folder: Path, recipe: R
     else:
         model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-
-
-def _tell_changes(run: RunDir, recipe: Recipe) -> None:
-    """Say which settings of a resumed run differ from those it began with."""
-    before, now = run.recipe().model_dump(), recipe.model_dump()
-    for section, settings in now.items():
-        old = before[section] or {}
-        for name, value in (settings or {}).items():
-            if old.get(name) != value:
-                log.info("resuming with %s.%s = %s (was %s)", section, name, value, old.get(name))
 
 
 def _tell(run: RunDir, result: dict[str, Any]) -> None:

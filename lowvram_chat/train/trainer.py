@@ -74,6 +74,13 @@ class ChatTrainer(SFTTrainer):
         # DistributedDataParallel averages over processes what `num_items_in_batch` already counted over all of them.
         return loss * self.accelerator.num_processes / num_items_in_batch  # type: ignore[no-any-return]
 
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """Train an epoch; none where the checkpoint is of the last step, after which transformers would take one more."""
+        if self.state.global_step < self.state.max_steps:
+            super()._run_epoch(*args, **kwargs)
+        else:
+            self.control.should_training_stop = True
+
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:

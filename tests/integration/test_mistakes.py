@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, BertConfig
 
 from lowvram_chat import chat, evaluate, merge, sft
 from lowvram_chat.model.compiled import missing_compiler
@@ -226,3 +228,15 @@ def test_packing_rows_for_a_model_that_cannot_tell_them_apart_is_refused(
 ) -> None:
     monkeypatch.setattr("lowvram_chat.model.isolation.isolates_documents", lambda _: False)
     assert "Set data.rows=grouped" in refused([str(bench.file("run")), "data.rows=packed"], capsys)
+
+
+def test_a_model_that_is_not_causal(bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = bench.folder / "bert"
+    shutil.copytree(bench.model, folder)  # the tokenizer
+    config = BertConfig(
+        vocab_size=8192, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2
+    )
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    message = refused([str(bench.file("r")), f"model.name={folder}", "data.rows=packed"], capsys)
+    assert "it is no causal language model" in message
+    assert not (bench.folder / "r").exists()

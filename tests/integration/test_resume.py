@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from lowvram_chat import sft
-from lowvram_chat.errors import NotFoundError
+from lowvram_chat.errors import NotFoundError, UsageError
 from lowvram_chat.train.run_dir import RunDir
 from lowvram_chat.train.trainer import ChatTrainer
 from tests.runs import Bench, curve, metrics, result
@@ -153,3 +153,69 @@ def test_resuming_a_run_that_has_ended_changes_nothing(bench: Bench) -> None:
     sft.run(bench.recipe("r", train__max_steps=4, train__save_steps=4), resume=True)
     assert metrics(run) == lines
     assert without([result(run)], MEASURED) == without([said], MEASURED)
+
+
+CHANGES: list[tuple[dict[str, Any], str]] = [
+    ({"adapter": {"kind": "lora", "r": 4}}, "adapter.r=4 (was 16)"),
+    ({"adapter": None}, "adapter=null (was lora)"),
+    ({"model__name": "builtin:tiny-gpt2"}, "model.name=builtin:tiny-gpt2 (was "),
+    ({"model__dtype": "bfloat16"}, "model.dtype=bfloat16 (was float32)"),
+    ({"optimizer": {"name": "sgd"}}, "optimizer.name=sgd (was adamw)"),
+    ({"train__learning_rate": 1e-3}, "train.learning_rate=0.001 (was 0.005)"),
+    ({"data__max_length": 32}, "data.max_length=32 (was 64)"),
+    ({"train__gradient_accumulation_steps": 3}, "train.gradient_accumulation_steps=12 (was 4)"),
+    ({"train__max_steps": 2}, "train.max_steps: 2, but the last checkpoint"),
+]
+
+
+def test_what_the_checkpoint_is_no_state_of_is_refused_with_nothing_written(bench: Bench) -> None:
+    lora = {"adapter": {"kind": "lora"}, "train__max_steps": 3, "train__save_steps": 3}
+    run = bench.run("r", **lora)
+    before = {file: file.read_bytes() for file in run.rglob("*") if file.is_file()}
+    for change, said in CHANGES:
+        with pytest.raises(UsageError) as error:
+            sft.run(bench.recipe("r", **(lora | change)), resume=True)
+        assert said in str(error.value)
+    assert {file: file.read_bytes() for file in run.rglob("*") if file.is_file()} == before
+
+
+def test_settings_that_may_change_are_told_and_trained_with(bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:
+    lora = {"adapter": {"kind": "lora"}, "train__save_steps": 3}
+    sft.run(bench.recipe("r", **lora, train__max_steps=3))
+    file = bench.file("r", **(lora | {"adapter": {"kind": "lora", "lean": False}}), train__max_steps=5)
+    capsys.readouterr()
+    assert (
+        sft.main([str(file), "--resume", "train.per_device_train_batch_size=2", "train.gradient_accumulation_steps=2"])
+        == 0
+    )
+    said = capsys.readouterr().err
+    assert "resuming with adapter.lean = false (was true)" in said
+    assert "resuming with train.max_steps = 5 (was 3)" in said
+    assert "resuming with train.per_device_train_batch_size = 2 (was 4)" in said
+
+
+def test_a_run_whose_last_checkpoint_is_of_its_last_step_trains_no_further(bench: Bench) -> None:
+    run = bench.run("r", train__max_steps=4, train__save_steps=4)
+    lines, trained = metrics(run), weights(run)
+    sft.run(bench.recipe("r", train__max_steps=4, train__save_steps=2), resume=True)
+    assert metrics(run) == lines
+    assert result(run)["steps"] == 4
+    for name, tensor in weights(run).items():
+        assert torch.equal(tensor, trained[name]), name
+
+
+def test_a_run_that_has_ended_says_so(bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:
+    file = str(bench.file("r", train__max_steps=4, train__save_steps=4))
+    assert sft.main([file]) == 0
+    capsys.readouterr()
+    assert sft.main([file, "--resume"]) == 0
+    assert "this run has ended after 4 steps; nothing to resume" in capsys.readouterr().out
+
+
+def test_a_run_without_a_checkpoint_is_to_be_overwritten(bench: Bench) -> None:
+    recipe = bench.recipe("r", train__max_steps=1)
+    sft.run(recipe)
+    with pytest.raises(UsageError, match=r"--overwrite to replace it, or set output\.dir"):
+        sft.run(recipe)
+    with pytest.raises(NotFoundError, match="Start the run with --overwrite"):
+        sft.run(recipe, resume=True)

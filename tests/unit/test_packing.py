@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 from transformers import (
     AttentionInterface,
     AutoModelForCausalLM,
+    BertConfig,
     GPT2Config,
     GPT2LMHeadModel,
     GPTNeoConfig,
@@ -26,7 +27,7 @@ from lowvram_chat.data.packing import best_fit_decreasing, pack
 from lowvram_chat.data.rows import IGNORED, Collator
 from lowvram_chat.errors import ModelError
 from lowvram_chat.model.documents import BY_DOCUMENT, attend
-from lowvram_chat.model.isolation import check_isolation, isolates_documents, keep_documents_apart
+from lowvram_chat.model.isolation import check_causal, check_isolation, isolates_documents, keep_documents_apart
 from lowvram_chat.model.loss import attach_loss
 
 CAPACITY = 32
@@ -166,6 +167,11 @@ def test_gpt2_isolates_documents_and_opt_is_refused() -> None:
     assert verdicts == {"opt": False, "gpt_neo": True}
 
 
+def test_a_neighbour_that_is_hardly_seen_is_seen() -> None:
+    # Untrained and 32 wide, its states differ by less than half precision's noise.
+    assert not isolates_documents(bert(decoder=True))
+
+
 def llama() -> Any:
     """Two query heads a key head, rotary positions."""
     torch.manual_seed(0)
@@ -249,12 +255,32 @@ def test_the_refusal_says_why_and_what_to_set(monkeypatch: pytest.MonkeyPatch) -
         check_isolation(small(), torch.device("cpu"), "fp32")
 
 
-def test_attention_that_cannot_be_tried_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("question", "check"), [("isolates_documents", check_isolation), ("sees_ahead", check_causal)])
+def test_attention_that_cannot_be_tried_is_refused(question: str, check: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(_: object) -> bool:
         raise RuntimeError("FlashAttention only supports Ampere GPUs or newer.\nmore")
 
-    monkeypatch.setattr("lowvram_chat.model.isolation.isolates_documents", fails)
+    monkeypatch.setattr(f"lowvram_chat.model.isolation.{question}", fails)
     with pytest.raises(
-        ModelError, match=r"could not be tried \(FlashAttention only .* newer\)\. Set model.attention=sdpa"
+        ModelError, match=r"sdpa could not be tried \(FlashAttention only .* newer\)\. Set model.att.*=eager"
     ):
-        check_isolation(small(), torch.device("cpu"), "fp32")
+        check(small(), torch.device("cpu"), "fp32")
+
+
+def bert(*, decoder: bool) -> Any:
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=50, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+        is_decoder=decoder,
+    )  # fmt: skip
+    return AutoModelForCausalLM.from_config(config)
+
+
+@pytest.mark.parametrize("made", [small, llama, lambda: bert(decoder=True)])
+def test_a_causal_model_sees_nothing_ahead(made: Any) -> None:
+    check_causal(made(), torch.device("cpu"), "fp32")
+
+
+def test_a_model_that_sees_later_tokens_is_refused() -> None:
+    with pytest.raises(ModelError, match=r"tokens of this bert see those after them .* no causal language model"):
+        check_causal(bert(decoder=False), torch.device("cpu"), "fp32")
