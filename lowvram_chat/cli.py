@@ -54,6 +54,15 @@ def guarded(work: Callable[[], int]) -> int:
     except LowVramError as error:
         print(error, file=sys.stderr)
         return 2
+    except ModuleNotFoundError as error:
+        if str(error.name).startswith("lowvram_chat"):
+            raise
+        print(
+            f"{error.name}: this Python has no such package. Run pip install -c constraints.txt -e . where lowvram_chat lies "
+            "(python -m lowvram_chat.doctor names every lack).",
+            file=sys.stderr,
+        )
+        return 2
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1

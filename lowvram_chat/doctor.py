@@ -18,6 +18,8 @@ from pathlib import Path
 from lowvram_chat.cli import guarded, parser, print_json
 from lowvram_chat.data.hub import endpoint, offline, reachable
 
+INSTALL = "Run pip install -c constraints.txt -e . where lowvram_chat lies"
+
 
 @dataclass(frozen=True)
 class Finding:
@@ -37,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = arguments.parse_args(argv)
 
     def work() -> int:
-        findings = [check() for check in CHECKS]
+        findings = [_checked(check) for check in CHECKS]
         for finding in findings:
             print(f"{'ok ' if finding.good else '-- '} {finding.name:<14}{finding.found}")
             if finding.advice:
@@ -47,6 +49,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
 
     return guarded(work)
+
+
+def _checked(check: Callable[[], Finding]) -> Finding:
+    """Return what a check found; a library that is missing or broken is a finding too."""
+    try:
+        return check()
+    except (ImportError, OSError) as error:  # OSError: a library of the system that torch needs, on Windows
+        name = check.__name__.replace("_", " ")
+        reason = str(error).splitlines()[0].rstrip(".")
+        return Finding(name, f"cannot be looked at: {reason}", False, f"{INSTALL} to mend it.")
 
 
 def python() -> Finding:
@@ -61,9 +73,7 @@ def libraries() -> Finding:
     names = ("torch", "transformers", "trl", "peft", "datasets", "accelerate")
     missing = [name for name in names if importlib.util.find_spec(name) is None]
     found = ", ".join(f"{name} {metadata.version(name)}" for name in names if name not in missing)
-    advice = (
-        f"Missing: {', '.join(missing)}. Run pip install -c constraints.txt -e . in this folder." if missing else ""
-    )
+    advice = f"Missing: {', '.join(missing)}. {INSTALL}." if missing else ""
     return Finding("Libraries", found, not missing, advice)
 
 

@@ -11,6 +11,8 @@ from urllib.parse import urlparse
 log = logging.getLogger(__name__)
 
 TIMEOUT_SECONDS = 3.0
+_given_up = False
+"""Whether it is we who closed the way to the hub, since it did not answer."""
 
 
 def offline() -> bool:
@@ -42,6 +44,8 @@ def work_offline_if_unreachable() -> None:
     """
     if offline() or "huggingface_hub" in sys.modules or reachable():
         return
+    global _given_up
+    _given_up = True
     os.environ["HF_HUB_OFFLINE"] = "1"
     log.info("The hub cannot be reached from here: only what is local or in its cache can be used.")
 
@@ -57,7 +61,7 @@ def explain(kind: str, name: str, error: BaseException) -> str:
         return f"{name}: the hub has no such {kind} (or it is private). Check the name, or run `hf auth login`."
     return (
         f"{name}: no local {kind} of that name, none in the hub cache, and the hub "
-        f"{'is switched off (HF_HUB_OFFLINE)' if offline() else 'could not be reached'}. "
+        f"{'is switched off (HF_HUB_OFFLINE)' if offline() and not _given_up else 'could not be reached'}. "
         "Check the name and the network (python -m lowvram_chat.doctor), or give a local path."
     )
 

@@ -80,7 +80,8 @@ def _open_one(name: str, split: str, subset: str | None) -> Source:
 
 def is_remote(name: str) -> bool:
     """Return whether a model's or dataset's name can only be on the hub or in its cache."""
-    return not (name.startswith("builtin:") or Path(name).exists() or glob.glob(name, recursive=True))
+    local = name.startswith(("builtin:", ".", "/", "~")) or "\\" in name or Path(name).suffix in READERS
+    return not (local or Path(name).exists() or glob.glob(name, recursive=True))
 
 
 def _looks_like_a_path(name: str) -> bool:

@@ -155,6 +155,10 @@ def _from_pretrained(kind: Any, name: str, revision: str | None, **kwargs: Any) 
     except SafetensorError as error:
         raise ModelError(f"{name}: its weights are damaged ({error}). Fetch or save the model anew.") from None
     except (ValueError, KeyError, ImportError) as error:
+        if "does not support an attention implementation" in str(error):
+            raise ModelError(
+                f"{name}: transformers has no {kwargs['attn_implementation']} attention for it. Set model.attention=eager."
+            ) from None
         raise ModelError(
             f"{name}: cannot be loaded as {kind.__name__} ({str(error).splitlines()[0]}). Use another model."
         ) from None

@@ -247,11 +247,13 @@ def _check_trackers(names: list[str]) -> None:
     from transformers.integrations import get_reporting_integration_callbacks
 
     try:
-        for callback in get_reporting_integration_callbacks(names):
-            callback()
+        for name in names:
+            for callback in get_reporting_integration_callbacks([name]):
+                callback()
     except (ValueError, RuntimeError, ImportError, AssertionError) as error:
         reason = str(error).splitlines()[0].rstrip(".")
-        raise DeviceError(f"output.report_to: {reason}. Install it, or leave it out of output.report_to.") from None
+        install = "" if isinstance(error, ValueError) else f"Run pip install {name}, or l"
+        raise DeviceError(f"output.report_to: {reason}. {install or 'L'}eave it out of output.report_to.") from None
 
 
 def build_model(recipe: Recipe, device: torch.device, *, on_a_cpu: bool = False) -> Any:
@@ -284,5 +286,9 @@ def _tell(run: RunDir, result: dict[str, Any]) -> None:
         f"{result['steps']:,} steps, {result['real_tokens']:,} tokens in {result['seconds']:.0f} s, {rate:,.0f} tokens/s"
     )
     print(f"run folder: {run.path}")
-    commands = ("merge", "chat", "evaluate") if "adapter" in result else ("chat", "evaluate")
+    commands = [
+        *(["merge"] if "adapter" in result else []),
+        "chat",
+        *(["evaluate"] if after is not None else []),  # else it has nothing to be evaluated on
+    ]
     print("\n".join(f"next: python -m lowvram_chat.{command} {run.path}" for command in commands))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -113,6 +114,27 @@ def test_a_name_that_is_not_in_the_cache_is_said(
     assert f"{setting.partition('=')[2]}: no local" in printed
     assert "the hub is switched off (HF_HUB_OFFLINE)" in printed
     assert not (tmp_path / "r").exists()
+
+
+def test_a_hub_that_does_not_answer_is_not_called_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    from lowvram_chat.data import hub
+
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    monkeypatch.delitem(sys.modules, "huggingface_hub")
+    monkeypatch.setattr(hub, "reachable", lambda: False)
+    monkeypatch.setattr(hub, "_given_up", False)
+    hub.work_offline_if_unreachable()
+    assert "the hub could not be reached" in hub.explain("model", "a/b", OSError())
+
+
+@pytest.mark.parametrize(
+    ("name", "remote"),
+    [("owner/name", True), ("gpt2", True), ("nosuch.jsonl", False), ("./nosuch", False), ("D:\\chats", False)],
+)
+def test_what_can_only_be_local_does_not_ask_for_the_hub(name: str, remote: bool) -> None:
+    from lowvram_chat.data.sources import is_remote
+
+    assert is_remote(name) is remote
 
 
 def test_a_hub_merge_finds_its_base_again(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, BertConfig
+from transformers import AutoModelForCausalLM, BertConfig, GPTNeoConfig
 
 from lowvram_chat import chat, evaluate, merge, sft
 from lowvram_chat.model.compiled import missing_compiler
@@ -61,6 +61,10 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
     "packed and masked": (["data.rows=packed", "data.attention_mask=true"], "told apart by their positions"),
     "fp16 sums": (["train.fp16_accumulation=true"], "Leave it out, or set train.precision=fp16"),
     "tracker": (["output.report_to=[nosuch]"], "nosuch"),
+    "tracker's package": (
+        ["output.report_to=[comet_ml]"],
+        "Run pip install comet_ml, or leave it out of output.report_to",
+    ),
     "eval": (["data.eval_fraction=0.1"], "exclude each other"),
     "steps": (["--max-steps", "0"], "train.max_steps"),
     "resume": (["--resume"], "no whole checkpoint"),
@@ -95,7 +99,9 @@ def test_wrong_yaml(content: bytes, bench: Bench, capsys: pytest.CaptureFixture[
 ROWS: dict[str, tuple[list[Any], str]] = {
     "empty": ([], "no row to train on"),
     "no answer": ([{"messages": [{"role": "user", "content": "Hi"}]}], ":1: no assistant turn"),
-    "bad row": ([*conversations(3, 0), {"messages": "Hi"}], ":4: the conversation is empty"),
+    "bad row": ([*conversations(3, 0), {"messages": "Hi"}], ":4: the messages are no list but str"),
+    "no messages": ([*conversations(3, 0), {"foo": 1}], ":4: there are no messages"),
+    "no message": ([*conversations(3, 0), {"messages": []}], ":4: the conversation is empty"),
     "not an object": ([*conversations(3, 0), 5], ":4: not a JSON object"),
     "columns": ([{"question": "Hi", "answer": "Ho"}], "no known format has the columns question, answer"),
     "too long": (
@@ -228,6 +234,17 @@ def test_packing_rows_for_a_model_that_cannot_tell_them_apart_is_refused(
 ) -> None:
     monkeypatch.setattr("lowvram_chat.model.isolation.isolates_documents", lambda _: False)
     assert "Set data.rows=grouped" in refused([str(bench.file("run")), "data.rows=packed"], capsys)
+
+
+def test_attention_that_transformers_lacks_for_a_model(bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = bench.folder / "neo"
+    shutil.copytree(bench.model, folder)
+    config = GPTNeoConfig(
+        vocab_size=8192, hidden_size=32, num_layers=2, num_heads=2, attention_types=[[["global", "local"], 1]]
+    )
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    message = refused([str(bench.file("r")), f"model.name={folder}"], capsys)
+    assert "no sdpa attention for it. Set model.attention=eager." in message
 
 
 def test_a_model_that_is_not_causal(bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:

@@ -121,7 +121,7 @@ def test_the_card_is_filled_in(kind: str, full_run: Path, lora_run: Path) -> Non
 
 
 def test_an_earlier_run_is_not_overwritten(bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:
-    recipe = str(bench.file("r", train__max_steps=2))
+    recipe = str(bench.file("r", train__max_steps=2, train__save_steps=2))
     assert main([recipe]) == 0
     before = (bench.folder / "r" / "result.json").read_bytes()
     capsys.readouterr()
@@ -206,3 +206,14 @@ def test_tensorboard_is_told_where_asked_and_refused_beforehand_where_missing(be
     else:
         assert main([str(bench.file("r")), "output.report_to=[tensorboard]", "--max-steps", "1"]) == 0
         assert list((bench.folder / "r").rglob("events.out.tfevents*"))
+
+
+def test_a_run_without_held_out_conversations_is_not_sent_to_evaluate(
+    bench: Bench, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bench.run("r", train__max_steps=1)
+    assert f"next: python -m lowvram_chat.evaluate {bench.folder / 'r'}" in capsys.readouterr().out
+    bench.run("without", train__max_steps=1, data__eval_source=None)
+    printed = capsys.readouterr().out
+    assert f"next: python -m lowvram_chat.chat {bench.folder / 'without'}" in printed
+    assert "lowvram_chat.evaluate" not in printed

@@ -69,6 +69,35 @@ def test_our_own_mistakes_keep_their_traceback() -> None:
         cli.guarded(work)
 
 
+def test_a_missing_package_is_a_sentence(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "nosuch_package", None)
+
+    def work() -> int:
+        import nosuch_package  # type: ignore[import-not-found]  # noqa: F401
+
+        return 0
+
+    assert cli.guarded(work) == 2
+    assert "nosuch_package: this Python has no such package. Run pip install" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "error", [ModuleNotFoundError("No module named 'torch'"), OSError("[WinError 126] c10.dll.\n")]
+)
+def test_doctor_looks_on_where_a_library_is_broken(
+    error: Exception, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def gpu() -> doctor.Finding:
+        raise error
+
+    monkeypatch.setattr(doctor, "CHECKS", (gpu, doctor.disk))
+    assert cli.main(["doctor"]) == 0
+    printed = capsys.readouterr().out
+    assert f"gpu           cannot be looked at: {str(error).strip().rstrip('.')}\n" in printed
+    assert "-> Run pip install" in printed
+    assert "Disk" in printed
+
+
 def test_doctor_looks_at_everything_and_advises(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["doctor", "--json"]) == 0
     lines = capsys.readouterr().out.splitlines()

@@ -46,7 +46,7 @@ EXAMPLES: dict[str, list[tuple[dict[str, Any], Conversation]]] = {
 
 USELESS = [
     ("messages", {"messages": []}, "the conversation is empty"),
-    ("messages", {"messages": None}, "the conversation is empty"),
+    ("messages", {"messages": None}, "there are no messages"),
     ("messages", {"messages": [USER]}, "no assistant turn"),
     ("messages", {"messages": [USER | {"role": "robot"}, ANSWER]}, "message 1 has the unknown role 'robot'"),
     ("messages", {"messages": [USER, ANSWER | {"content": 5}]}, "message 2 is not text but int"),
