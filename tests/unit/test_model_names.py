@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from lowvram_chat.errors import DeviceError, ModelError, NotFoundError
 from lowvram_chat.model.adapters import add_adapter, linear_layers
-from lowvram_chat.model.device import check_device
+from lowvram_chat.model.device import bf16_slowdown, check_device
 from lowvram_chat.model.load import check_positions, load_config, load_model, load_tokenizer
 from lowvram_chat.recipe.schema import Adapter, Model, Recipe
 
@@ -122,6 +122,20 @@ def test_fp16_on_a_cpu_is_refused_with_the_override(monkeypatch: pytest.MonkeyPa
 def test_the_other_precisions_run_on_a_cpu(precision: str) -> None:
     recipe = Recipe.model_validate({"train": {"precision": precision}})
     assert check_device(recipe).type in ("cpu", "cuda")
+
+
+@pytest.mark.parametrize(("slower", "said"), [(45.2, True), (1.1, False)])
+def test_bf16_that_a_cpu_emulates_is_warned_of(
+    slower: float, said: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr("lowvram_chat.model.device.bf16_slowdown", lambda: slower)
+    check_device(Recipe.model_validate({"train": {"precision": "bf16"}}))
+    assert ("45 times as long for bf16 as for fp32. Add train.precision=fp32." in caplog.text) is said
+
+
+def test_a_processor_is_timed_in_both_types() -> None:
+    assert 0.01 < bf16_slowdown() < 1000
 
 
 def test_flash_attention_without_its_package_is_refused() -> None:
