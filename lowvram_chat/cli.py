@@ -28,6 +28,8 @@ COMMANDS: Mapping[str, str] = {
     "doctor": "what this machine has, and what to do about each lack",
 }
 
+INSTALL = "Run pip install -c constraints.txt -e . where lowvram_chat lies"
+
 
 class Parser(argparse.ArgumentParser):
     """An argument parser whose mistakes are one line, with exit code 2."""
@@ -58,7 +60,7 @@ def guarded(work: Callable[[], int]) -> int:
         if str(error.name).startswith("lowvram_chat"):
             raise
         print(
-            f"{error.name}: this Python has no such package. Run pip install -c constraints.txt -e . where lowvram_chat lies "
+            f"{error.name}: this Python has no such package. {INSTALL} "
             "(python -m lowvram_chat.doctor names every lack).",
             file=sys.stderr,
         )

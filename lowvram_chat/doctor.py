@@ -15,10 +15,8 @@ from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
 
-from lowvram_chat.cli import guarded, parser, print_json
+from lowvram_chat.cli import INSTALL, guarded, parser, print_json
 from lowvram_chat.data.hub import endpoint, offline, reachable
-
-INSTALL = "Run pip install -c constraints.txt -e . where lowvram_chat lies"
 
 
 @dataclass(frozen=True)

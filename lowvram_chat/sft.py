@@ -57,7 +57,7 @@ def run(recipe: Recipe, *, resume: bool = False, overwrite: bool = False, force:
     Raises:
         LowVramError: one of its kinds, with nothing written, for everything that can be known before the first step.
     """
-    from lowvram_chat.train.resume import check_resumed
+    from lowvram_chat.train.resume import check_resumed, is_same
     from lowvram_chat.train.run_dir import RunDir, check_new, is_main_process, read_result
 
     run = RunDir(Path(recipe.output.dir))
@@ -66,7 +66,7 @@ def run(recipe: Recipe, *, resume: bool = False, overwrite: bool = False, force:
         if resume:
             check_resumed(run, recipe)
     finished = read_result(run) if resume else {}
-    if finished and _is_same(run.recipe(), recipe):
+    if finished and is_same(run.recipe(), recipe):
         if is_main_process():
             print(f"{recipe.output.dir}: this run has ended after {finished['steps']:,} steps; nothing to resume")
         return finished
@@ -94,19 +94,6 @@ def run(recipe: Recipe, *, resume: bool = False, overwrite: bool = False, force:
     if is_main_process():
         print(f"report: {write_run_page(run)}")
     return result
-
-
-PLANNED = ("micro_batch", "per_device_train_batch_size", "gradient_accumulation_steps", "gradient_checkpointing")
-"""What `train.micro_batch: planned` decides."""
-
-
-def _is_same(before: Recipe, recipe: Recipe) -> bool:
-    """Return whether a run's resolved recipe came from this one."""
-    rows = {r.train.per_device_train_batch_size * r.train.gradient_accumulation_steps for r in (before, recipe)}
-    if recipe.train.micro_batch == "planned" and len(rows) == 1:
-        decided = {name: getattr(before.train, name) for name in PLANNED}
-        recipe = recipe.model_copy(update={"train": recipe.train.model_copy(update=decided)})
-    return before == recipe
 
 
 def _names(recipe: Recipe) -> list[str]:

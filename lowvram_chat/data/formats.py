@@ -38,11 +38,10 @@ class Format:
 
 def _chat(messages: Any, role_key: str, text_key: str, names: Mapping[str, str]) -> Conversation:
     """Return a checked conversation from a list of role/text mappings."""
+    if messages is None:
+        raise ValueError("there are no messages")
     if not isinstance(messages, list | tuple):
-        lacking = messages is None
-        raise ValueError(
-            "there are no messages" if lacking else f"the messages are no list but {type(messages).__name__}"
-        )
+        raise ValueError(f"the messages are no list but {type(messages).__name__}")
     if not messages:
         raise ValueError("the conversation is empty")
     checked: list[Message] = []

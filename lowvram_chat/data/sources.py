@@ -80,17 +80,17 @@ def _open_one(name: str, split: str, subset: str | None) -> Source:
 
 def is_remote(name: str) -> bool:
     """Return whether a model's or dataset's name can only be on the hub or in its cache."""
-    local = name.startswith(("builtin:", ".", "/", "~")) or "\\" in name or Path(name).suffix in READERS
+    local = name.startswith("builtin:") or _is_path(name)
     return not (local or Path(name).exists() or glob.glob(name, recursive=True))
 
 
+def _is_path(name: str) -> bool:
+    """Return whether no model or dataset of the hub can have this name."""
+    return Path(name).suffix in READERS or "\\" in name or name.startswith((".", "/", "~"))
+
+
 def _looks_like_a_path(name: str) -> bool:
-    return (
-        Path(name).suffix in READERS
-        or any(c in name for c in "*?\\")
-        or name.startswith((".", "/", "~"))
-        or name.count("/") != 1
-    )
+    return _is_path(name) or any(c in name for c in "*?") or name.count("/") != 1
 
 
 def _files(name: str, paths: list[Path]) -> Source:

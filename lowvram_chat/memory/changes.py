@@ -29,7 +29,7 @@ def words(change: Change) -> str:
 def micro_batches(recipe: Recipe) -> Iterator[Change]:
     """Yields the ways to cut an optimizer step into fewer or more micro-batches, the fewest first."""
     train = recipe.train
-    rows = train.per_device_train_batch_size * train.gradient_accumulation_steps
+    rows = train.rows_of_a_step
     for size in (size for size in range(rows, 0, -1) if rows % size == 0):
         yield {"train.per_device_train_batch_size": size, "train.gradient_accumulation_steps": rows // size}
 

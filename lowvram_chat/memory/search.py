@@ -155,7 +155,7 @@ def _ladders(recipe: Recipe) -> Iterator[Iterable[Change]]:
 
 def _last_resort(recipe: Recipe) -> Iterator[Iterable[Change]]:
     """Yields the least that a step can be, then shorter rows, which change what is learned; in LoRA too."""
-    rows = recipe.train.per_device_train_batch_size * recipe.train.gradient_accumulation_steps
+    rows = recipe.train.rows_of_a_step
     least: dict[str, Any] = {
         **without_cost(recipe),
         "train.per_device_train_batch_size": 1,

@@ -7,7 +7,7 @@ them; others let documents see each other without a word.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -28,41 +28,50 @@ TOLERANCE = 1e-2
 @torch.no_grad()
 def sees_ahead(model: Any) -> bool:
     """Return whether a token's state depends on those after it."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    was_training = model.training
-    model.eval()
     row = torch.arange(1, LENGTH + 1, device=next(model.parameters()).device)[None]
-    other = torch.cat([row[:, :-1], torch.full_like(row[:, -1:], 0)], dim=1)
-    first, second = (base.base_model(ids, use_cache=False).last_hidden_state[:, :-1].float() for ids in (row, other))
-    model.train(was_training)
-    return _difference(first, second) > SEEN
+    other = row.clone()
+    other[:, -1] = 0
+    with _in_eval(model) as base:
+        first, second = (base.base_model(ids, use_cache=False).last_hidden_state[:, :-1] for ids in (row, other))
+    return _difference(first.float(), second.float()) > SEEN
 
 
 @torch.no_grad()
 def isolates_documents(model: Any) -> bool:
     """Return whether a packed document has the states that it has alone, whatever stands before it in its row."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
     device = next(model.parameters()).device
-    was_training = model.training
-    model.eval()
     second = torch.arange(1, LENGTH + 1, device=device)[None]
     positions = torch.arange(LENGTH, device=device)[None]
 
-    def states(before: int) -> torch.Tensor:
+    def states(base: Any, before: int) -> torch.Tensor:
         row = torch.cat([torch.full_like(second, before), second], dim=1)
         places = torch.cat([positions, positions], dim=1)
         with kept_apart(base, places) as documents:
             output = base.base_model(row, position_ids=places, use_cache=False, **documents)
         return output.last_hidden_state[:, LENGTH:].float()  # type: ignore[no-any-return]
 
-    alone = base.base_model(second, use_cache=False).last_hidden_state.float()
+    with _in_eval(model) as base:
+        alone = base.base_model(second, use_cache=False).last_hidden_state.float()
+        try:
+            one, other = states(base, 1), states(base, 2)
+        except TypeError:  # no such argument as position_ids
+            return False
+    return _difference(one, other) <= SEEN and _difference(one, alone) <= TOLERANCE
+
+
+@contextlib.contextmanager
+def _in_eval(model: Any) -> Iterator[Any]:
+    """Yield the model under an adapter, without dropout while the block lasts."""
+    was_training = model.training
+    model.eval()
     try:
-        one, other = states(1), states(2)
-        isolated = _difference(one, other) <= SEEN and _difference(one, alone) <= TOLERANCE
-    except TypeError:  # no such argument as position_ids
-        isolated = False
-    model.train(was_training)
-    return isolated
+        yield _base(model)
+    finally:
+        model.train(was_training)
+
+
+def _base(model: Any) -> Any:
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def _difference(states: torch.Tensor, others: torch.Tensor) -> float:
@@ -76,7 +85,7 @@ def keep_documents_apart(model: Any, device: torch.device, precision: str, *, by
     Raises:
         ModelError: as `check_isolation`.
     """
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = _base(model)
     if by_document and attend_by_document(base):
         if isolates_documents(model):
             return

@@ -184,6 +184,11 @@ class Train(Section):
     save_total_limit: Positive = 2
     """Checkpoints to keep."""
 
+    @property
+    def rows_of_a_step(self) -> int:
+        """Rows that one process works through for an optimizer step."""
+        return self.per_device_train_batch_size * self.gradient_accumulation_steps
+
 
 class OptimizerSection(Section):
     """The optimizer."""

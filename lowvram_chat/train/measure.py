@@ -78,7 +78,7 @@ def measure(recipe: Recipe, steps: int, of: Literal["memory", "speed"]) -> dict[
                 raise
             return {"status": "out_of_memory", "reason": str(error).splitlines()[0]}
         train = recipe.train
-        rows = train.per_device_train_batch_size * train.gradient_accumulation_steps
+        rows = train.rows_of_a_step
         figures: dict[str, Any] = {"status": "passed"}
         if of == "speed":
             return figures | {"seconds": clock.seconds[WARM_UP:], "tokens_per_step": rows * recipe.data.max_length}
@@ -90,7 +90,7 @@ def rows_of(recipe: Recipe, steps: int) -> Rows:
     import datasets
 
     train, length = recipe.train, recipe.data.max_length
-    count = train.per_device_train_batch_size * train.gradient_accumulation_steps * (steps + WARM_UP)
+    count = train.rows_of_a_step * (steps + WARM_UP)
     vocabulary = int(config_of(recipe.model).vocab_size)
     tokens = torch.randint(vocabulary, (count, length), generator=torch.Generator().manual_seed(0))
     labels = tokens.clone()

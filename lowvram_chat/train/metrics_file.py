@@ -17,7 +17,8 @@ def last_loss(run: RunDir) -> float | None:
 
 def forget_later_lines(run: RunDir, checkpoint: Path) -> None:
     """Drop the metrics of steps after the checkpoint: they will be run, and written, again."""
-    step = step_of(checkpoint) or 0
+    step = step_of(checkpoint)
+    assert step is not None, "not a whole checkpoint"
     if run.metrics_file.is_file():
         lines = run.metrics_file.read_text(encoding="utf-8").splitlines(keepends=True)
         kept = [line for line in lines if json.loads(line)["step"] <= step]

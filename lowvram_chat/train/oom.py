@@ -24,7 +24,7 @@ def halve(recipe: Recipe) -> Recipe | None:
     """
     train = recipe.train
     batch = train.per_device_train_batch_size
-    effective = batch * train.gradient_accumulation_steps
+    effective = train.rows_of_a_step
     smaller = next((size for size in range(batch // 2, 0, -1) if effective % size == 0), None)
     if smaller is None:
         return None

@@ -23,6 +23,9 @@ FIXED: Mapping[str, set[str]] = {
 }
 """Settings that must be those of the run that is gone on with; so must the rows of an optimizer step."""
 
+PLANNED = ("micro_batch", "per_device_train_batch_size", "gradient_accumulation_steps", "gradient_checkpointing")
+"""What `train.micro_batch: planned` decides."""
+
 
 def check_resumed(run: RunDir, recipe: Recipe) -> None:
     """Refuse to go on with a run as something that its last checkpoint is no state of.
@@ -34,7 +37,7 @@ def check_resumed(run: RunDir, recipe: Recipe) -> None:
     problems = [
         f"  {name}={_word(now)} (was {_word(was)})" for name, was, now in changes(before, recipe) if _is_fixed(name)
     ]
-    rows, rows_before = _rows_of_a_step(recipe), _rows_of_a_step(before)
+    rows, rows_before = recipe.train.rows_of_a_step, before.train.rows_of_a_step
     if rows != rows_before:
         problems.append(
             f"  train.per_device_train_batch_size x train.gradient_accumulation_steps={rows} (was {rows_before})"
@@ -46,11 +49,19 @@ def check_resumed(run: RunDir, recipe: Recipe) -> None:
             + f"\nLeave them as they were (all of them: {run.recipe_file}), or start anew: --overwrite, or another output.dir."
         )
     checkpoint, last = run.last_checkpoint(), recipe.train.max_steps
-    step = step_of(checkpoint) if checkpoint else None
-    if step is not None and last is not None and step > last:
+    step = (checkpoint and step_of(checkpoint)) or 0
+    if last is not None and step > last:
         raise UsageError(
             f"train.max_steps: {last}, but the last checkpoint of {run.path} is of step {step}. Set it to {step} or more."
         )
+
+
+def is_same(before: Recipe, recipe: Recipe) -> bool:
+    """Return whether a run's resolved recipe came from this one."""
+    if recipe.train.micro_batch == "planned" and recipe.train.rows_of_a_step == before.train.rows_of_a_step:
+        decided = {name: getattr(before.train, name) for name in PLANNED}
+        recipe = recipe.model_copy(update={"train": recipe.train.model_copy(update=decided)})
+    return before == recipe
 
 
 def changes(before: Recipe, now: Recipe) -> Iterator[tuple[str, Any, Any]]:
@@ -75,10 +86,6 @@ def tell_changes(run: RunDir, recipe: Recipe) -> None:
 def _is_fixed(name: str) -> bool:
     section, _, setting = name.partition(".")
     return not setting or setting in FIXED.get(section, set())
-
-
-def _rows_of_a_step(recipe: Recipe) -> int:
-    return recipe.train.per_device_train_batch_size * recipe.train.gradient_accumulation_steps
 
 
 def _word(value: Any) -> str:

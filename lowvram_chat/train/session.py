@@ -247,13 +247,14 @@ def _check_trackers(names: list[str]) -> None:
     from transformers.integrations import get_reporting_integration_callbacks
 
     try:
-        for name in names:
-            for callback in get_reporting_integration_callbacks([name]):
-                callback()
+        for callback in get_reporting_integration_callbacks(names):
+            callback()
     except (ValueError, RuntimeError, ImportError, AssertionError) as error:
         reason = str(error).splitlines()[0].rstrip(".")
-        install = "" if isinstance(error, ValueError) else f"Run pip install {name}, or l"
-        raise DeviceError(f"output.report_to: {reason}. {install or 'L'}eave it out of output.report_to.") from None
+        remedy = (
+            "Leave it" if isinstance(error, ValueError) else "Install it, or leave it"
+        )  # ValueError: no such tracker
+        raise DeviceError(f"output.report_to: {reason}. {remedy} out of output.report_to.") from None
 
 
 def build_model(recipe: Recipe, device: torch.device, *, on_a_cpu: bool = False) -> Any:

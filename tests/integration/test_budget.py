@@ -7,6 +7,7 @@ import json
 import pytest
 
 from lowvram_chat import sft
+from lowvram_chat.train.resume import is_same
 from lowvram_chat.train.run_dir import RunDir
 from tests.runs import Bench, curve
 
@@ -44,6 +45,6 @@ def test_a_planned_micro_batch_is_the_largest_that_fits_and_the_step_stays_the_s
     assert curve(roomy) == pytest.approx(curve(bench.run("as-given", **given)), rel=1e-4)
     assert sft.main([str(bench.file("roomy", train__micro_batch="planned", **given)), "--resume"]) == 2  # no checkpoint
     before, asked = RunDir(roomy).recipe(), bench.recipe("roomy", train__micro_batch="planned", **given)
-    assert sft._is_same(before, asked)
+    assert is_same(before, asked)
     more = asked.train.model_copy(update={"gradient_accumulation_steps": 8})
-    assert not sft._is_same(before, asked.model_copy(update={"train": more}))  # another effective batch
+    assert not is_same(before, asked.model_copy(update={"train": more}))  # another effective batch

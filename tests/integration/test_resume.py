@@ -192,6 +192,7 @@ def test_settings_that_may_change_are_told_and_trained_with(bench: Bench, capsys
     assert "resuming with adapter.lean = false (was true)" in said
     assert "resuming with train.max_steps = 5 (was 3)" in said
     assert "resuming with train.per_device_train_batch_size = 2 (was 4)" in said
+    assert result(bench.folder / "r")["steps"] == 5
 
 
 def test_a_run_whose_last_checkpoint_is_of_its_last_step_trains_no_further(bench: Bench) -> None:
