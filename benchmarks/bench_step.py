@@ -16,7 +16,7 @@ from pathlib import Path
 from benchmarks.suite import RECIPES, Keeper
 from benchmarks.timed_runs import flops
 from lowvram_chat.quiet import quiet_libraries, quiet_transformers
-from lowvram_chat.recipe.load import load_recipe
+from lowvram_chat.recipe.yaml_file import load_recipe
 from lowvram_chat.results.machine import in_a_process
 from lowvram_chat.results.record import Metric, Record, spread
 
@@ -42,7 +42,8 @@ def steps() -> tuple[list[float], list[float], list[float]]:
     import torch
 
     from benchmarks.step_clock import Shares
-    from lowvram_chat.train import measure, run_dir
+    from lowvram_chat.results import measure
+    from lowvram_chat.training import run_dir
 
     watch = Shares(ROWS * LENGTH * flops(12, 768, 50257, LENGTH))
     with tempfile.TemporaryDirectory(prefix="lowvram-chat-step-", ignore_cleanup_errors=True) as name:

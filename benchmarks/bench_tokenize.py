@@ -43,7 +43,7 @@ def raw(path: Path) -> dict[str, float]:
 
 def rows(path: Path) -> dict[str, float]:
     """Return the figures of this package: read, checked, rendered, tokenised, labelled, cut, and written to disk."""
-    from lowvram_chat.data.load import load_rows
+    from lowvram_chat.data.dataset import load_rows
     from lowvram_chat.recipe.schema import Data
 
     tokenizer = _tokenizer()
@@ -57,7 +57,7 @@ def rows(path: Path) -> dict[str, float]:
 
 def _tokenizer() -> Any:
     from lowvram_chat.data.template import set_template
-    from lowvram_chat.model.load import load_tokenizer
+    from lowvram_chat.model.pretrained import load_tokenizer
 
     tokenizer = load_tokenizer("builtin:tiny-gpt2")
     set_template(tokenizer, "plain", "assistant")

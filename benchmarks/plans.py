@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from benchmarks.suite import RECIPES
-from lowvram_chat.recipe.load import load_recipe
 from lowvram_chat.recipe.schema import Recipe
+from lowvram_chat.recipe.yaml_file import load_recipe
 from lowvram_chat.results.record import Metric
 
 WORKERS = 2
@@ -64,8 +64,8 @@ def _without_a_card() -> None:
 
 
 def _largest_micro_batches(name: str) -> dict[str, int]:
-    from lowvram_chat.memory.plan import limits
-    from lowvram_chat.memory.search import largest_micro_batch
+    from lowvram_chat.planning.plan import limits
+    from lowvram_chat.planning.search import largest_micro_batch
 
     recipe = load_recipe(RECIPES[name])
     return {system: largest_micro_batch(recipe, system) for system in limits(recipe)}
@@ -82,12 +82,12 @@ def planned(name: str, overrides: tuple[str, ...] = ()) -> Planned:
 
 def plan_of(recipe: Recipe) -> Planned:
     """Return the plan of a recipe."""
-    from lowvram_chat.memory.changes import changed
-    from lowvram_chat.memory.plan import plan
-    from lowvram_chat.memory.plot import series
-    from lowvram_chat.memory.search import planned_micro_batch
-    from lowvram_chat.memory.speed import speeds
-    from lowvram_chat.recipe.gpus import CONTEXT_MIB, MIB
+    from lowvram_chat.gpus import CONTEXT_MIB, MIB
+    from lowvram_chat.planning.changes import changed
+    from lowvram_chat.planning.plan import plan
+    from lowvram_chat.planning.search import planned_micro_batch
+    from lowvram_chat.reporting.memory_plot import series
+    from lowvram_chat.timing.speed import speeds
 
     recipe = changed(recipe, planned_micro_batch(recipe))
     made = plan(recipe)

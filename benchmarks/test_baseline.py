@@ -9,9 +9,9 @@ import pytest
 
 from benchmarks.plans import Plans, metrics
 from benchmarks.suite import RECIPES, Keeper
-from lowvram_chat.memory.report import BAND_PERCENT
+from lowvram_chat.planning.report import BAND_PERCENT
 from lowvram_chat.recipe.baseline import BASELINE_SECONDS
-from lowvram_chat.recipe.load import load_recipe
+from lowvram_chat.recipe.yaml_file import load_recipe
 
 PUBLISHED_HOURS = BASELINE_SECONDS / 3600
 LORA = ("adapter.kind=lora",)

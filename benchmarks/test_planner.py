@@ -8,7 +8,9 @@ from collections.abc import Mapping
 import transformers
 
 from benchmarks.suite import ROOT, Keeper
-from lowvram_chat.memory import measured, published_speeds, validate
+from benchmarks.validation import measured_runs as measured
+from benchmarks.validation import memory as validate
+from benchmarks.validation import speed as published_speeds
 from lowvram_chat.results.record import Metric
 
 MEASURED = ROOT / "benchmarks" / "data" / "vram_measured.csv"

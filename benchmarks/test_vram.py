@@ -11,9 +11,9 @@ import pytest
 
 from benchmarks.plans import Plans, metrics
 from benchmarks.suite import RECIPES, Keeper
-from lowvram_chat.memory.plan import limits
-from lowvram_chat.recipe.gpus import CONTEXT_MIB, MIB
-from lowvram_chat.recipe.load import load_recipe
+from lowvram_chat.gpus import CONTEXT_MIB, MIB
+from lowvram_chat.planning.plan import limits
+from lowvram_chat.recipe.yaml_file import load_recipe
 from lowvram_chat.results import own_run
 from lowvram_chat.results.record import Metric, Record
 

@@ -50,7 +50,7 @@ def prepare(folder: Path, model: str) -> None:
     from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, set_seed
 
     from lowvram_chat.data.template import set_template
-    from lowvram_chat.model.load import BUILTIN, load_tokenizer
+    from lowvram_chat.model.pretrained import BUILTIN, load_tokenizer
     from lowvram_chat.quiet import quiet_libraries, quiet_transformers
 
     quiet_libraries()
@@ -141,12 +141,12 @@ def score(trained: str, base: str, held_out: str) -> float:
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    from lowvram_chat.data.load import load_rows
+    from lowvram_chat.data.dataset import load_rows
     from lowvram_chat.data.rows import Collator
     from lowvram_chat.data.template import set_template
     from lowvram_chat.model import scoring
-    from lowvram_chat.model.load import load_tokenizer
     from lowvram_chat.model.loss import attach_loss
+    from lowvram_chat.model.pretrained import load_tokenizer
     from lowvram_chat.recipe.schema import Data
 
     tokenizer = load_tokenizer(base)
@@ -183,7 +183,7 @@ def packed_rows(folder: Path, conversations: int) -> int:
     """Return the packed rows of a step that hold about as many tokens as so many conversations do."""
     lines = (folder / "chitchat" / "train.jsonl").read_text(encoding="utf-8").splitlines()
     from lowvram_chat.data.template import set_template
-    from lowvram_chat.model.load import load_tokenizer
+    from lowvram_chat.model.pretrained import load_tokenizer
 
     tokenizer = load_tokenizer(str(folder / "model"))
     set_template(tokenizer, "plain", "all")

@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(args: argparse.Namespace) -> int:
-    from lowvram_chat.recipe.load import load_recipe
+    from lowvram_chat.recipe.yaml_file import load_recipe
 
     if args.steps < 1:
         raise UsageError(f"--steps: {args.steps} is below 1. Give the optimizer steps to time.")
@@ -81,8 +81,8 @@ def _report(args: argparse.Namespace) -> int:
     from rich.console import Console
     from rich.table import Table
 
+    from lowvram_chat.reporting.suite_page import suite_page, text_table
     from lowvram_chat.results.record import load_all
-    from lowvram_chat.results.suite_page import suite_page, text_table
 
     records = load_all(args.results or [RESULTS])
     if args.html is not None:

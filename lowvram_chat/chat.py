@@ -19,7 +19,7 @@ from lowvram_chat.errors import UsageError
 from lowvram_chat.quiet import quiet_transformers
 
 if TYPE_CHECKING:
-    from lowvram_chat.model.open import Opened
+    from lowvram_chat.model.saved import Opened
 
 Messages = list[dict[str, str]]
 
@@ -71,11 +71,11 @@ def _check(args: argparse.Namespace) -> None:
 
 def _open(name: str) -> Opened:
     """Return the model, with the plain template where it has none of its own."""
-    from lowvram_chat.data.hub import work_offline_if_unreachable
+    from lowvram_chat.hub import work_offline_if_unreachable
 
     if not Path(name).exists() and not name.startswith("builtin:"):
         work_offline_if_unreachable()
-    from lowvram_chat.model.open import open_model
+    from lowvram_chat.model.saved import open_model
 
     quiet_transformers()
     opened = open_model(name)

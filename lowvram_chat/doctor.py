@@ -16,7 +16,7 @@ from importlib import metadata
 from pathlib import Path
 
 from lowvram_chat.cli import INSTALL, guarded, parser, print_json
-from lowvram_chat.data.hub import endpoint, offline, reachable
+from lowvram_chat.hub import endpoint, offline, reachable
 
 
 @dataclass(frozen=True)

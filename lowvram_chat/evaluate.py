@@ -18,8 +18,8 @@ from pydantic import ValidationError
 from lowvram_chat.cli import guarded, parser, print_json
 from lowvram_chat.errors import UsageError
 from lowvram_chat.quiet import quiet_transformers
-from lowvram_chat.recipe.load import describe, load_recipe
 from lowvram_chat.recipe.schema import Data
+from lowvram_chat.recipe.yaml_file import describe, load_recipe
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -65,8 +65,8 @@ def run(model: str, data: Sequence[str], *, batch_size: int = 8, **settings: Any
     if batch_size < 1:
         raise UsageError(f"--batch-size: {batch_size} is below 1. Give the rows of a batch.")
 
-    from lowvram_chat.data.hub import work_offline_if_unreachable
     from lowvram_chat.data.sources import is_remote
+    from lowvram_chat.hub import work_offline_if_unreachable
 
     if any(is_remote(name) for name in [model, *data]):
         work_offline_if_unreachable()
@@ -74,9 +74,9 @@ def run(model: str, data: Sequence[str], *, batch_size: int = 8, **settings: Any
 
     from lowvram_chat.data.rows import Collator
     from lowvram_chat.data.template import marks_answers, set_template
-    from lowvram_chat.model.load import check_positions
     from lowvram_chat.model.loss import attach_loss
-    from lowvram_chat.model.open import open_model
+    from lowvram_chat.model.pretrained import check_positions
+    from lowvram_chat.model.saved import open_model
     from lowvram_chat.model.scoring import score
 
     opened = open_model(model)
@@ -118,8 +118,8 @@ def _section(model: str, data: list[str], own: Data | None, settings: dict[str, 
 
 def _has_roles(section: Data) -> bool:
     """Return whether the conversations to score tell the assistant's words from the rest."""
+    from lowvram_chat.data.dataset import held_out_source
     from lowvram_chat.data.formats import FORMATS, detect_format
-    from lowvram_chat.data.load import held_out_source
     from lowvram_chat.data.sources import BadRow
 
     if section.format is not None:
@@ -130,7 +130,7 @@ def _has_roles(section: Data) -> bool:
 
 def held_out_rows(section: Data, tokenizer: Any, seed: int) -> Any:
     """Return the rows to score: those held out by the section's source, split or fraction."""
-    from lowvram_chat.data.load import load_held_out, load_rows
+    from lowvram_chat.data.dataset import load_held_out, load_rows
 
     if section.eval_fraction is not None:
         return load_rows(section, tokenizer, seed).held_out

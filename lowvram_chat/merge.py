@@ -81,8 +81,8 @@ def run(
         LowVramError: no run, no adapter, another base, or a result that is in the way.
         ProofError: the logits differ by more than `TOLERANCE`; nothing is kept.
     """
-    from lowvram_chat.train.card import model_card
-    from lowvram_chat.train.run_dir import open_run, read_result
+    from lowvram_chat.training.card import model_card
+    from lowvram_chat.training.run_dir import open_run, read_result
 
     folder = open_run(run_path)
     out = folder.merged if out is None else out
@@ -94,7 +94,7 @@ def run(
     if out.exists() and not (out / "config.json").is_file():
         raise UsageError(f"{out}: exists and is no model folder, so it is left alone. Give another folder with --out.")
 
-    from lowvram_chat.data.hub import work_offline_if_unreachable
+    from lowvram_chat.hub import work_offline_if_unreachable
 
     recipe = folder.recipe()
     name = base or recipe.model.name
@@ -112,7 +112,7 @@ def _merge(adapter: Path, model: Model, out: Path, dtype: str, card: str) -> Pro
     from transformers import AutoModelForCausalLM
 
     from lowvram_chat.model.adapters import load_adapter, probe_logits
-    from lowvram_chat.model.load import load_model, load_tokenizer
+    from lowvram_chat.model.pretrained import load_model, load_tokenizer
 
     base = load_model(model)
     vocabulary = base.get_input_embeddings().num_embeddings  # type: ignore[union-attr]

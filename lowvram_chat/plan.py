@@ -57,17 +57,17 @@ def _work(args: argparse.Namespace) -> int:
 
 
 def _plan(args: argparse.Namespace) -> int:
-    from lowvram_chat.recipe.load import load_recipe
+    from lowvram_chat.recipe.yaml_file import load_recipe
 
     recipe = load_recipe(args.recipe, args.overrides)
     _import_planner()
-    from lowvram_chat.memory import report
-    from lowvram_chat.memory.changes import changed, words
-    from lowvram_chat.memory.plan import plan
-    from lowvram_chat.memory.search import advise, fastest, planned_micro_batch
+    from lowvram_chat.planning import report
+    from lowvram_chat.planning.changes import changed, words
+    from lowvram_chat.planning.plan import plan
+    from lowvram_chat.planning.search import advise, fastest, planned_micro_batch
 
     if args.plot is not None:
-        from lowvram_chat.memory.plot import check, draw
+        from lowvram_chat.reporting.memory_plot import check, draw
 
         check(Path(args.plot))
     change = planned_micro_batch(recipe)
@@ -102,23 +102,23 @@ def _import_planner() -> None:
     """
     gc.disable()
     quiet_transformers()
-    import lowvram_chat.memory.search  # noqa: F401
+    import lowvram_chat.planning.search  # noqa: F401
 
     gc.freeze()
     gc.enable()
 
 
 def _compare(paths: Sequence[str], *, as_json: bool) -> int:
-    from lowvram_chat.recipe.load import load_recipe
+    from lowvram_chat.recipe.yaml_file import load_recipe
 
     recipes = [load_recipe(path) for path in paths]
     _import_planner()
-    from lowvram_chat.memory.changes import changed
-    from lowvram_chat.memory.search import planned_micro_batch
+    from lowvram_chat.planning.changes import changed
+    from lowvram_chat.planning.search import planned_micro_batch
 
     recipes = [changed(recipe, planned_micro_batch(recipe)) for recipe in recipes]
-    from lowvram_chat.memory import report
-    from lowvram_chat.memory.plan import plan
+    from lowvram_chat.planning import report
+    from lowvram_chat.planning.plan import plan
 
     plans = [plan(recipe) for recipe in recipes]
     report.show_side_by_side(paths, recipes, plans)
@@ -137,7 +137,7 @@ def _compare(paths: Sequence[str], *, as_json: bool) -> int:
 def _speeds(*, as_json: bool) -> int:
     """Predict speeds that others have published."""
     _import_planner()
-    from lowvram_chat.memory import published_speeds
+    from benchmarks.validation import speed as published_speeds
 
     published_speeds.run(as_json=as_json)
     return 0
@@ -145,7 +145,7 @@ def _speeds(*, as_json: bool) -> int:
 
 def _validate(path: Path, *, as_json: bool) -> int:
     """Predict every row of a file of measured runs."""
-    from lowvram_chat.memory import validate
+    from benchmarks.validation import memory as validate
 
     validate.run(path, as_json=as_json)
     return 0

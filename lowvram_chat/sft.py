@@ -16,8 +16,8 @@ from typing import Any
 from lowvram_chat.cli import guarded, parser, print_json
 from lowvram_chat.errors import UsageError
 from lowvram_chat.quiet import quiet_transformers
-from lowvram_chat.recipe.load import dump_recipe, load_recipe
 from lowvram_chat.recipe.schema import Recipe
+from lowvram_chat.recipe.yaml_file import dump_recipe, load_recipe
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -57,8 +57,8 @@ def run(recipe: Recipe, *, resume: bool = False, overwrite: bool = False, force:
     Raises:
         LowVramError: one of its kinds, with nothing written, for everything that can be known before the first step.
     """
-    from lowvram_chat.train.resume import check_resumed, is_same
-    from lowvram_chat.train.run_dir import RunDir, check_new, is_main_process, read_result
+    from lowvram_chat.training.resume import check_resumed, is_same
+    from lowvram_chat.training.run_dir import RunDir, check_new, is_main_process, read_result
 
     run = RunDir(Path(recipe.output.dir))
     if is_main_process():
@@ -71,8 +71,8 @@ def run(recipe: Recipe, *, resume: bool = False, overwrite: bool = False, force:
             print(f"{recipe.output.dir}: this run has ended after {finished['steps']:,} steps; nothing to resume")
         return finished
 
-    from lowvram_chat.data.hub import work_offline_if_unreachable
     from lowvram_chat.data.sources import is_remote
+    from lowvram_chat.hub import work_offline_if_unreachable
 
     if any(is_remote(name) for name in _names(recipe)):
         work_offline_if_unreachable()
@@ -82,8 +82,8 @@ def run(recipe: Recipe, *, resume: bool = False, overwrite: bool = False, force:
     device = check_device(recipe)
     quiet_transformers()
 
-    from lowvram_chat.results.run_page import write_run_page
-    from lowvram_chat.train.session import train
+    from lowvram_chat.reporting.run_page import write_run_page
+    from lowvram_chat.training.session import train
 
     try:
         result = train(recipe, device=device, resume=resume, force=force)

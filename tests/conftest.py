@@ -73,7 +73,7 @@ def own_logging() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def libraries() -> None:
     """Import the libraries once and take them out of the garbage collector's work: each run would walk them (0.4 s)."""
-    import lowvram_chat.train.trainer  # noqa: F401
+    import lowvram_chat.training.trainer  # noqa: F401
 
     gc.collect()
     gc.freeze()
@@ -125,7 +125,7 @@ def lora_run(session_bench: Bench) -> Path:
 def tokenizer(tiny: Path) -> PreTrainedTokenizerBase:
     """The built-in tokenizer with the plain chat template."""
     from lowvram_chat.data.template import set_template
-    from lowvram_chat.model.load import load_tokenizer
+    from lowvram_chat.model.pretrained import load_tokenizer
 
     loaded = load_tokenizer(str(tiny))
     set_template(loaded, "plain", "assistant")

@@ -8,8 +8,8 @@ from typing import Any
 
 import yaml
 
-from lowvram_chat.recipe.load import load_recipe
 from lowvram_chat.recipe.schema import Recipe
+from lowvram_chat.recipe.yaml_file import load_recipe
 from lowvram_chat.sft import run
 
 

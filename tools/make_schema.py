@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from lowvram_chat.recipe.load import json_schema
+from lowvram_chat.recipe.yaml_file import json_schema
 
 PATH = Path(__file__).parent.parent / "schema" / "recipe.schema.json"
 

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lowvram_chat.data.hub import explain
 from lowvram_chat.errors import DataError, NotFoundError, did_you_mean
+from lowvram_chat.hub import explain
 
 ASSETS = Path(__file__).parent.parent / "assets"
 BUILTIN = {

@@ -12,7 +12,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from lowvram_chat.errors import ModelError, did_you_mean
-from lowvram_chat.model.lean_lora import fuse_adapters
+from lowvram_chat.model.fused_lora import fuse_adapters
 from lowvram_chat.recipe.adapters import ADAPTERS
 from lowvram_chat.recipe.schema import Adapter
 

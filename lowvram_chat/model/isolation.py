@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from lowvram_chat.errors import ModelError
-from lowvram_chat.model.documents import attend_by_document, kept_apart
+from lowvram_chat.model.document_attention import attend_by_document, kept_apart
 from lowvram_chat.model.scoring import autocast
 
 LENGTH = 8

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch.nn import functional as F
 
-from lowvram_chat.model.documents import kept_apart
+from lowvram_chat.model.document_attention import kept_apart
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

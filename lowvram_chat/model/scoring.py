@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lowvram_chat.data.rows import MODEL_INPUTS
-from lowvram_chat.model.compiled import as_written
+from lowvram_chat.model.compilation import as_written
 
 if TYPE_CHECKING:
     import datasets

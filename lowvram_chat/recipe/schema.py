@@ -8,8 +8,8 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from lowvram_chat.errors import did_you_mean
+from lowvram_chat.gpus import GPUS
 from lowvram_chat.recipe.adapters import ADAPTERS, REFUSED, REFUSED_TARGETS
-from lowvram_chat.recipe.gpus import GPUS
 from lowvram_chat.recipe.optimizers import OPTIMIZERS
 
 FORMATS = ("messages", "sharegpt", "alpaca", "prompt_completion", "text", "baseline")

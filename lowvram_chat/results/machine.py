@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 from lowvram_chat.errors import UsageError
 from lowvram_chat.results.record import Machine, slug
-from lowvram_chat.train.run_dir import environment
+from lowvram_chat.training.run_dir import environment
 
 T = TypeVar("T")
 

@@ -6,12 +6,12 @@ from concurrent.futures.process import BrokenProcessPool
 from typing import Any, Literal
 
 from lowvram_chat import __version__
+from lowvram_chat.gpus import GPUS, MIB
 from lowvram_chat.quiet import quiet_libraries, quiet_transformers
-from lowvram_chat.recipe.gpus import GPUS, MIB
+from lowvram_chat.recipe.baseline import BASELINE_TOKENS_PER_SECOND
 from lowvram_chat.recipe.schema import Memory, Recipe
 from lowvram_chat.results import machine
 from lowvram_chat.results.record import Machine, Metric, Record, spread
-from lowvram_chat.results.suite_page import BASELINE_TOKENS_PER_SECOND
 
 BENCHMARK = "run"
 VARIANTS = {"ti", "super", "max", "ada"}
@@ -78,9 +78,9 @@ def _beside(found: Metric, predicted: Metric | None, unit: str) -> str:
 def _resolved(recipe: Recipe, here: Machine) -> Recipe:
     """Return the recipe as it is run on this machine: its micro-batch planned, compiled or not, its card named."""
     quiet_libraries()
-    from lowvram_chat.model.compiled import wants_compile
+    from lowvram_chat.model.compilation import wants_compile
     from lowvram_chat.model.device import check_device
-    from lowvram_chat.train.budget import with_planned_micro_batch
+    from lowvram_chat.training.budget import with_planned_micro_batch
 
     device = check_device(recipe)
     known = known_card(here.card or "", here.card_mib or 0)
@@ -104,7 +104,7 @@ def _pass(recipe: Recipe, steps: int, of: Literal["memory", "speed"]) -> dict[st
 
 def _measure(recipe: Recipe, steps: int, of: Literal["memory", "speed"]) -> dict[str, Any]:
     quiet_libraries()
-    from lowvram_chat.train.measure import measure
+    from lowvram_chat.results.measure import measure
 
     quiet_transformers()
     return measure(recipe, steps, of)
@@ -136,8 +136,8 @@ def _speed(figures: dict[str, Any]) -> dict[str, Metric]:
 
 def _predictions(recipe: Recipe, here: Machine) -> dict[str, Metric]:
     """Return what is predicted of the recipe on this card; of its speed only where the card is in the table."""
-    from lowvram_chat.memory.plan import plan
-    from lowvram_chat.memory.speed import predict
+    from lowvram_chat.planning.plan import plan
+    from lowvram_chat.timing.speed import predict
 
     known = known_card(here.card or "", here.card_mib or 0)
     if known is not None:

@@ -16,9 +16,9 @@ import pytest
 import torch
 
 from lowvram_chat import bench as command
+from lowvram_chat.results import measure
 from lowvram_chat.results.own_run import known_card, sentence
 from lowvram_chat.results.record import Machine, Metric, Record, load, store
-from lowvram_chat.train import measure
 from tests.runs import Bench
 from tests.samples import ROOT
 from tests.unit.test_results import git
@@ -48,7 +48,7 @@ def test_a_recipe_is_measured_on_this_machine(bench: Bench, capsys: pytest.Captu
 def test_a_slowed_step_fails_the_comparison(bench: Bench, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     from lowvram_chat.results import own_run
     from lowvram_chat.results.machine import this_machine
-    from lowvram_chat.train.trainer import ChatTrainer
+    from lowvram_chat.training.trainer import ChatTrainer
 
     recipe = bench.recipe("r")
 
@@ -69,7 +69,7 @@ def test_a_slowed_step_fails_the_comparison(bench: Bench, monkeypatch: pytest.Mo
 
 
 def test_a_full_device_is_a_result(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    from lowvram_chat.train.session import Session
+    from lowvram_chat.training.session import Session
 
     def full(*_: object, **__: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore")
@@ -93,7 +93,7 @@ def test_the_steps_that_are_measured_are_full_rows(bench: Bench, settings: dict[
 def test_a_model_that_is_not_here_is_measured_with_random_weights_of_its_shapes(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from lowvram_chat.memory import configs
+    from lowvram_chat.model import configs
 
     small = {**configs.GPT2, "n_layer": 1, "n_embd": 64, "n_head": 2, "vocab_size": 9000}
     monkeypatch.setattr(configs, "KNOWN", {"openai-community/gpt2": small})

@@ -7,8 +7,8 @@ import json
 import pytest
 
 from lowvram_chat import sft
-from lowvram_chat.train.resume import is_same
-from lowvram_chat.train.run_dir import RunDir
+from lowvram_chat.training.resume import is_same
+from lowvram_chat.training.run_dir import RunDir
 from tests.runs import Bench, curve
 
 

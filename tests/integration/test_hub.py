@@ -117,7 +117,7 @@ def test_a_name_that_is_not_in_the_cache_is_said(
 
 
 def test_a_hub_that_does_not_answer_is_not_called_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
-    from lowvram_chat.data import hub
+    from lowvram_chat import hub
 
     monkeypatch.setenv("HF_HUB_OFFLINE", "0")
     monkeypatch.delitem(sys.modules, "huggingface_hub")
@@ -151,7 +151,7 @@ def test_a_hub_merge_finds_its_base_again(tmp_path: Path) -> None:
 def test_local_files_and_globs_do_not_ask_for_the_hub(
     pattern: str, bench: Bench, train_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from lowvram_chat.data import hub
+    from lowvram_chat import hub
 
     asked: list[bool] = []
     monkeypatch.setattr(hub, "work_offline_if_unreachable", lambda: asked.append(True))

@@ -14,7 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM, BertConfig, GPTNeoConfig
 
 from lowvram_chat import chat, evaluate, merge, sft
-from lowvram_chat.model.compiled import missing_compiler
+from lowvram_chat.model.compilation import missing_compiler
 from tests.runs import Bench
 from tests.samples import conversations, save_tiny_gpt2, write_jsonl
 
@@ -187,7 +187,7 @@ def test_a_merge_onto_a_base_that_is_gone(lora_run: Path, tmp_path: Path, capsys
 def test_compiling_without_a_compiler_names_what_is_missing(
     bench: Bench, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lowvram_chat.model.compiled.missing_compiler", lambda _: "a C++ compiler (g++ or clang)")
+    monkeypatch.setattr("lowvram_chat.model.compilation.missing_compiler", lambda _: "a C++ compiler (g++ or clang)")
     said = refused([str(bench.file("run")), "train.compile=true"], capsys)
     assert "train.compile: this machine lacks a C++ compiler (g++ or clang). Install it, or add" in said
     assert sft.main([str(bench.file("run")), "train.compile=if_possible", "--max-steps", "1"]) == 0

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from lowvram_chat import sft
-from lowvram_chat.train import trainer as trainer_module
-from lowvram_chat.train.oom import halve
+from lowvram_chat.training import trainer as trainer_module
+from lowvram_chat.training.oom import halve
 from tests.runs import Bench
 
 FULL: list[RuntimeError] = [

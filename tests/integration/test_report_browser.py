@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
+from lowvram_chat.reporting.suite_page import suite_page
 from lowvram_chat.results.record import load_all
-from lowvram_chat.results.suite_page import suite_page
 from tests.runs import Bench
 from tests.samples import ROOT
 

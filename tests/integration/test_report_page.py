@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from lowvram_chat import sft
-from lowvram_chat.train.samples import Speaker
+from lowvram_chat.training.samples import Speaker
 from tests.runs import Bench, curve
 from tests.samples import save_tiny_gpt2
 from tests.unit.test_pages import Tree

@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 
 from lowvram_chat import sft
 from lowvram_chat.errors import NotFoundError, UsageError
-from lowvram_chat.train.run_dir import RunDir
-from lowvram_chat.train.trainer import ChatTrainer
+from lowvram_chat.training.run_dir import RunDir
+from lowvram_chat.training.trainer import ChatTrainer
 from tests.runs import Bench, curve, metrics, result
 
 RATES = {"real_tokens_per_second", "padded_tokens_per_second", "seconds", "peak_resident_bytes"}

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from lowvram_chat.recipe.load import load_recipe
+from lowvram_chat.recipe.yaml_file import load_recipe
 from lowvram_chat.sft import main
 from tests.runs import Bench, metrics, result
 

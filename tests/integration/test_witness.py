@@ -15,14 +15,15 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, TrainerCallback
 
-from lowvram_chat.memory import recipe_model, recipe_optimizer
-from lowvram_chat.memory.recipe_step import Run, Shape, trace
-from lowvram_chat.memory.rules import Rules
-from lowvram_chat.memory.witness import profiled_peak_bytes, traced_peak_bytes
+from benchmarks.validation.witness import profiled_peak_bytes, traced_peak_bytes
 from lowvram_chat.recipe.schema import Recipe
-from lowvram_chat.train import run_dir, session
-from lowvram_chat.train.callbacks import TokenCounts
-from lowvram_chat.train.session import Session, build_model
+from lowvram_chat.tracing import model as recipe_model
+from lowvram_chat.tracing import optimizer as recipe_optimizer
+from lowvram_chat.tracing.rules import Rules
+from lowvram_chat.tracing.run import Run, Shape, trace
+from lowvram_chat.training import run_dir, session
+from lowvram_chat.training.callbacks import TokenCounts
+from lowvram_chat.training.session import Session, build_model
 from tests.runs import Bench
 from tests.samples import save_tiny_gpt2, write_jsonl
 

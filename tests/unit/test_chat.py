@@ -11,7 +11,7 @@ import pytest
 from lowvram_chat import chat
 from lowvram_chat.chat import Messages, fit
 from lowvram_chat.errors import UsageError
-from lowvram_chat.model.open import Opened, open_model
+from lowvram_chat.model.saved import Opened, open_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

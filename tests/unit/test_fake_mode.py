@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
-from lowvram_chat.memory.fake_mode import BriefFakeTensorMode
+from lowvram_chat.tracing.fake_mode import BriefFakeTensorMode
 
 aten = torch.ops.aten
 

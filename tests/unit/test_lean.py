@@ -10,8 +10,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 from transformers.activations import GELUTanh, NewGELUActivation
 
-from lowvram_chat.model.lean import dropout_settings, fuse_gelu
-from lowvram_chat.model.load import load_model
+from lowvram_chat.model.pretrained import load_model
+from lowvram_chat.model.substitutions import dropout_settings, fuse_gelu
 from lowvram_chat.recipe.schema import Model
 
 

@@ -11,9 +11,9 @@ import torch
 from peft.tuners.lora.layer import Linear
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from lowvram_chat.model import lean_lora
+from lowvram_chat.model import fused_lora as lean_lora
 from lowvram_chat.model.adapters import add_adapter
-from lowvram_chat.model.load import load_model
+from lowvram_chat.model.pretrained import load_model
 from lowvram_chat.recipe.schema import Adapter, Model
 
 TOKENS = torch.arange(24).view(2, 12)

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from lowvram_chat.errors import DeviceError, ModelError, NotFoundError
 from lowvram_chat.model.adapters import add_adapter, linear_layers
 from lowvram_chat.model.device import bf16_slowdown, check_device
-from lowvram_chat.model.load import check_positions, load_config, load_model, load_tokenizer
+from lowvram_chat.model.pretrained import check_positions, load_config, load_model, load_tokenizer
 from lowvram_chat.recipe.schema import Adapter, Model, Recipe
 
 

@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from lowvram_chat.memory.cuda_rules import CudaRules
-from lowvram_chat.memory.operations import Operation
-from lowvram_chat.memory.plain_gpt import PlainGpt, Shape
-from lowvram_chat.memory.plain_step import PlainStep, work_of
-from lowvram_chat.memory.trace import Recorder
+from benchmarks.validation.plain_gpt import PlainGpt, Shape
+from benchmarks.validation.plain_step import PlainStep, work_of
+from lowvram_chat.tracing.cuda_rules import CudaRules
+from lowvram_chat.tracing.operations import Operation
+from lowvram_chat.tracing.recorder import Recorder
 
 TINY = Shape(vocabulary=96, positions=32, width=64, heads=4, layers=2)
 pytestmark = pytest.mark.filterwarnings("ignore")

@@ -26,7 +26,7 @@ from transformers import (
 from lowvram_chat.data.packing import best_fit_decreasing, pack
 from lowvram_chat.data.rows import IGNORED, Collator
 from lowvram_chat.errors import ModelError
-from lowvram_chat.model.documents import BY_DOCUMENT, attend
+from lowvram_chat.model.document_attention import BY_DOCUMENT, attend
 from lowvram_chat.model.isolation import check_causal, check_isolation, isolates_documents, keep_documents_apart
 from lowvram_chat.model.loss import attach_loss
 

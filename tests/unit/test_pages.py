@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 from lowvram_chat import bench
-from lowvram_chat.results.charts import Bar, areas, bars, curves
-from lowvram_chat.results.html import POLICY, table
+from lowvram_chat.reporting.charts import Bar, areas, bars, curves
+from lowvram_chat.reporting.html import POLICY, table
+from lowvram_chat.reporting.suite_page import suite_page, text_table
 from lowvram_chat.results.record import Kind, Machine, Metric, Record, store
-from lowvram_chat.results.suite_page import suite_page, text_table
 from tests.samples import ROOT
 
 VOID = {"meta", "link"}

@@ -16,19 +16,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lowvram_chat import plan as command
-from lowvram_chat.memory import recipe_optimizer, search
-from lowvram_chat.memory.changes import changed, words
-from lowvram_chat.memory.compose import Lives, Segment, play
-from lowvram_chat.memory.configs import KNOWN, config_of
-from lowvram_chat.memory.plan import longest_run, plan, rules_of, steps_of
-from lowvram_chat.memory.recipe_step import Shape, trace
-from lowvram_chat.memory.replay import replay
-from lowvram_chat.memory.search import advise, fastest, largest_micro_batch
-from lowvram_chat.memory.trace import Storage
-from lowvram_chat.recipe.gpus import MIB
-from lowvram_chat.recipe.load import load_recipe
+from lowvram_chat.gpus import MIB
+from lowvram_chat.model.configs import KNOWN, config_of
+from lowvram_chat.planning import search
+from lowvram_chat.planning.changes import changed, words
+from lowvram_chat.planning.plan import longest_run, plan, rules_of, steps_of
+from lowvram_chat.planning.replay import replay
+from lowvram_chat.planning.schedule import Lives, Segment, play
+from lowvram_chat.planning.search import advise, fastest, largest_micro_batch
 from lowvram_chat.recipe.optimizers import OPTIMIZERS
 from lowvram_chat.recipe.schema import Recipe
+from lowvram_chat.recipe.yaml_file import load_recipe
+from lowvram_chat.tracing import optimizer as recipe_optimizer
+from lowvram_chat.tracing.recorder import Storage
+from lowvram_chat.tracing.run import Shape, trace
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from lowvram_chat.memory import search
-from lowvram_chat.memory.changes import changed
-from lowvram_chat.memory.plan import plan
-from lowvram_chat.memory.search import planned_micro_batch
-from lowvram_chat.recipe.gpus import MIB
+from lowvram_chat.gpus import MIB
+from lowvram_chat.planning import search
+from lowvram_chat.planning.changes import changed
+from lowvram_chat.planning.plan import plan
+from lowvram_chat.planning.search import planned_micro_batch
 from lowvram_chat.recipe.schema import Recipe
 
 

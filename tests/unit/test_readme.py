@@ -13,7 +13,7 @@ import pytest
 
 from lowvram_chat.cli import COMMANDS as COMMAND_NAMES
 from lowvram_chat.errors import RecipeError
-from lowvram_chat.recipe.load import load_recipe
+from lowvram_chat.recipe.yaml_file import load_recipe
 
 ROOT = Path(__file__).parent.parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -64,8 +64,8 @@ def test_the_wrong_recipe_in_readme_gives_the_message_shown(monkeypatch: pytest.
 def test_the_plan_in_readme_is_the_one_that_is_printed(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from lowvram_chat.memory import report
-    from lowvram_chat.memory.plan import plan
+    from lowvram_chat.planning import report
+    from lowvram_chat.planning.plan import plan
 
     # The advice below it is planned in the same way, and takes half a minute.
     shown = re.search(

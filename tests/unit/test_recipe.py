@@ -8,7 +8,7 @@ import pytest
 
 from lowvram_chat.errors import NotFoundError, RecipeError, UsageError
 from lowvram_chat.recipe.adapters import REFUSED, REFUSED_TARGETS
-from lowvram_chat.recipe.load import load_recipe
+from lowvram_chat.recipe.yaml_file import load_recipe
 
 
 def write(folder: Path, text: str) -> Path:

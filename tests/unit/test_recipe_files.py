@@ -11,9 +11,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from lowvram_chat.recipe.adapters import ADAPTERS
-from lowvram_chat.recipe.load import _Dumper, dump_recipe, json_schema, load_recipe
 from lowvram_chat.recipe.optimizers import OPTIMIZERS
 from lowvram_chat.recipe.schema import Recipe
+from lowvram_chat.recipe.yaml_file import _Dumper, dump_recipe, json_schema, load_recipe
 from tests.samples import ROOT
 
 RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))

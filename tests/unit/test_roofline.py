@@ -6,9 +6,8 @@ from typing import Any
 
 import pytest
 
-from lowvram_chat.memory.fusion import compiled
-from lowvram_chat.memory.operations import Operation, Piece
-from lowvram_chat.memory.roofline import (
+from lowvram_chat.timing.fusion import compiled
+from lowvram_chat.timing.roofline import (
     SECONDS_PER_KERNEL,
     SECONDS_PER_LAUNCH,
     SHARE_OF_BANDWIDTH,
@@ -19,6 +18,7 @@ from lowvram_chat.memory.roofline import (
     seconds_on_card,
     seconds_per_step,
 )
+from lowvram_chat.tracing.operations import Operation, Piece
 
 RATES = Rates(half_tflops=10.0, single_tflops=5.0, gb_per_second=100.0)
 LAUNCH = SECONDS_PER_LAUNCH["linux"]

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lowvram_chat.data.load import Rows, load_rows
+from lowvram_chat.data.dataset import Rows, load_rows
 from lowvram_chat.data.rows import IGNORED, Collator, Row, cut
 from lowvram_chat.recipe.schema import Data
 from tests.samples import conversations, write_jsonl

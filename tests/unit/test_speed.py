@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 
-from lowvram_chat.memory.plan import plan
-from lowvram_chat.memory.published_speeds import LADDER, compare, largest_error, median_error, table
-from lowvram_chat.memory.speed import Speed, predict, speeds
-from lowvram_chat.recipe.gpus import GPUS
-from lowvram_chat.recipe.load import load_recipe
+from benchmarks.validation.speed import LADDER, compare, largest_error, median_error, table
+from lowvram_chat.gpus import GPUS
+from lowvram_chat.planning.plan import plan
 from lowvram_chat.recipe.schema import Recipe
+from lowvram_chat.recipe.yaml_file import load_recipe
+from lowvram_chat.timing.speed import Speed, predict, speeds
 from tests.samples import ROOT
 
 pytestmark = pytest.mark.filterwarnings("ignore")

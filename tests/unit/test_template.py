@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from lowvram_chat.data.template import SHIPPED, read_template, set_template
 from lowvram_chat.errors import DataError, NotFoundError
-from lowvram_chat.model.load import load_tokenizer
+from lowvram_chat.model.pretrained import load_tokenizer
 from tests.samples import BUILTIN
 
 if TYPE_CHECKING:

@@ -11,12 +11,12 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from lowvram_chat.memory.cuda_rules import CudaRules
-from lowvram_chat.memory.materialise import materialise, repoint
-from lowvram_chat.memory.replay import replay
-from lowvram_chat.memory.rules import Rules
-from lowvram_chat.memory.trace import Event, Recorder, Storage
-from lowvram_chat.memory.witness import profiled_peak_bytes, traced_peak_bytes
+from benchmarks.validation.witness import profiled_peak_bytes, traced_peak_bytes
+from lowvram_chat.planning.replay import replay
+from lowvram_chat.tracing.cuda_rules import CudaRules
+from lowvram_chat.tracing.materialise import materialise, repoint
+from lowvram_chat.tracing.recorder import Event, Recorder, Storage
+from lowvram_chat.tracing.rules import Rules
 
 VOCABULARY, WIDTH, LAYERS = 1003, 64, 2
 

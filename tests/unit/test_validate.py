@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 import transformers
 
+from benchmarks.validation import measured_runs as measured
+from benchmarks.validation import memory as validate
 from lowvram_chat.errors import NotFoundError, UsageError
-from lowvram_chat.memory import measured, validate
 
 CONFIG = {"vocab_size": 503, "n_positions": 64, "n_embd": 64, "n_layer": 1, "n_head": 4, "bos_token_id": 0}
 ROW = {

@@ -1,0 +1,1 @@
+"""One run on fake tensors: what it allocates and launches."""

@@ -1,0 +1,27 @@
+"""metrics.jsonl, read again: the last loss, and the lines that a resumed run will write anew."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from lowvram_chat.training.run_dir import RunDir, step_of
+
+
+def last_loss(run: RunDir) -> float | None:
+    """Return the training loss of the last logged line."""
+    lines = run.metrics_file.read_text(encoding="utf-8").splitlines() if run.metrics_file.is_file() else []
+    losses = [entry["loss"] for entry in map(json.loads, lines) if "loss" in entry]
+    return losses[-1] if losses else None
+
+
+def forget_later_lines(run: RunDir, checkpoint: Path) -> None:
+    """Drop the metrics of steps after the checkpoint: they will be run, and written, again."""
+    step = step_of(checkpoint)
+    assert step is not None, "not a whole checkpoint"
+    if run.metrics_file.is_file():
+        lines = run.metrics_file.read_text(encoding="utf-8").splitlines(keepends=True)
+        kept = [line for line in lines if json.loads(line)["step"] <= step]
+        partial = run.metrics_file.with_suffix(".partial")
+        partial.write_text("".join(kept), encoding="utf-8")
+        partial.replace(run.metrics_file)

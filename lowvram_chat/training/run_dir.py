@@ -1,0 +1,193 @@
+"""The run folder: everything that later commands need, and nothing written before the run can start.
+
+recipe.yaml  environment.json  metrics.jsonl  samples.json  result.json  report.html  checkpoints/  adapter/ or model/
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import platform
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from lowvram_chat import __version__
+from lowvram_chat.errors import NotFoundError, UsageError
+from lowvram_chat.recipe.schema import Recipe
+from lowvram_chat.recipe.yaml_file import dump_recipe, load_recipe
+
+COUNTS_FILE = "token_counts.json"
+"""In each checkpoint: what the run had worked through when it was written."""
+
+LIBRARIES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate", "datasets", "tokenizers")
+
+
+@dataclass(frozen=True)
+class RunDir:
+    """A run folder; paths are names, no file need be there yet."""
+
+    path: Path
+
+    @property
+    def recipe_file(self) -> Path:
+        return self.path / "recipe.yaml"
+
+    @property
+    def metrics_file(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def result_file(self) -> Path:
+        return self.path / "result.json"
+
+    @property
+    def samples_file(self) -> Path:
+        return self.path / "samples.json"
+
+    @property
+    def report_file(self) -> Path:
+        return self.path / "report.html"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def adapter(self) -> Path:
+        return self.path / "adapter"
+
+    @property
+    def model(self) -> Path:
+        return self.path / "model"
+
+    @property
+    def merged(self) -> Path:
+        return self.path / "merged"
+
+    def recipe(self) -> Recipe:
+        """Return the run's resolved recipe."""
+        return load_recipe(self.recipe_file)
+
+    def last_checkpoint(self) -> Path | None:
+        """Return the newest checkpoint that was written to its end.
+
+        The trainer writes `trainer_state.json` last and our callback the token counts after it: with both it is whole.
+        """
+        whole = [folder for folder in self.checkpoints.glob("checkpoint-*") if step_of(folder) is not None]
+        return max(whole, key=lambda folder: step_of(folder) or 0, default=None)
+
+
+def step_of(checkpoint: Path) -> int | None:
+    """Return the optimizer step that a checkpoint is of; None where it was not written to its end."""
+    if not (checkpoint / COUNTS_FILE).is_file():
+        return None
+    try:
+        return int(json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))["global_step"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def is_main_process() -> bool:
+    """Return whether this is the process that writes: the only one, or rank 0 under torchrun."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def check_new(path: Path, *, overwrite: bool, resume: bool) -> None:
+    """Refuse to write over an earlier run.
+
+    Raises:
+        UsageError: the folder is in use and neither `--overwrite` nor `--resume` was given; or it is no run folder.
+        NotFoundError: `--resume` without a whole checkpoint.
+    """
+    goes_on = RunDir(path).last_checkpoint() is not None
+    if resume:
+        if not goes_on:
+            start = "with --overwrite" if RunDir(path).recipe_file.is_file() else "without --resume"
+            raise NotFoundError(f"{path}: no whole checkpoint to resume from. Start the run {start}.")
+        return
+    nearest = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
+    if not nearest.is_dir():
+        raise UsageError(
+            f"output.dir: {path} cannot be made, since {nearest} is a file. Set output.dir to another folder."
+        )
+    if not path.exists() or not any(path.iterdir()):
+        return
+    if not (path / "recipe.yaml").is_file() or not (path / "environment.json").is_file():
+        raise UsageError(
+            f"{path}: exists and is not a run folder, so it is left alone. Set output.dir to another folder."
+        )
+    if not overwrite:
+        go_on = " --resume to go on," if goes_on else ""
+        raise UsageError(
+            f"{path}: holds an earlier run. Add --overwrite to replace it,{go_on} or set output.dir to a new folder."
+        )
+
+
+def create(recipe: Recipe, *, resume: bool) -> RunDir:
+    """Return a new run folder with its recipe and environment in it (`resume`: the old one, with the recipe renewed)."""
+    run = RunDir(Path(recipe.output.dir))
+    if not is_main_process():
+        return run
+    if not resume and run.path.exists():
+        shutil.rmtree(run.path)
+    run.path.mkdir(parents=True, exist_ok=True)
+    run.recipe_file.write_text(dump_recipe(recipe), encoding="utf-8")
+    write_json(run.path / "environment.json", environment())
+    return run
+
+
+def open_run(path: str | Path) -> RunDir:
+    """Return an existing run folder.
+
+    Raises:
+        NotFoundError: there is no such folder, or it holds no run.
+    """
+    run = RunDir(Path(path))
+    if not run.path.is_dir():
+        raise NotFoundError(f"{path}: there is no such folder. Give the run folder that sft printed.")
+    if not run.recipe_file.is_file():
+        raise NotFoundError(f"{path}: no recipe.yaml in it, so it is no run folder. Give the folder that sft printed.")
+    return run
+
+
+def read_result(run: RunDir) -> dict[str, Any]:
+    """Return what `result.json` holds; empty where the run has not ended."""
+    if not run.result_file.is_file():
+        return {}
+    result: dict[str, Any] = json.loads(run.result_file.read_text(encoding="utf-8"))
+    return result
+
+
+def is_run(path: str | Path) -> bool:
+    """Return whether a path is a run folder."""
+    return RunDir(Path(path)).recipe_file.is_file()
+
+
+def environment() -> dict[str, Any]:
+    """Return what ran: package versions, Python, machine, devices. No path, user or host name."""
+    import torch
+
+    cuda = torch.cuda.is_available()
+    return {
+        "lowvram_chat": __version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "processor": platform.processor() or platform.machine(),
+        "threads": torch.get_num_threads(),
+        "libraries": {name: metadata.version(name) for name in LIBRARIES if importlib.util.find_spec(name)},
+        "device": torch.cuda.get_device_name(0) if cuda else "cpu",
+        "device_total_bytes": torch.cuda.get_device_properties(0).total_memory if cuda else None,
+        "cuda": torch.version.cuda,
+    }
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write a JSON file whole: under another name first, so that a crash leaves the old one."""
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    partial.replace(path)
