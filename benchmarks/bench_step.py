@@ -48,10 +48,10 @@ def steps() -> tuple[list[float], list[float], list[float]]:
     watch = Shares(ROWS * LENGTH * flops(12, 768, 50257, LENGTH))
     with tempfile.TemporaryDirectory(prefix="lowvram-chat-step-", ignore_cleanup_errors=True) as name:
         folder = Path(name)
-        recipe = measure.plain(load_recipe(RECIPES["full_fp16"], WORDS), folder, STEPS)
-        session = measure.prepared(recipe, torch.device("cpu"), folder, STEPS)
+        recipe = measure.training_steps_only(load_recipe(RECIPES["full_fp16"], WORDS), folder, STEPS)
+        session = measure.prepare_session(recipe, torch.device("cpu"), folder, STEPS)
         session.steps(run_dir.create(recipe, resume=False), watch)
-    kept = slice(measure.WARM_UP, None)
+    kept = slice(measure.WARM_UP_STEPS, None)
     return watch.shares[kept], watch.rates[kept], watch.seconds[kept]
 
 

@@ -88,22 +88,22 @@ ACCUMULATED = 4
 
 LADDER: Mapping[str, Sequence[str]] = {
     "as stock, four micro-batches": [
-        "model.lean_gelu=false", "model.lean_loss=false", "model.pad_vocabulary=false", "model.lean_attention=false",
+        "model.fused_gelu=false", "model.fused_loss=false", "model.pad_vocabulary=false", "model.document_attention=false",
         "data.attention_mask=true", "model.dropout=0.1", "train.gradient_checkpointing=true", "optimizer.name=adamw_unfused",
     ],
     "one micro-batch": [],
     "no checkpointing": ["train.gradient_checkpointing=false"],
     "dropout 0 (a change of recipe)": ["model.dropout=0.0"],
-    "one-kernel GELU": ["model.lean_gelu=true"],
-    "labelled positions, in tiles": ["model.lean_loss=true"],
+    "one-kernel GELU": ["model.fused_gelu=true"],
+    "labelled positions, in tiles": ["model.fused_loss=true"],
     "vocabulary padded": ["model.pad_vocabulary=true"],
     "no mask": ["data.attention_mask=false"],
     "fused AdamW": ["optimizer.name=adamw"],
     "packed rows": ["data.rows=packed"],
-    "attention by document": ["model.lean_attention=true"],
+    "attention by document": ["model.document_attention=true"],
     "compiled": ["train.compile=true"],
-    "LoRA, not compiled (a change of recipe)": ["train.compile=false", "adapter.kind=lora", "adapter.lean=false"],
-    "an adapter folded in": ["adapter.lean=true"],
+    "LoRA, not compiled (a change of recipe)": ["train.compile=false", "adapter.kind=lora", "adapter.fused=false"],
+    "an adapter folded in": ["adapter.fused=true"],
 }  # fmt: skip
 """The ablation: one substitution after the other, each on top of those before."""
 

@@ -50,7 +50,7 @@ WORDS: Mapping[str, Sequence[str]] = {
     "padded": [],
     "packed": ["data.rows=packed"],
     "packed to 1,024": ["data.rows=packed", "data.max_length=1024"],
-    "packed to 1,024, under a mask": ["data.rows=packed", "data.max_length=1024", "model.lean_attention=false"],
+    "packed to 1,024, under a mask": ["data.rows=packed", "data.max_length=1024", "model.document_attention=false"],
     "packed, LoRA": ["data.rows=packed", "adapter.kind=lora"],
     "packed, LoRA of one layer": [
         "data.rows=packed", "adapter.kind=lora", "adapter.r=1", "adapter.target_modules=[h.0.attn.c_attn]",

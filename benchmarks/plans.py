@@ -64,11 +64,11 @@ def _without_a_card() -> None:
 
 
 def _largest_micro_batches(name: str) -> dict[str, int]:
-    from lowvram_chat.planning.plan import limits
+    from lowvram_chat.planning.plan import card_limits
     from lowvram_chat.planning.search import largest_micro_batch
 
     recipe = load_recipe(RECIPES[name])
-    return {system: largest_micro_batch(recipe, system) for system in limits(recipe)}
+    return {system: largest_micro_batch(recipe, system) for system in card_limits(recipe)}
 
 
 def planned(name: str, overrides: tuple[str, ...] = ()) -> Planned:
@@ -83,14 +83,14 @@ def planned(name: str, overrides: tuple[str, ...] = ()) -> Planned:
 def plan_of(recipe: Recipe) -> Planned:
     """Return the plan of a recipe."""
     from lowvram_chat.gpus import CONTEXT_MIB, MIB
-    from lowvram_chat.planning.changes import changed
-    from lowvram_chat.planning.plan import plan
+    from lowvram_chat.planning.changes import apply_change
+    from lowvram_chat.planning.plan import make_plan
     from lowvram_chat.planning.search import planned_micro_batch
-    from lowvram_chat.reporting.memory_plot import series
-    from lowvram_chat.timing.speed import speeds
+    from lowvram_chat.reporting.memory_plot import memory_series
+    from lowvram_chat.timing.speed import speeds_by_power_limit
 
-    recipe = changed(recipe, planned_micro_batch(recipe))
-    made = plan(recipe)
+    recipe = apply_change(recipe, planned_micro_batch(recipe))
+    made = make_plan(recipe)
     memory = {
         "on_card": made.on_card_bytes / MIB,
         "reserved": made.peak_reserved_bytes / MIB,
@@ -102,13 +102,13 @@ def plan_of(recipe: Recipe) -> Planned:
         memory[f"spare_{system}"] = (limit - made.on_card_bytes) / MIB
         memory[f"fits_{system}"] = float(made.fits_on[system])
     speed = {}
-    for one in speeds(recipe, made.work):
+    for one in speeds_by_power_limit(recipe, made.work):
         watts = f"{one.watts}w"
         speed[f"tokens_per_second_{watts}"] = one.tokens_per_second
         speed[f"step_{watts}"] = 1000 * one.seconds_per_step
         speed[f"three_baseline_epochs_{watts}"] = one.seconds_per_three_baseline_epochs / 3600
         speed[f"limit_three_baseline_epochs_{watts}"] = one.physical_limit_seconds_per_three_baseline_epochs / 3600
-    curves = _thinned(series(recipe)[0])
+    curves = _thinned(memory_series(recipe)[0])
     return Planned({k: round(v, 1) for k, v in memory.items()}, {k: round(v, 3) for k, v in speed.items()}, curves)
 
 

@@ -22,8 +22,8 @@ SPEED_MEDIAN, SPEED_LARGEST = 12.0, 25.0
 
 
 def test_predicted_memory_of_published_runs(keeper: Keeper) -> None:
-    rows = measured.read(MEASURED)
-    errors = {p.id: p.error_percent for p in map(validate.predict, rows) if p.error_percent is not None}
+    rows = measured.read_measured_runs(MEASURED)
+    errors = {p.id: p.error_percent for p in map(validate.predict_peak, rows) if p.error_percent is not None}
     wanted = transformers.__version__ == MODEL_CODE
     problem = _problem(errors, MEMORY_MEDIAN, MEMORY_LARGEST) if wanted else None
     case = "memory" if wanted else "memory, model code of today"

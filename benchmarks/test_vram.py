@@ -12,7 +12,7 @@ import pytest
 from benchmarks.plans import Plans, metrics
 from benchmarks.suite import RECIPES, Keeper
 from lowvram_chat.gpus import CONTEXT_MIB, MIB
-from lowvram_chat.planning.plan import limits
+from lowvram_chat.planning.plan import card_limits
 from lowvram_chat.recipe.yaml_file import load_recipe
 from lowvram_chat.results import own_run
 from lowvram_chat.results.record import Metric, Record
@@ -73,16 +73,16 @@ def test_a_recipe_that_is_too_large_fails_its_case(plans: Plans, keeper: Keeper)
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_a_recipe_measured_on_this_card_stays_within_its_limit(recipe: str, keeper: Keeper) -> None:
     settings = load_recipe(RECIPES[recipe])
-    limit_mib = limits(settings)["windows" if sys.platform == "win32" else "linux"] // MIB
+    limit_mib = card_limits(settings)["windows" if sys.platform == "win32" else "linux"] // MIB
     held = settings.model_copy(update={"memory": settings.memory.model_copy(update={"limit_mib": limit_mib})})
-    record = own_run.measured(held, recipe, STEPS)
+    record = own_run.measure_recipe(held, recipe, STEPS)
     full = record.status == "out_of_memory"
     keeper.keep("run", recipe, record.metrics, problem=record.reason, out_of_memory=full, recipe=held)
     assert record.status == "passed", record.reason
     reserved, predicted = record.metrics["reserved"].value, record.metrics["predicted_reserved"].value
-    assert reserved <= limit_mib - CONTEXT_MIB, own_run.sentence(record)
+    assert reserved <= limit_mib - CONTEXT_MIB, own_run.summary_sentence(record)
     if not (record.recipe or {}).get("train", {}).get("compile"):  # memory is planned as not compiled
-        assert reserved <= predicted * PROMISED, own_run.sentence(record)
+        assert reserved <= predicted * PROMISED, own_run.summary_sentence(record)
 
 
 def test_metrics_know_every_figure_of_a_plan(plans: Plans) -> None:

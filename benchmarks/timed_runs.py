@@ -50,7 +50,7 @@ def prepare(folder: Path, model: str) -> None:
     from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, set_seed
 
     from lowvram_chat.data.template import set_template
-    from lowvram_chat.model.pretrained import BUILTIN, load_tokenizer
+    from lowvram_chat.model.pretrained import BUILTIN_MODELS, load_tokenizer
     from lowvram_chat.quiet import quiet_libraries, quiet_transformers
 
     quiet_libraries()
@@ -61,7 +61,7 @@ def prepare(folder: Path, model: str) -> None:
     weights: Any = (
         GPT2LMHeadModel(GPT2Config(bos_token_id=0, eos_token_id=0))
         if model == "gpt2"
-        else AutoModelForCausalLM.from_pretrained(BUILTIN["builtin:tiny-gpt2"])
+        else AutoModelForCausalLM.from_pretrained(BUILTIN_MODELS["builtin:tiny-gpt2"])
     )
     weights.save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")

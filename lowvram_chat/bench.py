@@ -57,12 +57,12 @@ def _run(args: argparse.Namespace) -> int:
     out = args.out or Path(f"bench-{name}.json")
     _check_file("--out", out)
     quiet_transformers()
-    from lowvram_chat.results.own_run import measured, sentence
+    from lowvram_chat.results.own_run import measure_recipe, summary_sentence
 
     print(f"measuring {args.steps} steps twice, for memory and for speed ...", file=sys.stderr, flush=True)
-    record = measured(recipe, " ".join([name, *args.overrides]), args.steps)
+    record = measure_recipe(recipe, " ".join([name, *args.overrides]), args.steps)
     out.write_text(record.model_dump_json(indent=1) + "\n", encoding="utf-8")
-    print(sentence(record))
+    print(summary_sentence(record))
     print(f"written: {out} (bench report {out} shows it; send it to put it beside others)")
     if args.json:
         print_json(record.model_dump(mode="json"))

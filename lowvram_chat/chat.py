@@ -19,7 +19,7 @@ from lowvram_chat.errors import UsageError
 from lowvram_chat.quiet import quiet_transformers
 
 if TYPE_CHECKING:
-    from lowvram_chat.model.saved import Opened
+    from lowvram_chat.model.saved import OpenedModel
 
 Messages = list[dict[str, str]]
 
@@ -69,7 +69,7 @@ def _check(args: argparse.Namespace) -> None:
         raise UsageError("--prompt: the text is empty. Give a question.")
 
 
-def _open(name: str) -> Opened:
+def _open(name: str) -> OpenedModel:
     """Return the model, with the plain template where it has none of its own."""
     from lowvram_chat.hub import work_offline_if_unreachable
 
@@ -87,7 +87,7 @@ def _open(name: str) -> Opened:
     return opened
 
 
-def converse(opened: Opened, start: Messages, args: argparse.Namespace) -> int:
+def converse(opened: OpenedModel, start: Messages, args: argparse.Namespace) -> int:
     """Read turns from stdin until /exit, Ctrl-D or Ctrl-C."""
     messages = list(start)
     interactive = sys.stdin.isatty()
@@ -119,7 +119,7 @@ def converse(opened: Opened, start: Messages, args: argparse.Namespace) -> int:
                 messages.pop()
 
 
-def answer(opened: Opened, messages: Messages, args: argparse.Namespace) -> tuple[Messages, str]:
+def answer(opened: OpenedModel, messages: Messages, args: argparse.Namespace) -> tuple[Messages, str]:
     """Stream one answer to stdout; return the messages it was given (the oldest may be dropped) and its text.
 
     Raises:
@@ -162,7 +162,7 @@ def _streamer(tokenizer: Any) -> Any:
     return Streamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
 
 
-def fit(opened: Opened, messages: Messages, new_tokens: int) -> tuple[Messages, list[int]]:
+def fit(opened: OpenedModel, messages: Messages, new_tokens: int) -> tuple[Messages, list[int]]:
     """Return the messages that leave room for an answer, and their tokens; the oldest turns go first, and it is said.
 
     Raises:

@@ -28,7 +28,7 @@ COMMANDS: Mapping[str, str] = {
     "doctor": "what this machine has, and what to do about each lack",
 }
 
-INSTALL = "Run pip install -c constraints.txt -e . where lowvram_chat lies"
+INSTALL_ADVICE = "Run pip install -c constraints.txt -e . where lowvram_chat lies"
 
 
 class Parser(argparse.ArgumentParser):
@@ -60,7 +60,7 @@ def guarded(work: Callable[[], int]) -> int:
         if str(error.name).startswith("lowvram_chat"):
             raise
         print(
-            f"{error.name}: this Python has no such package. {INSTALL} "
+            f"{error.name}: this Python has no such package. {INSTALL_ADVICE} "
             "(python -m lowvram_chat.doctor names every lack).",
             file=sys.stderr,
         )

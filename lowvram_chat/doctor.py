@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
 
-from lowvram_chat.cli import INSTALL, guarded, parser, print_json
+from lowvram_chat.cli import INSTALL_ADVICE, guarded, parser, print_json
 from lowvram_chat.hub import endpoint, offline, reachable
 
 
@@ -56,7 +56,7 @@ def _checked(check: Callable[[], Finding]) -> Finding:
     except (ImportError, OSError) as error:  # OSError: a library of the system that torch needs, on Windows
         name = check.__name__.replace("_", " ")
         reason = str(error).splitlines()[0].rstrip(".")
-        return Finding(name, f"cannot be looked at: {reason}", False, f"{INSTALL} to mend it.")
+        return Finding(name, f"cannot be looked at: {reason}", False, f"{INSTALL_ADVICE} to mend it.")
 
 
 def python() -> Finding:
@@ -71,7 +71,7 @@ def libraries() -> Finding:
     names = ("torch", "transformers", "trl", "peft", "datasets", "accelerate")
     missing = [name for name in names if importlib.util.find_spec(name) is None]
     found = ", ".join(f"{name} {metadata.version(name)}" for name in names if name not in missing)
-    advice = f"Missing: {', '.join(missing)}. {INSTALL}." if missing else ""
+    advice = f"Missing: {', '.join(missing)}. {INSTALL_ADVICE}." if missing else ""
     return Finding("Libraries", found, not missing, advice)
 
 

@@ -19,7 +19,7 @@ from lowvram_chat.cli import guarded, parser, print_json
 from lowvram_chat.errors import UsageError
 from lowvram_chat.quiet import quiet_transformers
 from lowvram_chat.recipe.schema import Data
-from lowvram_chat.recipe.yaml_file import describe, load_recipe
+from lowvram_chat.recipe.yaml_file import describe_problems, load_recipe
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -113,7 +113,7 @@ def _section(model: str, data: list[str], own: Data | None, settings: dict[str, 
     try:
         return Data.model_validate(base | settings)
     except ValidationError as error:
-        raise UsageError(describe(error, "evaluate")) from None
+        raise UsageError(describe_problems(error, "evaluate")) from None
 
 
 def _has_roles(section: Data) -> bool:

@@ -101,7 +101,7 @@ def run(
     if not name.startswith("builtin:") and not Path(name).exists():
         work_offline_if_unreachable()
     quiet_transformers()
-    model = Model(name=name, revision=None if base else recipe.model.revision, lean_gelu=False)
+    model = Model(name=name, revision=None if base else recipe.model.revision, fused_gelu=False)
     card = model_card(recipe, read_result(folder), merged=True)
     return _merge(folder.adapter, model, out, dtype, card), out
 

@@ -62,22 +62,22 @@ def _plan(args: argparse.Namespace) -> int:
     recipe = load_recipe(args.recipe, args.overrides)
     _import_planner()
     from lowvram_chat.planning import report
-    from lowvram_chat.planning.changes import changed, words
-    from lowvram_chat.planning.plan import plan
+    from lowvram_chat.planning.changes import apply_change, as_overrides
+    from lowvram_chat.planning.plan import make_plan
     from lowvram_chat.planning.search import advise, fastest, planned_micro_batch
 
     if args.plot is not None:
-        from lowvram_chat.reporting.memory_plot import check, draw
+        from lowvram_chat.reporting.memory_plot import check_plot_file, draw_memory
 
-        check(Path(args.plot))
+        check_plot_file(Path(args.plot))
     change = planned_micro_batch(recipe)
     if change:
-        print(f"planned: {words(change)}", file=sys.stderr)
-        recipe = changed(recipe, change)
-    planned = plan(recipe)
+        print(f"planned: {as_overrides(change)}", file=sys.stderr)
+        recipe = apply_change(recipe, change)
+    planned = make_plan(recipe)
     report.show(recipe, planned)
     if args.plot is not None:
-        draw(recipe, Path(args.plot))
+        draw_memory(recipe, Path(args.plot))
         print(f"drawn: {args.plot}", file=sys.stderr)
     if args.search or not planned.fits:
         print("looking for settings that fit, some 3 seconds for each that is tried ...", file=sys.stderr, flush=True)
@@ -113,14 +113,14 @@ def _compare(paths: Sequence[str], *, as_json: bool) -> int:
 
     recipes = [load_recipe(path) for path in paths]
     _import_planner()
-    from lowvram_chat.planning.changes import changed
+    from lowvram_chat.planning.changes import apply_change
     from lowvram_chat.planning.search import planned_micro_batch
 
-    recipes = [changed(recipe, planned_micro_batch(recipe)) for recipe in recipes]
+    recipes = [apply_change(recipe, planned_micro_batch(recipe)) for recipe in recipes]
     from lowvram_chat.planning import report
-    from lowvram_chat.planning.plan import plan
+    from lowvram_chat.planning.plan import make_plan
 
-    plans = [plan(recipe) for recipe in recipes]
+    plans = [make_plan(recipe) for recipe in recipes]
     report.show_side_by_side(paths, recipes, plans)
     if as_json:
         print_json(

@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from lowvram_chat.errors import LowVramError
-from lowvram_chat.reporting.suite_page import clock
+from lowvram_chat.reporting.suite_page import format_hours
 from lowvram_chat.results.record import Metric, Record, load_all, slug
 
 ROOT = Path(__file__).parent.parent
@@ -54,7 +54,7 @@ def speed_table(cases: Cases) -> str:
     rows = []
     for name, case in cases.items():
         rates = [_figure(case, f"tokens_per_second_{watts}w") for watts in WATTS]
-        hours = ", ".join(clock(case.metrics[f"three_baseline_epochs_{watts}w"].value) for watts in WATTS)
+        hours = ", ".join(format_hours(case.metrics[f"three_baseline_epochs_{watts}w"].value) for watts in WATTS)
         rows.append([f"`{name}`", *rates, hours])
     return _table(head, rows)
 

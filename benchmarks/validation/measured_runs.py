@@ -19,7 +19,7 @@ CONTEXT_MIB = 300
 """What a CUDA context takes of a card before the allocator gets the rest (project facts: about 300 MB)."""
 LATE_KERNELS_MIB = 16
 """Kernels loaded during a run, outside the allocator, where a row's note does not say (project facts: 14 to 18 MiB)."""
-COLUMNS = (
+REQUIRED_COLUMNS = (
     "id",
     "model_type",
     "config",
@@ -42,13 +42,13 @@ COLUMNS = (
 )
 """What a file must have; it may have more."""
 
-NOT_FOR_THIS = frozenset({"Optimizer", "LBFGS", "SparseAdam", "Muon"})
+UNSUPPORTED_OPTIMIZERS = frozenset({"Optimizer", "LBFGS", "SparseAdam", "Muon"})
 """Of `torch.optim`: the base, one that wants a closure, one for sparse gradients, one for matrices only."""
 
-Row = Mapping[str, str]
+MeasuredRow = Mapping[str, str]
 
 
-def read(path: Path) -> list[Row]:
+def read_measured_runs(path: Path) -> list[MeasuredRow]:
     """Returns the rows of a file of measured runs.
 
     Raises: NotFoundError, UsageError where the file is missing or lacks a column.
@@ -58,13 +58,13 @@ def read(path: Path) -> list[Row]:
     with path.open(newline="", encoding="utf-8") as file:
         reader = csv.DictReader(file)
         present = reader.fieldnames or []
-        missing = [name for name in COLUMNS if name not in present]
+        missing = [name for name in REQUIRED_COLUMNS if name not in present]
         if missing:
             raise UsageError(f"{path}: columns missing: {', '.join(missing)}. Add them, as in vram_measured.csv.")
         return list(reader)
 
 
-def stock_run(row: Row) -> StockRun:
+def stock_run(row: MeasuredRow) -> StockRun:
     """Returns the run that a row specifies. Raises: UsageError, which names the row and the column."""
     _choose(row, "precision", ("fp32",))
     _choose(row, "loss", ("logits",))
@@ -82,17 +82,17 @@ def stock_run(row: Row) -> StockRun:
     )
 
 
-def limit_mib(row: Row) -> float:
+def limit_mib(row: MeasuredRow) -> float:
     """What the allocator could take of the row's card, MiB: all but the context and the kernels loaded late."""
     return _count(row, "gpu_total_mib") - CONTEXT_MIB - late_kernels_mib(row)
 
 
-def measured_mib(row: Row) -> float | None:
+def measured_mib(row: MeasuredRow) -> float | None:
     """The measured peak, MiB; None where the run did not fit."""
     return _number(row, "measured_mib") if row["measured_mib"] else None
 
 
-def late_kernels_mib(row: Row) -> float:
+def late_kernels_mib(row: MeasuredRow) -> float:
     """What the row's note says of kernels loaded late on its card, as in "about +14 MiB on the 4060"."""
     model = row["gpu"].split()[-1] if row["gpu"] else ""
     said = re.search(rf"\+(\d+)(?: MiB)? on the {re.escape(model)}\b", row["note"]) if model else None
@@ -101,11 +101,11 @@ def late_kernels_mib(row: Row) -> float:
 
 def _optimizers() -> Iterator[str]:
     for name, value in vars(torch.optim).items():
-        if isinstance(value, type) and issubclass(value, torch.optim.Optimizer) and name not in NOT_FOR_THIS:
+        if isinstance(value, type) and issubclass(value, torch.optim.Optimizer) and name not in UNSUPPORTED_OPTIMIZERS:
             yield name
 
 
-def _choose(row: Row, column: str, choices: tuple[str, ...]) -> str:
+def _choose(row: MeasuredRow, column: str, choices: tuple[str, ...]) -> str:
     value = row[column]
     if value in choices:
         return value
@@ -113,21 +113,21 @@ def _choose(row: Row, column: str, choices: tuple[str, ...]) -> str:
     raise UsageError(f"row {row['id']}, column {column}: {value!r} is not known.{known}")
 
 
-def _number(row: Row, column: str) -> float:
+def _number(row: MeasuredRow, column: str) -> float:
     try:
         return float(row[column])
     except ValueError:
         raise UsageError(f"row {row['id']}, column {column}: {row[column]!r} is not a number.") from None
 
 
-def _count(row: Row, column: str) -> int:
+def _count(row: MeasuredRow, column: str) -> int:
     value = _number(row, column)
     if value < 1 or value != int(value):
         raise UsageError(f"row {row['id']}, column {column}: {row[column]!r} is not a whole number above 0.")
     return int(value)
 
 
-def _config(row: Row) -> dict[str, Any]:
+def _config(row: MeasuredRow) -> dict[str, Any]:
     try:
         config = json.loads(row["config"])
     except json.JSONDecodeError as error:

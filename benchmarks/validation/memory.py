@@ -16,8 +16,15 @@ import transformers
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.validation.measured_runs import Row, late_kernels_mib, limit_mib, measured_mib, read, stock_run
-from benchmarks.validation.stock_run import trace
+from benchmarks.validation.measured_runs import (
+    MeasuredRow,
+    late_kernels_mib,
+    limit_mib,
+    measured_mib,
+    read_measured_runs,
+    stock_run,
+)
+from benchmarks.validation.stock_run import trace_stock_run
 from lowvram_chat.planning.replay import replay
 from lowvram_chat.tracing.cuda_rules import CudaRules
 
@@ -50,9 +57,9 @@ class Report:
     max_error_percent: float | None
 
 
-def predict(row: Row) -> Prediction:
+def predict_peak(row: MeasuredRow) -> Prediction:
     """Returns the prediction for one row; it takes a trace, so seconds."""
-    result = replay(trace(stock_run(row), CudaRules()), limit_bytes=int(limit_mib(row) * MIB))
+    result = replay(trace_stock_run(stock_run(row), CudaRules()), limit_bytes=int(limit_mib(row) * MIB))
     predicted = result.peak_reserved_bytes / MIB
     if row["metric"] == "device_delta":
         predicted += late_kernels_mib(row)
@@ -79,11 +86,11 @@ def summarise(rows: tuple[Prediction, ...]) -> Report:
 
 def run(path: Path, *, as_json: bool = False) -> Report:
     """Predicts every row of a file and prints the table, or one line of JSON; what `plan --validate` calls."""
-    rows = read(path)
+    rows = read_measured_runs(path)
     notes = Console(stderr=True)
     for line in version_notes(rows):
         notes.print(line)
-    report = summarise(tuple(predict(row) for row in rows))
+    report = summarise(tuple(predict_peak(row) for row in rows))
     if as_json:
         print(json.dumps(asdict(report)))
     else:
@@ -91,7 +98,7 @@ def run(path: Path, *, as_json: bool = False) -> Report:
     return report
 
 
-def version_notes(rows: list[Row]) -> Iterator[str]:
+def version_notes(rows: list[MeasuredRow]) -> Iterator[str]:
     """Says which rows ran another version of the model code than the one installed."""
     for version in sorted({row["transformers"] for row in rows} - {"", transformers.__version__}):
         count = sum(row["transformers"] == version for row in rows)
@@ -101,7 +108,7 @@ def version_notes(rows: list[Row]) -> Iterator[str]:
         )
 
 
-def table(report: Report, rows: list[Row]) -> Table:
+def table(report: Report, rows: list[MeasuredRow]) -> Table:
     """The report for people; an asterisk marks rows of another transformers version."""
     shown = Table("run", "model", "B x T", "optimizer", "predicted MiB", "measured MiB", "error %", "transformers")
     for row, prediction in zip(rows, report.rows, strict=True):

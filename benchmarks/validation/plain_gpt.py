@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 
 @dataclass(frozen=True, kw_only=True)
-class Shape:
+class PlainGptConfig:
     """A hand-written GPT-2; the defaults are the 124 M one of build-nanogpt before any of its speed-ups."""
 
     vocabulary: int = 50257
@@ -32,7 +32,7 @@ class Shape:
 
 
 class _Attention(nn.Module):
-    def __init__(self, shape: Shape) -> None:
+    def __init__(self, shape: PlainGptConfig) -> None:
         super().__init__()
         self.shape = shape
         self.c_attn = nn.Linear(shape.width, 3 * shape.width)
@@ -59,7 +59,7 @@ class _Attention(nn.Module):
 
 
 class _Mlp(nn.Module):
-    def __init__(self, shape: Shape) -> None:
+    def __init__(self, shape: PlainGptConfig) -> None:
         super().__init__()
         self.shape = shape
         self.c_fc = nn.Linear(shape.width, 4 * shape.width)
@@ -77,7 +77,7 @@ def _gelu(x: torch.Tensor) -> torch.Tensor:
 
 
 class _Block(nn.Module):
-    def __init__(self, shape: Shape) -> None:
+    def __init__(self, shape: PlainGptConfig) -> None:
         super().__init__()
         self.ln_1, self.ln_2 = nn.LayerNorm(shape.width), nn.LayerNorm(shape.width)
         self.attn, self.mlp = _Attention(shape), _Mlp(shape)
@@ -91,7 +91,7 @@ class _Block(nn.Module):
 class PlainGpt(nn.Module):
     """The model; `forward` returns the mean loss over all positions, from logits (B, T, V) that are held whole."""
 
-    def __init__(self, shape: Shape) -> None:
+    def __init__(self, shape: PlainGptConfig) -> None:
         super().__init__()
         self.dropout = shape.dropout
         self.wte, self.wpe = nn.Embedding(shape.vocabulary, shape.width), nn.Embedding(shape.positions, shape.width)

@@ -11,7 +11,7 @@ from lowvram_chat.model.scoring import autocast
 from lowvram_chat.tracing.cuda_rules import CudaRules
 from lowvram_chat.tracing.materialise import materialise
 from lowvram_chat.tracing.operations import Operation
-from lowvram_chat.tracing.recorder import Recorder
+from lowvram_chat.tracing.recorder import TraceRecorder
 
 Batch = dict[str, torch.Tensor]
 
@@ -33,13 +33,13 @@ class PlainStep:
     extra: tuple[str, ...] = ()
 
 
-def work_of(step: PlainStep) -> list[list[Operation]]:
+def trace_plain_step(step: PlainStep) -> list[list[Operation]]:
     """Returns the operations of the second optimizer step: a list for each of at most two micro-batches, and the update."""
     with torch.device("meta"):
         model = step.build()
     model.train()
     work: list[list[Operation]] = []
-    with Recorder(CudaRules(plain_rows=True)) as recorder:
+    with TraceRecorder(CudaRules(plain_rows=True)) as recorder:
         materialise(model, recorder)
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=step.fused or None)
         scaler = torch.amp.GradScaler("cpu", enabled=step.precision == "fp16")
@@ -62,7 +62,7 @@ def _begun(work: list[list[Operation]], number: int) -> list[Operation] | None:
     return work[-1]
 
 
-def _batch(step: PlainStep, recorder: Recorder) -> Batch:
+def _batch(step: PlainStep, recorder: TraceRecorder) -> Batch:
     names = ("input_ids", "labels", *step.extra)
     batch = {name: torch.zeros(step.rows, step.length, dtype=torch.int64) for name in names}
     recorder.label(batch.values(), "batch")
@@ -70,12 +70,12 @@ def _batch(step: PlainStep, recorder: Recorder) -> Batch:
 
 
 def _forward_and_backward(
-    step: PlainStep, model: torch.nn.Module, batch: Batch, scaler: torch.amp.GradScaler, recorder: Recorder
+    step: PlainStep, model: torch.nn.Module, batch: Batch, scaler: torch.amp.GradScaler, recorder: TraceRecorder
 ) -> None:
-    with recorder.moment("forward"), autocast("cpu", step.precision):
+    with recorder.phase("forward"), autocast("cpu", step.precision):
         result = model(**batch)
     loss = result if isinstance(result, torch.Tensor) else result.loss
-    with recorder.moment("backward"):
+    with recorder.phase("backward"):
         scaler.scale(loss / step.micro_batches).backward()  # type: ignore[no-untyped-call]
 
 
@@ -84,13 +84,13 @@ def _update(
     model: torch.nn.Module,
     optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler,
-    recorder: Recorder,
+    recorder: TraceRecorder,
 ) -> None:
     if step.clip:
-        with recorder.moment("clipping"):
+        with recorder.phase("clipping"):
             scaler.unscale_(optimizer)
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-    with recorder.moment("optimizer"):
+    with recorder.phase("optimizer"):
         scaler.step(optimizer)
         scaler.update()
         recorder.label((value for state in optimizer.state.values() for value in state.values()), "optimizer state")

@@ -16,12 +16,12 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.validation.plain_gpt import PlainGpt, Shape
-from benchmarks.validation.plain_step import PlainStep, work_of
+from benchmarks.validation.plain_gpt import PlainGpt, PlainGptConfig
+from benchmarks.validation.plain_step import PlainStep, trace_plain_step
 from lowvram_chat.gpus import GPUS
 from lowvram_chat.timing import fusion
 from lowvram_chat.timing.roofline import Rates, seconds_per_step
-from lowvram_chat.timing.speed import rates_of
+from lowvram_chat.timing.speed import card_rates
 from lowvram_chat.tracing.operations import Operation
 
 TF32_TFLOPS = {"a100-40gb": 156.0, "rtx-3090-24gb": 35.6}
@@ -74,7 +74,7 @@ def _stock_gpt2() -> Any:
 
 @cache
 def _plain(**settings: Any) -> partial[PlainGpt]:
-    return partial(PlainGpt, Shape(**settings))
+    return partial(PlainGpt, PlainGptConfig(**settings))
 
 
 BASELINE = Published(
@@ -236,19 +236,19 @@ def _document(row: Comparison) -> dict[str, Any]:
 
 def _seconds(row: Published) -> float:
     work = _traced(row.step)
-    done = fusion.compiled(work, pads=row.pads) if row.compiled else work
+    done = fusion.fuse(work, pads=row.pads) if row.compiled else work
     seconds = seconds_per_step(done, _rates(row), row.step.micro_batches, row.system)
     return seconds / row.step.micro_batches if row.of_a_micro_batch else seconds
 
 
 @cache
 def _traced(step: PlainStep) -> list[list[Operation]]:
-    return work_of(step)
+    return trace_plain_step(step)
 
 
 def _rates(row: Published) -> Rates:
     gpu = GPUS[row.gpu]
-    rates = rates_of(gpu, max(gpu.fp16_tflops))
+    rates = card_rates(gpu, max(gpu.fp16_tflops))
     if not row.tf32:
         return rates
     return replace(rates, single_tflops=TF32_TFLOPS[row.gpu], single_on_tensor_cores=True)

@@ -10,8 +10,8 @@ import torch
 import transformers
 
 from lowvram_chat.tracing.materialise import materialise
-from lowvram_chat.tracing.recorder import Event, Recorder
-from lowvram_chat.tracing.rules import Rules
+from lowvram_chat.tracing.recorder import Event, TraceRecorder
+from lowvram_chat.tracing.rules import DeviceRules
 
 PLACES_OF_ZERO_GRAD = ("loop_top", "after_forward", "after_step")
 """Where in the loop the gradients are let go; `after_forward`: the last step's live through the forward pass."""
@@ -40,7 +40,7 @@ class StockRun:
     learning_rate: float = 1e-3
 
 
-def build(run: StockRun) -> torch.nn.Module:
+def build_stock_model(run: StockRun) -> torch.nn.Module:
     """The run's model on the meta device: shapes and no memory."""
     config = transformers.CONFIG_MAPPING[run.model_type](**run.config)
     with torch.device("meta"):
@@ -49,16 +49,16 @@ def build(run: StockRun) -> torch.nn.Module:
     return cast(torch.nn.Module, model)
 
 
-def trace(run: StockRun, rules: Rules) -> list[Event]:
+def trace_stock_run(run: StockRun, rules: DeviceRules) -> list[Event]:
     """Every birth and death of a storage in the whole run, from loading the model on."""
-    model = build(run)
-    with Recorder(rules) as recorder:
+    model = build_stock_model(run)
+    with TraceRecorder(rules) as recorder:
         materialise(model, recorder)
-        train(run, model, recorder)
+        run_stock_training(run, model, recorder)
     return recorder.events
 
 
-def train(run: StockRun, model: torch.nn.Module, recorder: Recorder) -> None:
+def run_stock_training(run: StockRun, model: torch.nn.Module, recorder: TraceRecorder) -> None:
     """The training loop: names live exactly as long as they do in the scripts that were measured.
 
     `outputs` (logits, cached keys and values) is let go only when the next forward has returned.
@@ -68,13 +68,13 @@ def train(run: StockRun, model: torch.nn.Module, recorder: Recorder) -> None:
         batch = _batch(run)
         recorder.label(batch.values(), "batch")
         _zero_grad_at("loop_top", run, optimizer)
-        with recorder.moment("forward"):
+        with recorder.phase("forward"):
             outputs = model(**batch)
         _zero_grad_at("after_forward", run, optimizer)
-        with recorder.moment("backward"):
+        with recorder.phase("backward"):
             outputs.loss.backward()
             recorder.label((parameter.grad for parameter in model.parameters()), "gradients")
-        with recorder.moment("optimizer"):
+        with recorder.phase("optimizer"):
             optimizer.step()
             recorder.label((value for state in optimizer.state.values() for value in state.values()), "optimizer state")
         _zero_grad_at("after_step", run, optimizer)

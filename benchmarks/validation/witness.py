@@ -27,7 +27,7 @@ def profiled_peak_bytes(step: Callable[[], object]) -> int:
 
 def traced_peak_bytes(events: Iterable[Event]) -> int:
     """The most bytes alive at a time in a (part of a) trace, above what was there before; no allocator, no rounding."""
-    return _peak(storage.nbytes if is_birth else -storage.nbytes for storage, is_birth in events)
+    return _peak(storage.nbytes if is_allocation else -storage.nbytes for storage, is_allocation in events)
 
 
 def _peak(changes: Iterable[int]) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from lowvram_chat.data.packing import pack
+from lowvram_chat.data.packing import pack_rows
 from lowvram_chat.data.reader import Facts
 from lowvram_chat.data.rows import split_by_conversation
 from lowvram_chat.data.sources import Source, open_source
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Rows:
+class PreparedRows:
     """Training rows, held-out rows (None where the recipe names none), and what became of the sources."""
 
     train: datasets.Dataset
@@ -27,7 +27,7 @@ class Rows:
     facts: Facts
 
 
-def load_rows(data: Data, tokenizer: PreTrainedTokenizerBase, seed: int) -> Rows:
+def load_rows(data: Data, tokenizer: PreTrainedTokenizerBase, seed: int) -> PreparedRows:
     """Return the rows of a recipe's data section.
 
     Raises:
@@ -43,8 +43,8 @@ def load_rows(data: Data, tokenizer: PreTrainedTokenizerBase, seed: int) -> Rows
             empty = "held out" if len(train) else "left to train on"
             raise DataError(f"data.eval_fraction: nothing is {empty}. Change it, or add conversations.")
     if data.rows == "packed":
-        train = pack(train, data.max_length)
-    return Rows(train=train, held_out=held_out, facts=training.facts)
+        train = pack_rows(train, data.max_length)
+    return PreparedRows(train=train, held_out=held_out, facts=training.facts)
 
 
 def load_held_out(data: Data, tokenizer: PreTrainedTokenizerBase) -> datasets.Dataset | None:

@@ -15,20 +15,20 @@ from typing import TYPE_CHECKING, Any
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from lowvram_chat.data.formats import Conversation
-from lowvram_chat.data.rows import IGNORED
+from lowvram_chat.data.rows import IGNORED_LABEL
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-BATCH = 256
+CONVERSATIONS_PER_BATCH = 256
 """Conversations that are rendered and encoded at once."""
 CHARACTERS_PER_TOKEN = 6
 """Of the text that is encoded for each token that is kept; English has 4 to 5, and what proves too short is encoded whole."""
-MARGIN = 16
+CUT_MARGIN_TOKENS = 16
 """Tokens by which a cut text must be longer than what is kept: a cut can change the tokens of the word it falls into."""
 
-Tokens = tuple[list[int], list[int]]
-"""Ids and labels of a conversation; labels are the ids, or `IGNORED` where there is no loss."""
+LabelledTokens = tuple[list[int], list[int]]
+"""Ids and labels of a conversation; labels are the ids, or `IGNORED_LABEL` where there is no loss."""
 Spans = list[tuple[int, int]]
 """Places of the assistant's words in a text: (first character, the one after the last)."""
 
@@ -41,11 +41,11 @@ class Encoder:
         self.marks = loss_on == "assistant"
         self.keep = keep if _splits_into_words(tokenizer) else None
 
-    def __call__(self, conversations: Iterable[Conversation]) -> Iterator[Tokens]:
+    def __call__(self, conversations: Iterable[Conversation]) -> Iterator[LabelledTokens]:
         """Yield the tokens of each conversation, in order; of one that is long, `keep` and some at least."""
         waiting = None
         with ThreadPoolExecutor(1) as background:
-            for batch in _batches(iter(conversations), BATCH):
+            for batch in _batches(iter(conversations), CONVERSATIONS_PER_BATCH):
                 texts, spans = self._render(batch)
                 running = background.submit(self._encode, texts)
                 if waiting is not None:
@@ -76,7 +76,7 @@ class Encoder:
         short = [
             place
             for place, (text, head, encoding) in enumerate(zip(texts, heads, encodings, strict=True))
-            if len(head) < len(text) and len(encoding) < self.keep + MARGIN
+            if len(head) < len(text) and len(encoding) < self.keep + CUT_MARGIN_TOKENS
         ]
         for place, encoding in zip(
             short, encode([texts[place] for place in short], add_special_tokens=False), strict=True
@@ -84,7 +84,7 @@ class Encoder:
             encodings[place] = encoding
         return encodings
 
-    def _labelled(self, batch: Sequence[Conversation], spans: list[Spans], running: Any) -> Iterator[Tokens]:
+    def _labelled(self, batch: Sequence[Conversation], spans: list[Spans], running: Any) -> Iterator[LabelledTokens]:
         for conversation, marked, encoding in zip(batch, spans, running.result(), strict=True):
             ids = encoding.ids
             if not conversation.messages:
@@ -93,8 +93,8 @@ class Encoder:
 
 
 def _labels(ids: list[int], spans: Spans, encoding: Any) -> list[int]:
-    """Return the ids within the spans, `IGNORED` elsewhere; a span that the text was cut in ends with the text."""
-    labels = [IGNORED] * len(ids)
+    """Return the ids within the spans, `IGNORED_LABEL` elsewhere; a span that the text was cut in ends with the text."""
+    labels = [IGNORED_LABEL] * len(ids)
     for first, after in spans:
         start = encoding.char_to_token(first)
         if start is None:  # beyond the cut

@@ -11,8 +11,8 @@ from typing import Any
 
 from lowvram_chat.errors import DataError
 
-ROLES = ("system", "user", "assistant")
-Row = Mapping[str, Any]
+KNOWN_ROLES = ("system", "user", "assistant")
+RawFields = Mapping[str, Any]
 Message = dict[str, str]
 
 
@@ -31,7 +31,7 @@ class Format:
     """One format: the columns it is recognised by and its reader."""
 
     columns: tuple[str, ...]
-    read: Callable[[Row], Conversation]
+    read: Callable[[RawFields], Conversation]
     has_roles: bool = True
     """Whether the format tells the assistant's words from the rest."""
 
@@ -50,8 +50,8 @@ def _chat(messages: Any, role_key: str, text_key: str, names: Mapping[str, str])
             raise ValueError(f"message {number} has no '{role_key}' and '{text_key}'")
         role, content = str(message[role_key]), message[text_key]
         role = names.get(role, role)
-        if role not in ROLES:
-            raise ValueError(f"message {number} has the unknown role {role!r}; known: {', '.join(ROLES)}")
+        if role not in KNOWN_ROLES:
+            raise ValueError(f"message {number} has the unknown role {role!r}; known: {', '.join(KNOWN_ROLES)}")
         if not isinstance(content, str):
             raise ValueError(f"message {number} is not text but {type(content).__name__}")
         if not content.strip():
@@ -62,7 +62,7 @@ def _chat(messages: Any, role_key: str, text_key: str, names: Mapping[str, str])
     return Conversation(messages=tuple(checked))
 
 
-def _words(row: Row, column: str) -> str:
+def _words(row: RawFields, column: str) -> str:
     value = row.get(column)
     if not isinstance(value, str) or not value.strip():
         empty = value is None or isinstance(value, str)
@@ -70,18 +70,18 @@ def _words(row: Row, column: str) -> str:
     return value.strip()
 
 
-def _messages(row: Row) -> Conversation:
+def _messages(row: RawFields) -> Conversation:
     return _chat(row.get("messages"), "role", "content", {})
 
 
 SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "chatgpt": "assistant", "model": "assistant"}
 
 
-def _sharegpt(row: Row) -> Conversation:
+def _sharegpt(row: RawFields) -> Conversation:
     return _chat(row.get("conversations"), "from", "value", SHAREGPT_ROLES)
 
 
-def _alpaca(row: Row) -> Conversation:
+def _alpaca(row: RawFields) -> Conversation:
     context = row.get("input")
     question = _words(row, "instruction") + (
         f"\n\n{context.strip()}" if isinstance(context, str) and context.strip() else ""
@@ -89,7 +89,7 @@ def _alpaca(row: Row) -> Conversation:
     return _exchange(question, _words(row, "output"))
 
 
-def _prompt_completion(row: Row) -> Conversation:
+def _prompt_completion(row: RawFields) -> Conversation:
     prompt, completion = row.get("prompt"), row.get("completion")
     if isinstance(prompt, list) and isinstance(completion, list):
         return _chat([*prompt, *completion], "role", "content", {})
@@ -100,11 +100,11 @@ def _exchange(question: str, answer: str) -> Conversation:
     return Conversation(messages=({"role": "user", "content": question}, {"role": "assistant", "content": answer}))
 
 
-def _text(row: Row) -> Conversation:
+def _text(row: RawFields) -> Conversation:
     return Conversation(text=_words(row, "text"))
 
 
-def _baseline(row: Row) -> Conversation:
+def _baseline(row: RawFields) -> Conversation:
     """Return the published baseline's text: `role: content` lines, the last message dropped, no EOS.
 
     Source: the baseline's public training notebook, as decoded in the README.
@@ -128,7 +128,7 @@ FORMATS: Mapping[str, Format] = {
 }
 
 
-def detect_format(row: Row, where: str) -> str:
+def detect_format(row: RawFields, where: str) -> str:
     """Return the name of the first format whose columns the row has.
 
     Raises:

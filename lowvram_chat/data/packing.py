@@ -46,7 +46,7 @@ def best_fit_decreasing(lengths: Iterable[int], capacity: int) -> list[list[int]
     return bins
 
 
-class Join:
+class JoinDocuments:
     """What makes a packed row out of the numbers of its documents, when the row is read; it can be pickled."""
 
     def __init__(self, rows: datasets.Dataset) -> None:
@@ -64,7 +64,7 @@ class Join:
         }
 
 
-def pack(rows: datasets.Dataset, max_length: int) -> datasets.Dataset:
+def pack_rows(rows: datasets.Dataset, max_length: int) -> datasets.Dataset:
     """Return packed rows: columns `input_ids`, `labels` (T,), `documents` (their lengths) and `length` (T).
 
     Nothing is copied: a packed row is read out of the rows that it is made of.
@@ -82,4 +82,4 @@ def pack(rows: datasets.Dataset, max_length: int) -> datasets.Dataset:
         100 * sum(filled) / (len(bins) * max_length),
     )
     packed = datasets.Dataset.from_dict({"rows": bins, "length": filled})
-    return packed.with_transform(Join(rows), columns=["rows"], output_all_columns=True)
+    return packed.with_transform(JoinDocuments(rows), columns=["rows"], output_all_columns=True)

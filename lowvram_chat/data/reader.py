@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from lowvram_chat.data.encode import Encoder
 from lowvram_chat.data.formats import FORMATS, Conversation, detect_format
-from lowvram_chat.data.rows import Row, cut
+from lowvram_chat.data.rows import TokenRow, cut_to_length
 from lowvram_chat.data.sources import BadRow, Source
 from lowvram_chat.errors import DataError
 from lowvram_chat.recipe.schema import Data
@@ -18,7 +18,7 @@ from lowvram_chat.recipe.schema import Data
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-LISTED = 10
+MAX_LISTED_BAD_ROWS = 10
 """Bad rows that are named."""
 
 
@@ -43,7 +43,7 @@ class Facts:
 
 
 @dataclass(frozen=True)
-class _Read:
+class _ReadRow:
     """A raw row, read: a conversation, or why it is none."""
 
     where: str
@@ -75,9 +75,9 @@ class Reader:
         """Return where the reader is, as JSON."""
         return {"raw_rows": self.raw_rows, "format": self.format, "facts": asdict(self.facts)}
 
-    def rows(self) -> Iterator[tuple[int, list[Row]]]:
+    def rows(self) -> Iterator[tuple[int, list[TokenRow]]]:
         """Yield each conversation's number and its rows."""
-        waiting: deque[_Read] = deque()  # read ahead of what is encoded, in order
+        waiting: deque[_ReadRow] = deque()  # read ahead of what is encoded, in order
         conversations = self._conversations(waiting)
         for tokens, labels in self.encode(conversations):
             while (read := waiting.popleft()).conversation is None:
@@ -89,10 +89,10 @@ class Reader:
         for read in waiting:
             self._count_bad(read)
 
-    def _rows_of(self, tokens: list[int], labels: list[int]) -> list[Row]:
+    def _rows_of(self, tokens: list[int], labels: list[int]) -> list[TokenRow]:
         facts, data = self.facts, self.data
         facts.shortened += len(tokens) > data.max_length
-        rows = [row for row in cut(tokens, labels, data.max_length, data.overflow) if row.loss_tokens]
+        rows = [row for row in cut_to_length(tokens, labels, data.max_length, data.overflow) if row.loss_tokens]
         facts.without_loss += not rows
         facts.rows += len(rows)
         for row in rows:
@@ -101,17 +101,17 @@ class Reader:
             facts.longest = max(facts.longest, len(row.input_ids))
         return rows
 
-    def _count_bad(self, read: _Read) -> None:
+    def _count_bad(self, read: _ReadRow) -> None:
         self.raw_rows += 1
         self.facts.bad_rows += 1
-        if len(self.facts.bad_examples) < LISTED:
+        if len(self.facts.bad_examples) < MAX_LISTED_BAD_ROWS:
             self.facts.bad_examples.append(f"{read.where}: {read.problem}")
 
-    def _conversations(self, waiting: deque[_Read]) -> Iterator[Conversation]:
+    def _conversations(self, waiting: deque[_ReadRow]) -> Iterator[Conversation]:
         """Yield the conversations that can be used, and append all that was read to `waiting`."""
         good, bad = self.facts.conversations, self.facts.bad_rows
         for where, raw in itertools.islice(self.source.rows(), self.raw_rows, None):
-            if good == self.limit or (bad > self.data.max_bad_rows and bad >= LISTED):
+            if good == self.limit or (bad > self.data.max_bad_rows and bad >= MAX_LISTED_BAD_ROWS):
                 return  # enough, or too many that cannot be used
             read = self._read(where, raw)
             waiting.append(read)
@@ -121,7 +121,7 @@ class Reader:
                 good += 1
                 yield read.conversation
 
-    def _read(self, where: str, raw: Any) -> _Read:
+    def _read(self, where: str, raw: Any) -> _ReadRow:
         try:
             if isinstance(raw, BadRow):
                 raise ValueError(raw.reason)
@@ -136,8 +136,8 @@ class Reader:
         except DataError:  # a ValueError too, but about the whole source
             raise
         except ValueError as error:
-            return _Read(where, problem=str(error))
-        return _Read(where, cleaned, cleaned=cleaned is not conversation)
+            return _ReadRow(where, problem=str(error))
+        return _ReadRow(where, cleaned, cleaned=cleaned is not conversation)
 
 
 def _clean(conversation: Conversation, special_tokens: list[str]) -> Conversation:

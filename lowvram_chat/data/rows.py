@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import datasets
 
-IGNORED = -100
+IGNORED_LABEL = -100
 """Label of a token that carries no loss (torch.nn.functional.cross_entropy's default)."""
 
 MODEL_INPUTS = ("input_ids", "labels", "loss_positions", "position_ids", "attention_mask")
@@ -21,7 +21,7 @@ MODEL_INPUTS = ("input_ids", "labels", "loss_positions", "position_ids", "attent
 
 
 @dataclass(frozen=True)
-class Row:
+class TokenRow:
     """Tokens that stand together: ids and labels of equal length; the first label is always ignored."""
 
     input_ids: list[int]
@@ -30,10 +30,10 @@ class Row:
     @property
     def loss_tokens(self) -> int:
         """Tokens that carry loss."""
-        return len(self.labels) - self.labels.count(IGNORED)
+        return len(self.labels) - self.labels.count(IGNORED_LABEL)
 
 
-def cut(tokens: list[int], labels: list[int], max_length: int, overflow: str) -> Iterator[Row]:
+def cut_to_length(tokens: list[int], labels: list[int], max_length: int, overflow: str) -> Iterator[TokenRow]:
     """Yield a conversation's rows: the first `max_length` tokens, or (`split`) windows that together hold all.
 
     Windows overlap by one token, so that the first label of a window is predicted by the last one of the window before
@@ -42,7 +42,7 @@ def cut(tokens: list[int], labels: list[int], max_length: int, overflow: str) ->
     ends = range(0, max(1, len(tokens) - 1), max_length - 1) if overflow == "split" else range(1)
     for start in ends:
         part = slice(start, start + max_length)
-        yield Row(tokens[part], [IGNORED, *labels[part][1:]])
+        yield TokenRow(tokens[part], [IGNORED_LABEL, *labels[part][1:]])
 
 
 def split_by_conversation(
@@ -90,14 +90,14 @@ class Collator:
         lengths = [len(row["input_ids"]) for row in rows]
         shape = (self.rows or len(rows), self.length or max(lengths))
         input_ids = torch.full(shape, self.pad_token_id, dtype=torch.int64)
-        labels = torch.full(shape, IGNORED, dtype=torch.int64)
+        labels = torch.full(shape, IGNORED_LABEL, dtype=torch.int64)
         for number, (row, length) in enumerate(zip(rows, lengths, strict=True)):
             input_ids[number, :length] = torch.as_tensor(row["input_ids"], dtype=torch.int64)
             labels[number, :length] = torch.as_tensor(row["labels"], dtype=torch.int64)
         batch = {
             "input_ids": input_ids,
             "labels": labels,
-            "loss_positions": labels.flatten().ne(IGNORED).nonzero().flatten() - 1,
+            "loss_positions": labels.flatten().ne(IGNORED_LABEL).nonzero().flatten() - 1,
             "real_tokens": sum(lengths),
         }
         if "documents" in rows[0]:

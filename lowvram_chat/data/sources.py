@@ -16,7 +16,7 @@ from lowvram_chat.errors import DataError, NotFoundError, did_you_mean
 from lowvram_chat.hub import explain
 
 ASSETS = Path(__file__).parent.parent / "assets"
-BUILTIN = {
+BUILTIN_DATASETS = {
     "builtin:chitchat": ASSETS / "chitchat" / "train.jsonl",
     "builtin:chitchat-held-out": ASSETS / "chitchat" / "held_out.jsonl",
 }
@@ -30,7 +30,7 @@ class BadRow:
 
 
 RawRow = Mapping[str, Any] | BadRow
-Rows = Iterator[tuple[str, RawRow]]
+PlacedRows = Iterator[tuple[str, RawRow]]
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Source:
     """Rows that can be read more than once, and a fingerprint of their content."""
 
     name: str
-    rows: Callable[[], Rows]
+    rows: Callable[[], PlacedRows]
     fingerprint: str
     """Changes when the content changes."""
 
@@ -62,11 +62,11 @@ def open_source(source: str | list[str], *, split: str, subset: str | None) -> S
 
 def _open_one(name: str, split: str, subset: str | None) -> Source:
     if name.startswith("builtin:"):
-        if name not in BUILTIN:
+        if name not in BUILTIN_DATASETS:
             raise NotFoundError(
-                f"{name}: there is no such built-in dataset.{did_you_mean(name, BUILTIN)} Known: {', '.join(BUILTIN)}."
+                f"{name}: there is no such built-in dataset.{did_you_mean(name, BUILTIN_DATASETS)} Known: {', '.join(BUILTIN_DATASETS)}."
             )
-        return _files(name, [BUILTIN[name]])
+        return _files(name, [BUILTIN_DATASETS[name]])
     matches = [name] if Path(name).is_file() else sorted(glob.glob(name, recursive=True))
     paths = [Path(path) for path in matches if Path(path).is_file()]
     if paths:
@@ -86,7 +86,7 @@ def is_remote(name: str) -> bool:
 
 def _is_path(name: str) -> bool:
     """Return whether no model or dataset of the hub can have this name."""
-    return Path(name).suffix in READERS or "\\" in name or name.startswith((".", "/", "~"))
+    return Path(name).suffix in FILE_READERS or "\\" in name or name.startswith((".", "/", "~"))
 
 
 def _looks_like_a_path(name: str) -> bool:
@@ -100,17 +100,21 @@ def _files(name: str, paths: list[Path]) -> Source:
         DataError: a file's ending is not known.
     """
     for path in paths:
-        if path.suffix not in READERS:
-            raise DataError(f"{path}: files that end in '{path.suffix}' are not read. Use one of {', '.join(READERS)}.")
+        if path.suffix not in FILE_READERS:
+            raise DataError(
+                f"{path}: files that end in '{path.suffix}' are not read. Use one of {', '.join(FILE_READERS)}."
+            )
     digest = hashlib.sha256()
     for path in paths:
         with path.open("rb") as file:
             while block := file.read(1 << 20):
                 digest.update(block)
-    return Source(name, lambda: (pair for path in paths for pair in READERS[path.suffix](path)), digest.hexdigest())
+    return Source(
+        name, lambda: (pair for path in paths for pair in FILE_READERS[path.suffix](path)), digest.hexdigest()
+    )
 
 
-def _jsonl(path: Path) -> Rows:
+def _jsonl(path: Path) -> PlacedRows:
     with path.open(encoding="utf-8-sig", errors="surrogateescape") as file:
         for number, line in enumerate(file, start=1):
             if line.strip():
@@ -132,7 +136,7 @@ def _json_object(line: str) -> RawRow:
     return row if isinstance(row, dict) else BadRow("not a JSON object")
 
 
-def _json(path: Path) -> Rows:
+def _json(path: Path) -> PlacedRows:
     try:
         rows = json.loads(path.read_text(encoding="utf-8-sig"))
     except ValueError as error:
@@ -145,7 +149,7 @@ def _json(path: Path) -> Rows:
         yield f"{path}: row {number}", row if isinstance(row, dict) else BadRow("not a JSON object")
 
 
-def _csv(path: Path) -> Rows:
+def _csv(path: Path) -> PlacedRows:
     csv.field_size_limit(2**31 - 1)  # a long conversation in one cell; larger overflows C's long on Windows
     with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
         reader = csv.DictReader(file)
@@ -153,7 +157,7 @@ def _csv(path: Path) -> Rows:
             yield f"{path}:{reader.line_num}", NOT_UTF8 if NOT_UTF8_BYTE.search(repr(row)) else row
 
 
-def _parquet(path: Path) -> Rows:
+def _parquet(path: Path) -> PlacedRows:
     import pyarrow
     import pyarrow.parquet
 
@@ -167,7 +171,12 @@ def _parquet(path: Path) -> Rows:
         raise DataError(f"{path}: not a Parquet file ({error}). Check the file.") from None
 
 
-READERS: Mapping[str, Callable[[Path], Rows]] = {".jsonl": _jsonl, ".json": _json, ".csv": _csv, ".parquet": _parquet}
+FILE_READERS: Mapping[str, Callable[[Path], PlacedRows]] = {
+    ".jsonl": _jsonl,
+    ".json": _json,
+    ".csv": _csv,
+    ".parquet": _parquet,
+}
 
 
 def _hub(name: str, split: str, subset: str | None) -> Source:

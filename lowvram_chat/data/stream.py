@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 END_OF_STREAM = b"\xff\xff\xff\xff\x00\x00\x00\x00"
 """Source: Apache Arrow's columnar format, "IPC Streaming Format"."""
 
-STATE = ".state"
+STATE_SUFFIX = ".state"
 """Ending of what is known of an unfinished file; the finished one's facts have another."""
 
 
@@ -33,7 +33,7 @@ def crc32(path: Path, length: int | None = None) -> int:
 
 
 @dataclass
-class Stream:
+class RowStream:
     """A stream that is being written."""
 
     path: Path
@@ -44,10 +44,10 @@ class Stream:
     """Where the writer was when the last block was written; None: at the beginning."""
 
     @classmethod
-    def open(cls, path: Path, schema: pyarrow.Schema) -> Stream:
+    def open(cls, path: Path, schema: pyarrow.Schema) -> RowStream:
         """Return the stream as it was left, or a new one where none was begun or it is damaged."""
         try:
-            known = json.loads(path.with_suffix(STATE).read_text(encoding="utf-8"))
+            known = json.loads(path.with_suffix(STATE_SUFFIX).read_text(encoding="utf-8"))
             stream = cls(path, known["length"], known["checksum"], known["state"])
             if crc32(path, stream.length) == stream.checksum:
                 with path.open("r+b") as file:
@@ -64,8 +64,8 @@ class Stream:
         """Append a block, after which the writer is at `state`."""
         self._append(batch.serialize().to_pybytes())
         self.state = state
-        beside = self.path.with_suffix(STATE)
-        partial = beside.with_suffix(STATE + ".partial")
+        beside = self.path.with_suffix(STATE_SUFFIX)
+        partial = beside.with_suffix(STATE_SUFFIX + ".partial")
         partial.write_text(
             json.dumps({"length": self.length, "checksum": self.checksum, "state": state}), encoding="utf-8"
         )
@@ -75,13 +75,13 @@ class Stream:
         """End the stream under its final name; returns its checksum."""
         self._append(END_OF_STREAM)
         self.path.replace(final)
-        self.path.with_suffix(STATE).unlink(missing_ok=True)
+        self.path.with_suffix(STATE_SUFFIX).unlink(missing_ok=True)
         return self.checksum
 
     def discard(self) -> None:
         """Forget the stream."""
         self.path.unlink(missing_ok=True)
-        self.path.with_suffix(STATE).unlink(missing_ok=True)
+        self.path.with_suffix(STATE_SUFFIX).unlink(missing_ok=True)
 
     def _append(self, block: bytes) -> None:
         with self.path.open("ab") as file:

@@ -11,8 +11,8 @@ from lowvram_chat.errors import DataError, NotFoundError, did_you_mean
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-FOLDER = Path(__file__).parent.parent / "assets" / "templates"
-SHIPPED = ("plain", "chatml")
+TEMPLATE_FOLDER = Path(__file__).parent.parent / "assets" / "templates"
+SHIPPED_TEMPLATES = ("plain", "chatml")
 
 
 def read_template(name: str) -> str:
@@ -21,9 +21,9 @@ def read_template(name: str) -> str:
     Raises:
         NotFoundError: neither a shipped name nor a file.
     """
-    path = FOLDER / f"{name}.jinja" if name in SHIPPED else Path(name)
+    path = TEMPLATE_FOLDER / f"{name}.jinja" if name in SHIPPED_TEMPLATES else Path(name)
     if not path.is_file():
-        known = (*SHIPPED, "own")
+        known = (*SHIPPED_TEMPLATES, "own")
         raise NotFoundError(
             f"data.chat_template: '{name}' is neither {', '.join(known)} nor a file.{did_you_mean(name, known)} "
             "Give one of those names or the path of a .jinja file."

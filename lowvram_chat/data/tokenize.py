@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING
 from filelock import FileLock
 
 from lowvram_chat.data.reader import Facts, Reader
-from lowvram_chat.data.rows import Row
+from lowvram_chat.data.rows import TokenRow
 from lowvram_chat.data.sources import Source
-from lowvram_chat.data.stream import Stream, crc32
+from lowvram_chat.data.stream import RowStream, crc32
 from lowvram_chat.errors import DataError
 from lowvram_chat.recipe.schema import Data
 
@@ -26,9 +26,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-VERSION = 2
+CACHE_VERSION = 2
 """Raised whenever the same text would give other rows."""
-BLOCK = 2000
+ROWS_PER_WRITE = 2000
 """Rows that are written at once; what an interruption loses at most."""
 
 
@@ -71,7 +71,7 @@ def tokenize(source: Source, tokenizer: PreTrainedTokenizerBase, data: Data, lim
 
 def _key(source: Source, tokenizer: PreTrainedTokenizerBase, data: Data, limit: int | None) -> str:
     """Return a digest of all that the rows depend on."""
-    shape = (VERSION, source.fingerprint, limit, data.format, data.loss_on, data.max_length, data.overflow)
+    shape = (CACHE_VERSION, source.fingerprint, limit, data.format, data.loss_on, data.max_length, data.overflow)
     vocabulary = (sorted(tokenizer.get_vocab().items()), tokenizer.backend_tokenizer.to_str())
     text = repr((shape, tokenizer.chat_template, tokenizer.eos_token_id, vocabulary))
     return hashlib.sha256(text.encode()).hexdigest()[:32]
@@ -100,14 +100,14 @@ def _write(path: Path, source: Source, tokenizer: PreTrainedTokenizerBase, data:
 
     columns = {"input_ids": pyarrow.list_(pyarrow.int32()), "labels": pyarrow.list_(pyarrow.int32())}
     schema = pyarrow.schema({**columns, "length": pyarrow.int32(), "conversation": pyarrow.int32()})
-    stream = Stream.open(path.with_suffix(".partial"), schema)
+    stream = RowStream.open(path.with_suffix(".partial"), schema)
     reader = Reader(source, tokenizer, data, limit, stream.state)
     if stream.state:
         log.info("%s: going on after %s conversations", source.name, f"{reader.facts.conversations:,}")
-    rows: list[tuple[int, Row]] = []
+    rows: list[tuple[int, TokenRow]] = []
     for number, made in reader.rows():
         rows += [(number, row) for row in made]
-        if len(rows) >= BLOCK:
+        if len(rows) >= ROWS_PER_WRITE:
             stream.write(_record_batch(rows, schema), reader.state())
             rows = []
     if rows:
@@ -121,7 +121,7 @@ def _write(path: Path, source: Source, tokenizer: PreTrainedTokenizerBase, data:
     return facts
 
 
-def _record_batch(rows: list[tuple[int, Row]], schema: pyarrow.Schema) -> pyarrow.RecordBatch:
+def _record_batch(rows: list[tuple[int, TokenRow]], schema: pyarrow.Schema) -> pyarrow.RecordBatch:
     import pyarrow
 
     ids, labels = [row.input_ids for _, row in rows], [row.labels for _, row in rows]

@@ -32,8 +32,8 @@ def linear_layers(model: PreTrainedModel) -> list[str]:
     return list(dict.fromkeys(name.rpartition(".")[2] for name in names))
 
 
-def add_adapter(model: PreTrainedModel, adapter: Adapter, *, on_a_cpu: bool = False) -> PeftModel:
-    """Return the model with a fresh adapter; only the adapter trains, in float32. `on_a_cpu`: see `fuse_adapters`' `fold`.
+def add_adapter(model: PreTrainedModel, adapter: Adapter, *, on_cpu: bool = False) -> PeftModel:
+    """Return the model with a fresh adapter; only the adapter trains, in float32. `on_cpu`: see `fuse_adapters`' `fold`.
 
     Raises:
         ModelError: a target layer that the model does not have.
@@ -58,8 +58,8 @@ def add_adapter(model: PreTrainedModel, adapter: Adapter, *, on_a_cpu: bool = Fa
         **settings,
     )
     adapted: Any = get_peft_model(model, config)
-    if adapter.lean:
-        fuse_adapters(adapted, fold=on_a_cpu)
+    if adapter.fused:
+        fuse_adapters(adapted, fold=on_cpu)
     return adapted  # type: ignore[no-any-return]
 
 

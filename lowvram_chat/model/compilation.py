@@ -57,7 +57,7 @@ def _missing_headers() -> str | None:
     return "Python.h (on Debian and Ubuntu the package python3-dev, elsewhere python3-devel)"
 
 
-def wants_compile(train: Train, device: torch.device) -> bool:
+def should_compile(train: Train, device: torch.device) -> bool:
     """Return whether the run is compiled.
 
     Raises:
@@ -83,7 +83,7 @@ def compile_blocks(model: Any) -> None:
 
 
 @contextlib.contextmanager
-def as_written(model: Any) -> Iterator[None]:
+def uncompiled(model: Any) -> Iterator[None]:
     """Run what is compiled as it is written while the context is open."""
     compiled = any(getattr(module, "_compiled_call_impl", None) is not None for module in model.modules())
     with torch.compiler.set_stance("force_eager") if compiled else contextlib.nullcontext():

@@ -29,7 +29,7 @@ SMOLLM2: Mapping[str, Any] = {
     "pad_token_id": 2,
 }
 
-KNOWN: Mapping[str, Mapping[str, Any]] = {
+KNOWN_CONFIGS: Mapping[str, Mapping[str, Any]] = {
     "openai-community/gpt2": GPT2,
     "gpt2": GPT2,
     "openai-community/gpt2-medium": {**GPT2, "n_embd": 1024, "n_layer": 24, "n_head": 16},
@@ -47,14 +47,14 @@ KNOWN: Mapping[str, Mapping[str, Any]] = {
 """Name -> what its config.json says of its shape. Source: the models' config.json on the Hugging Face hub."""
 
 
-def config_of(model: Model) -> Any:
+def config_for(model: Model) -> Any:
     """Returns the configuration of a recipe's model, new, so that it can be changed.
 
     Raises:
         NotFoundError, ModelError: as `model.load.load_config`, for a model that is not in the table.
     """
-    if model.name in KNOWN and model.revision is None:
-        settings = dict(KNOWN[model.name])
+    if model.name in KNOWN_CONFIGS and model.revision is None:
+        settings = dict(KNOWN_CONFIGS[model.name])
         return CONFIG_MAPPING[settings.pop("model_type")](**settings)
     if not model.name.startswith("builtin:"):
         work_offline_if_unreachable()

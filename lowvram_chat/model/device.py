@@ -57,7 +57,7 @@ def bf16_slowdown() -> float:
     return seconds(torch.bfloat16) / seconds(torch.float32)
 
 
-def sum_in_fp16(*, wanted: bool) -> None:
+def set_fp16_accumulation(*, wanted: bool) -> None:
     """Let CUDA sum fp16 matrix products in fp16, or in fp32 as it does by default.
 
     Source: torch.backends.cuda.matmul.allow_fp16_accumulation (2.7); GeForce cards have twice the rate for it.

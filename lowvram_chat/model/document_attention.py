@@ -15,15 +15,15 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from lowvram_chat.model.substitutions import positions_as_given
+from lowvram_chat.model.substitutions import packing_declared
 
-BY_DOCUMENT = "sdpa_by_document"
+DOCUMENT_ATTENTION = "sdpa_by_document"
 """The attention implementation's name in transformers' tables; where a batch has no documents it is `sdpa`."""
-OTHER_MASKS = ("sliding_window", "attention_chunk_size")
+UNSUPPORTED_MASK_SETTINGS = ("sliding_window", "attention_chunk_size")
 """Config fields of models that hide more than the tokens to come."""
 
 
-def attend(  # noqa: PLR0917  (transformers' signature)
+def document_attention(  # noqa: PLR0917  (transformers' signature)
     module: torch.nn.Module,
     query: torch.Tensor,
     key: torch.Tensor,
@@ -44,29 +44,33 @@ def attend(  # noqa: PLR0917  (transformers' signature)
     return torch.cat(outputs, dim=1).view(query.size(0), query.size(2), query.size(1), -1), None
 
 
-AttentionInterface.register(BY_DOCUMENT, attend)
-AttentionMaskInterface.register(BY_DOCUMENT, sdpa_mask)
+AttentionInterface.register(DOCUMENT_ATTENTION, document_attention)
+AttentionMaskInterface.register(DOCUMENT_ATTENTION, sdpa_mask)
 
 
-def attend_by_document(base: Any) -> bool:
+def use_document_attention(base: Any) -> bool:
     """Let a model with plain causal `sdpa` attention take packed documents one by one; return whether it now does."""
     config = base.config
     others = {*(getattr(config, "layer_types", None) or ())} - {"full_attention"}
-    if config._attn_implementation != "sdpa" or others or any(getattr(config, name, None) for name in OTHER_MASKS):
+    if (
+        config._attn_implementation != "sdpa"
+        or others
+        or any(getattr(config, name, None) for name in UNSUPPORTED_MASK_SETTINGS)
+    ):
         return False
-    base.set_attn_implementation(BY_DOCUMENT)
-    return bool(config._attn_implementation == BY_DOCUMENT)
+    base.set_attn_implementation(DOCUMENT_ATTENTION)
+    return bool(config._attn_implementation == DOCUMENT_ATTENTION)
 
 
 @contextlib.contextmanager
-def kept_apart(base: Any, position_ids: torch.Tensor | None) -> Iterator[dict[str, list[int]]]:
+def document_mask(base: Any, position_ids: torch.Tensor | None) -> Iterator[dict[str, list[int]]]:
     """Keep the documents of packed rows apart, whose positions (B, T) restart; None: rows of one document each.
 
     Yields what the model's call is given on top.
     """
     packed = position_ids is not None
-    by_document = packed and base.config._attn_implementation == BY_DOCUMENT
-    with positions_as_given(packed=packed and not by_document):
+    by_document = packed and base.config._attn_implementation == DOCUMENT_ATTENTION
+    with packing_declared(packed=packed and not by_document):
         yield {"documents": _lengths(position_ids)} if by_document and position_ids is not None else {}
 
 

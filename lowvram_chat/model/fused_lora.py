@@ -18,9 +18,9 @@ from torch import nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
-LAYERS = ("Linear", "Linear4bit")
+FUSABLE_LAYERS = ("Linear", "Linear4bit")
 """PEFT's layers whose forward is replaced; the second stands in `peft.tuners.lora.bnb`."""
-STATES_PER_WIDTH = 4
+MIN_TOKENS_PER_WIDTH = 4
 """From how many states (tokens of a micro-batch) for each of a layer's smaller width on folding pays."""
 
 
@@ -29,7 +29,7 @@ def fuse_adapters(model: nn.Module, *, fold: bool = False) -> int:
 
     `fold`: fold adapters into a copy of the weights where that pays, which takes their memory once more.
     """
-    layers = [layer for layer in model.modules() if hasattr(layer, "lora_A") and type(layer).__name__ in LAYERS]
+    layers = [layer for layer in model.modules() if hasattr(layer, "lora_A") and type(layer).__name__ in FUSABLE_LAYERS]
     for layer in layers:
         layer.forward = MethodType(partial(_forward, fold=fold), layer)
     return len(layers)
@@ -95,7 +95,7 @@ def _folding_pays(x: torch.Tensor, base: Any) -> bool:
         torch.is_grad_enabled()
         and x.dtype == base.weight.dtype == torch.float32
         and not torch.is_autocast_enabled(x.device.type)
-        and x.numel() // x.size(-1) >= STATES_PER_WIDTH * min(base.weight.shape)
+        and x.numel() // x.size(-1) >= MIN_TOKENS_PER_WIDTH * min(base.weight.shape)
     )
 
 

@@ -13,42 +13,42 @@ from typing import Any
 import torch
 
 from lowvram_chat.errors import ModelError
-from lowvram_chat.model.document_attention import attend_by_document, kept_apart
+from lowvram_chat.model.document_attention import document_mask, use_document_attention
 from lowvram_chat.model.scoring import autocast
 
-LENGTH = 8
+DOCUMENT_TOKENS = 8
 """Tokens of each of the two documents."""
-SEEN = 1e-5
+MAX_LEAKAGE = 1e-5
 """Largest difference, relative to the largest state, when only what must not be seen changes: 0 to the bit where it is not
 seen, whatever the type (ten architectures tried), and from 7e-4 on where it is (an untrained BERT of width 32)."""
-TOLERANCE = 1e-2
+MAX_KERNEL_DIFFERENCE = 1e-2
 """The same for a document alone and in a row, which other kernels may take: fp32 ones differ by 1e-6, fp16 ones by 1e-3."""
 
 
 @torch.no_grad()
-def sees_ahead(model: Any) -> bool:
+def sees_later_tokens(model: Any) -> bool:
     """Return whether a token's state depends on those after it."""
-    row = torch.arange(1, LENGTH + 1, device=next(model.parameters()).device)[None]
+    row = torch.arange(1, DOCUMENT_TOKENS + 1, device=next(model.parameters()).device)[None]
     other = row.clone()
     other[:, -1] = 0
     with _in_eval(model) as base:
         first, second = (base.base_model(ids, use_cache=False).last_hidden_state[:, :-1] for ids in (row, other))
-    return _difference(first.float(), second.float()) > SEEN
+    return _difference(first.float(), second.float()) > MAX_LEAKAGE
 
 
 @torch.no_grad()
 def isolates_documents(model: Any) -> bool:
     """Return whether a packed document has the states that it has alone, whatever stands before it in its row."""
     device = next(model.parameters()).device
-    second = torch.arange(1, LENGTH + 1, device=device)[None]
-    positions = torch.arange(LENGTH, device=device)[None]
+    second = torch.arange(1, DOCUMENT_TOKENS + 1, device=device)[None]
+    positions = torch.arange(DOCUMENT_TOKENS, device=device)[None]
 
     def states(base: Any, before: int) -> torch.Tensor:
         row = torch.cat([torch.full_like(second, before), second], dim=1)
         places = torch.cat([positions, positions], dim=1)
-        with kept_apart(base, places) as documents:
+        with document_mask(base, places) as documents:
             output = base.base_model(row, position_ids=places, use_cache=False, **documents)
-        return output.last_hidden_state[:, LENGTH:].float()  # type: ignore[no-any-return]
+        return output.last_hidden_state[:, DOCUMENT_TOKENS:].float()  # type: ignore[no-any-return]
 
     with _in_eval(model) as base:
         alone = base.base_model(second, use_cache=False).last_hidden_state.float()
@@ -56,7 +56,7 @@ def isolates_documents(model: Any) -> bool:
             one, other = states(base, 1), states(base, 2)
         except TypeError:  # no such argument as position_ids
             return False
-    return _difference(one, other) <= SEEN and _difference(one, alone) <= TOLERANCE
+    return _difference(one, other) <= MAX_LEAKAGE and _difference(one, alone) <= MAX_KERNEL_DIFFERENCE
 
 
 @contextlib.contextmanager
@@ -79,14 +79,14 @@ def _difference(states: torch.Tensor, others: torch.Tensor) -> float:
     return float((states - others).abs().max() / others.abs().max())
 
 
-def keep_documents_apart(model: Any, device: torch.device, precision: str, *, by_document: bool) -> None:
+def isolate_documents(model: Any, device: torch.device, precision: str, *, by_document: bool) -> None:
     """Ready a model for packed rows: `by_document` where it can attend so, else under its own mask.
 
     Raises:
         ModelError: as `check_isolation`.
     """
     base = _base(model)
-    if by_document and attend_by_document(base):
+    if by_document and use_document_attention(base):
         if isolates_documents(model):
             return
         base.set_attn_implementation("sdpa")  # its layers are not told of documents
@@ -99,7 +99,7 @@ def check_causal(model: Any, device: torch.device, precision: str) -> None:
     Raises:
         ModelError: so it is, or it cannot be asked.
     """
-    if _ask(sees_ahead, model, device, precision):
+    if _probe(sees_later_tokens, model, device, precision):
         raise ModelError(
             f"model.name: the tokens of this {model.config.model_type} see those after them (tried on this model), so it is no "
             "causal language model. Use another model."
@@ -112,7 +112,7 @@ def check_isolation(model: Any, device: torch.device, precision: str) -> None:
     Raises:
         ModelError: with what to set instead.
     """
-    if not _ask(isolates_documents, model, device, precision):
+    if not _probe(isolates_documents, model, device, precision):
         config = model.config
         raise ModelError(
             f"data.rows: packed, but {config.model_type} with {config._attn_implementation} attention lets packed conversations "
@@ -120,7 +120,7 @@ def check_isolation(model: Any, device: torch.device, precision: str) -> None:
         )
 
 
-def _ask(question: Callable[[Any], bool], model: Any, device: torch.device, precision: str) -> bool:
+def _probe(question: Callable[[Any], bool], model: Any, device: torch.device, precision: str) -> bool:
     """Return a model's answer, as it will be trained.
 
     Raises:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch.nn import functional as F
 
-from lowvram_chat.model.document_attention import kept_apart
+from lowvram_chat.model.document_attention import document_mask
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -37,11 +37,11 @@ class Tiling(NamedTuple):
     """In fp32 too, which pays on a CPU; else in half precision only, where it costs a copy of the head at most."""
 
 
-ON_A_CARD = Tiling(512)
-ON_A_CPU = Tiling(2048, always=True)
+CUDA_TILING = Tiling(512)
+CPU_TILING = Tiling(2048, always=True)
 """Tiles of 512 rows, as a card has them for its memory's sake, made loss and gradient 4 to 9 % slower there."""
 
-SAFE = 0.125
+HEAD_GRADIENT_SCALE = 0.125
 """The head's gradient is summed over a tile at this scale, against overflow in fp16."""
 
 
@@ -87,7 +87,7 @@ class _TiledCrossEntropy(torch.autograd.Function):
                 if d_hidden is not None:
                     d_hidden[rows] = gradient @ head
                 if d_weight is not None:
-                    _add_product(d_weight, gradient.t(), states * SAFE)
+                    _add_product(d_weight, gradient.t(), states * HEAD_GRADIENT_SCALE)
                 if d_bias is not None:
                     d_bias += gradient.sum(0)[:size]
                 del logits, gradient
@@ -100,7 +100,7 @@ class _TiledCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, *upstream: torch.Tensor) -> Any:
         """Return the kept gradients times the upstream one (); they are given away, so this runs once."""
         gradients, ctx.gradients = ctx.gradients, None
-        scales = (upstream[0], upstream[0] / SAFE, upstream[0])
+        scales = (upstream[0], upstream[0] / HEAD_GRADIENT_SCALE, upstream[0])
         scaled = (None if g is None else g.mul_(scale) for g, scale in zip(gradients, scales, strict=True))
         return (*scaled, None, None, None)
 
@@ -193,7 +193,7 @@ def summed_loss(
     head: torch.nn.Module,
     labels: torch.Tensor,
     loss_positions: torch.Tensor,
-    tiling: Tiling = ON_A_CARD,
+    tiling: Tiling = CUDA_TILING,
     *,
     compiled: bool = False,
 ) -> torch.Tensor:
@@ -211,16 +211,16 @@ def summed_loss(
 
 
 def attach_loss(
-    model: PreTrainedModel, *, lean: bool = True, pad_vocabulary: bool = True, on_a_cpu: bool = False
+    model: PreTrainedModel, *, fused: bool = True, pad_vocabulary: bool = True, on_cpu: bool = False
 ) -> None:
     """Let `model(input_ids, labels=, loss_positions=)` return the summed loss; other calls are as before.
 
-    `lean=False` takes the model's own loss from all logits instead; `on_a_cpu` cuts the products as they are fastest there.
+    `fused=False` takes the model's own loss from all logits instead; `on_cpu` cuts the products as they are fastest there.
     Rows with `position_ids` are packed.
     The forward is replaced on the object, not called around it, so that wrappers (PEFT, DistributedDataParallel) see it.
     """
     original = model.forward
-    tiling = ON_A_CPU if on_a_cpu else ON_A_CARD
+    tiling = CPU_TILING if on_cpu else CUDA_TILING
     if not pad_vocabulary:
         tiling = tiling._replace(multiple=1)
 
@@ -228,9 +228,9 @@ def attach_loss(
     def forward(self: PreTrainedModel, *args: Any, loss_positions: torch.Tensor | None = None, **kwargs: Any) -> Any:
         if loss_positions is None:
             return original(*args, **kwargs)
-        with kept_apart(self, kwargs.get("position_ids")) as documents:
+        with document_mask(self, kwargs.get("position_ids")) as documents:
             kwargs |= documents
-            if not lean:
+            if not fused:
                 return {"loss": original(*args, use_cache=False, num_items_in_batch=1, **kwargs).loss}
             labels = kwargs.pop("labels")
             hidden = self.base_model(*args, use_cache=False, **kwargs).last_hidden_state

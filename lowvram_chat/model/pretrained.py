@@ -17,7 +17,7 @@ from lowvram_chat.recipe.schema import Model
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-BUILTIN = {"builtin:tiny-gpt2": Path(__file__).parent.parent / "assets" / "tiny-gpt2"}
+BUILTIN_MODELS = {"builtin:tiny-gpt2": Path(__file__).parent.parent / "assets" / "tiny-gpt2"}
 
 
 def resolve(name: str, marker: str = "config.json") -> str:
@@ -27,11 +27,11 @@ def resolve(name: str, marker: str = "config.json") -> str:
         NotFoundError: an unknown built-in, or what can only be a path is not there.
     """
     if name.startswith("builtin:"):
-        if name not in BUILTIN:
+        if name not in BUILTIN_MODELS:
             raise NotFoundError(
-                f"{name}: there is no such built-in model.{did_you_mean(name, BUILTIN)} Known: {', '.join(BUILTIN)}."
+                f"{name}: there is no such built-in model.{did_you_mean(name, BUILTIN_MODELS)} Known: {', '.join(BUILTIN_MODELS)}."
             )
-        return str(BUILTIN[name])
+        return str(BUILTIN_MODELS[name])
     path = Path(name)
     if path.is_dir():
         if not (path / marker).is_file():
@@ -65,7 +65,7 @@ def load_tokenizer(name: str, revision: str | None = None) -> PreTrainedTokenize
 
 
 def load_model(settings: Model, *, device: torch.device | None = None) -> PreTrainedModel:
-    """Return the base model of a recipe on the CPU (4-bit weights: on `device`), with its lean substitutions made.
+    """Return the base model of a recipe on the CPU (4-bit weights: on `device`), with its substitutions made.
 
     Raises:
         NotFoundError, ModelError: as `load_config`; also weights that are not safetensors.
@@ -95,7 +95,7 @@ def load_model(settings: Model, *, device: torch.device | None = None) -> PreTra
     )
     if settings.load_in == "4bit":
         _keep_trainable_layout(model)
-    if settings.lean_gelu:
+    if settings.fused_gelu:
         fuse_gelu(model)
     return model  # type: ignore[no-any-return]
 

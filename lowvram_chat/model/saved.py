@@ -19,12 +19,12 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 ADAPTER_FILE = "adapter_config.json"
-UNBOUNDED = 1024
+DEFAULT_POSITIONS = 1024
 """Tokens that a model without a bound is shown at once."""
 
 
 @dataclass(frozen=True)
-class Opened:
+class OpenedModel:
     """A model in eval mode on its device, with its tokenizer, and its run's recipe if it has one."""
 
     model: Any
@@ -34,7 +34,7 @@ class Opened:
     @property
     def positions(self) -> int:
         """Tokens the model can see at once."""
-        return positions_of(self.model.config) or UNBOUNDED
+        return positions_of(self.model.config) or DEFAULT_POSITIONS
 
 
 def base_names(name: str) -> list[str]:
@@ -45,7 +45,7 @@ def base_names(name: str) -> list[str]:
     return [_base(folder).name] if (folder / ADAPTER_FILE).is_file() else []
 
 
-def open_model(name: str) -> Opened:
+def open_model(name: str) -> OpenedModel:
     """Return what a name stands for, in float32 on a CPU and float16 on CUDA.
 
     Raises:
@@ -60,7 +60,7 @@ def open_model(name: str) -> Opened:
         model: Any = load_adapter(load_model(_base(folder).model_copy(update={"dtype": dtype})), folder)
     else:
         model = load_model(Model.model_validate({"name": place, "dtype": dtype}))
-    return Opened(model.to(device).eval(), tokenizer, recipe)
+    return OpenedModel(model.to(device).eval(), tokenizer, recipe)
 
 
 def _locate(name: str) -> tuple[Path | None, Recipe | None]:

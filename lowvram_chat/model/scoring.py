@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lowvram_chat.data.rows import MODEL_INPUTS
-from lowvram_chat.model.compilation import as_written
+from lowvram_chat.model.compilation import uncompiled
 
 if TYPE_CHECKING:
     import datasets
@@ -57,7 +57,7 @@ def score(
     order = sorted(range(len(rows)), key=lambda number: -lengths[number])
     total = torch.zeros((), dtype=torch.float64, device=device if device.type != "mps" else "cpu")
     tokens = 0
-    with as_written(model):
+    with uncompiled(model):
         for start in range(0, len(order), batch_size):
             batch = collate([rows[number] for number in order[start : start + batch_size]])
             tokens += batch["loss_positions"].numel()

@@ -32,7 +32,7 @@ def fuse_gelu(model: nn.Module) -> int:
 
 
 @contextlib.contextmanager
-def positions_as_given(*, packed: bool) -> Iterator[None]:
+def packing_declared(*, packed: bool) -> Iterator[None]:
     """Tell transformers whether rows are packed, where it would look into their positions on the device, and wait for it.
 
     Source: transformers/masking_utils.py, `find_packed_sequence_indices` (5.x).
@@ -59,7 +59,7 @@ def _no_documents(position_ids: torch.Tensor) -> None:
     """Rows of one document each need no mask."""
 
 
-DROPOUTS = (
+DROPOUT_SETTINGS = (
     "resid_pdrop",
     "embd_pdrop",
     "attn_pdrop",
@@ -76,4 +76,4 @@ DROPOUTS = (
 
 def dropout_settings(config: object, probability: float) -> dict[str, float]:
     """Return the config's dropout fields, each set to `probability`."""
-    return {name: probability for name in DROPOUTS if hasattr(config, name)}
+    return {name: probability for name in DROPOUT_SETTINGS if hasattr(config, name)}

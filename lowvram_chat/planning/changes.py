@@ -11,7 +11,7 @@ Change = Mapping[str, Any]
 """`section.key` -> value."""
 
 
-def changed(recipe: Recipe, change: Change) -> Recipe:
+def apply_change(recipe: Recipe, change: Change) -> Recipe:
     """Returns the recipe with a change made."""
     for path, value in change.items():
         name, _, key = path.partition(".")
@@ -21,24 +21,24 @@ def changed(recipe: Recipe, change: Change) -> Recipe:
     return recipe
 
 
-def words(change: Change) -> str:
+def as_overrides(change: Change) -> str:
     """Returns a change as words for the command line."""
-    return " ".join(f"{path}={_word(value)}" for path, value in change.items())
+    return " ".join(f"{path}={_override_value(value)}" for path, value in change.items())
 
 
-def micro_batches(recipe: Recipe) -> Iterator[Change]:
+def micro_batch_changes(recipe: Recipe) -> Iterator[Change]:
     """Yields the ways to cut an optimizer step into fewer or more micro-batches, the fewest first."""
     train = recipe.train
-    rows = train.rows_of_a_step
+    rows = train.effective_batch_size
     for size in (size for size in range(rows, 0, -1) if rows % size == 0):
         yield {"train.per_device_train_batch_size": size, "train.gradient_accumulation_steps": rows // size}
 
 
-def without_cost(recipe: Recipe) -> Change:
+def free_savings(recipe: Recipe) -> Change:
     """Returns the substitutions that save memory and take no time: they are the same function."""
     change: dict[str, Any] = {}
-    if not recipe.model.lean_gelu:
-        change["model.lean_gelu"] = True
+    if not recipe.model.fused_gelu:
+        change["model.fused_gelu"] = True
     if recipe.model.attention == "eager":
         change["model.attention"] = "sdpa"
     return change
@@ -54,5 +54,5 @@ def lighter_optimizers(recipe: Recipe) -> list[Change]:
     return [{"optimizer.name": name} for name in lighter.get(recipe.optimizer.name, ())]
 
 
-def _word(value: object) -> str:
+def _override_value(value: object) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)

@@ -17,20 +17,20 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 
 from lowvram_chat.gpus import CONTEXT_MIB, GPUS, MIB
-from lowvram_chat.planning.replay import Replay, alive_at, replay
-from lowvram_chat.planning.schedule import Lives, Segment, play
+from lowvram_chat.planning.replay import Replay, live_storages_at, replay
+from lowvram_chat.planning.schedule import Lifetimes, Segment, compose_run
 from lowvram_chat.recipe.schema import Recipe
 from lowvram_chat.tracing.cuda_rules import CudaRules
 from lowvram_chat.tracing.operations import Work
 from lowvram_chat.tracing.recorder import Event, Storage
-from lowvram_chat.tracing.run import Shape, Trace, trace
+from lowvram_chat.tracing.run import MicroBatchShape, RunTrace, trace_run
 
 CUBLAS_WORKSPACE_BYTES = 8519680
 """Of one thread, below compute capability 9.0. Source: aten/src/ATen/cuda/CublasHandlePool.cpp, `:4096:2:16:8`."""
-ORDERS, STEPS_IN_ORDER = 3, 12
+SHUFFLED_RUNS, STEPS_PER_SHUFFLED_RUN = 3, 12
 """Orders of lengths that are tried, and the optimizer steps of each; 16 orders raised no shipped recipe's peak by more
 than 2 MiB over the first one's."""
-LARGEST = 8
+MAX_LISTED_TENSORS = 8
 """Tensors that a plan names."""
 
 CATEGORIES = {
@@ -49,7 +49,7 @@ CATEGORIES = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class Tensor:
+class TensorGroup:
     """Storages of one origin that are there at the peak."""
 
     nbytes: int
@@ -74,9 +74,9 @@ class Plan:
     """What the CUDA context takes beside the allocator."""
     categories: Mapping[str, int]
     """Category -> bytes at the peak; together `on_card_bytes`."""
-    moment: str
+    phase: str
     """When in the step the peak stands: load, evaluation, forward, loss, backward, clipping or optimizer."""
-    largest: tuple[Tensor, ...]
+    largest: tuple[TensorGroup, ...]
     """What makes the peak, the largest first."""
     parameters: int
     """Values of the whole model."""
@@ -116,23 +116,23 @@ class Plan:
         return self.limit_bytes - self.on_card_bytes
 
 
-def plan(recipe: Recipe) -> Plan:
+def make_plan(recipe: Recipe) -> Plan:
     """Returns the plan of a recipe; a trace takes seconds, and is kept for the next call.
 
     Raises:
         NotFoundError, ModelError: the model or its adapter cannot be had.
     """
-    asked = _what_matters(recipe)
-    return _plan(_Question(asked.model_dump_json(), asked))
+    asked = _memory_settings(recipe)
+    return _cached_plan(_CacheKey(asked.model_dump_json(), asked))
 
 
-def longest_run(recipe: Recipe) -> list[Event]:
-    """Returns the events of a run whose batches are all of the longest rows; raises as `plan`."""
-    asked = _what_matters(recipe)
-    return next(_runs(_traced(_Question(asked.model_dump_json(), asked))))
+def longest_rows_run(recipe: Recipe) -> list[Event]:
+    """Returns the events of a run whose batches are all of the longest rows; raises as `make_plan`."""
+    asked = _memory_settings(recipe)
+    return next(_runs(_cached_trace(_CacheKey(asked.model_dump_json(), asked))))
 
 
-def limits(recipe: Recipe) -> dict[str, int]:
+def card_limits(recipe: Recipe) -> dict[str, int]:
     """Returns, for "linux" and "windows", the bytes of the card that the run may take, context included."""
     gpu, own = GPUS[recipe.memory.gpu], recipe.memory.limit_mib
     return {
@@ -141,7 +141,7 @@ def limits(recipe: Recipe) -> dict[str, int]:
     }
 
 
-def steps_of(recipe: Recipe) -> list[list[Shape]]:
+def traced_steps(recipe: Recipe) -> list[list[MicroBatchShape]]:
     """Returns the optimizer steps to trace: two of the longest rows, the others of shorter ones.
 
     More than two accumulated micro-batches add nothing: the second already finds gradients.
@@ -150,22 +150,24 @@ def steps_of(recipe: Recipe) -> list[list[Shape]]:
 
     packed = recipe.data.rows == "packed"  # and so all of one length
 
-    def shape(share: float, labelled: float = 1.0) -> Shape:
-        return Shape(longest if packed else max(2, int(share * longest)), labelled * (share if packed else 1), packed)
+    def shape(share: float, labelled: float = 1.0) -> MicroBatchShape:
+        return MicroBatchShape(
+            longest if packed else max(2, int(share * longest)), labelled * (share if packed else 1), packed
+        )
 
     if recipe.train.gradient_accumulation_steps == 1:
         return [[shape(1)], [shape(1)], [shape(0.6, 0.7)], [shape(0.3)]]
     return [[shape(1), shape(0.6, 0.7)], [shape(1), shape(1)], [shape(0.3), shape(0.8, 0.4)]]
 
 
-def rules_of(recipe: Recipe) -> CudaRules:
+def card_rules(recipe: Recipe) -> CudaRules:
     """Returns the rules of the recipe's card."""
     capability = GPUS[recipe.memory.gpu].compute_capability
     return CudaRules(capability, cublas_workspace_bytes=CUBLAS_WORKSPACE_BYTES, plain_rows=True)
 
 
 @dataclass(frozen=True)
-class _Question:
+class _CacheKey:
     """A recipe that can be remembered: equal where its words are."""
 
     words: str
@@ -173,17 +175,17 @@ class _Question:
 
 
 @lru_cache(maxsize=1)
-def _traced(asked: _Question) -> Trace:
-    return trace(asked.recipe, rules_of(asked.recipe), steps_of(asked.recipe))
+def _cached_trace(asked: _CacheKey) -> RunTrace:
+    return trace_run(asked.recipe, card_rules(asked.recipe), traced_steps(asked.recipe))
 
 
 @lru_cache(maxsize=64)
-def _plan(asked: _Question) -> Plan:
-    recipe, traced = asked.recipe, _traced(asked)
+def _cached_plan(asked: _CacheKey) -> Plan:
+    recipe, traced = asked.recipe, _cached_trace(asked)
     runs = list(_runs(traced))
     replays = [replay(events) for events in runs]
     worst = max(range(len(runs)), key=lambda number: replays[number].peak_reserved_bytes)
-    card = limits(recipe)
+    card = card_limits(recipe)
     context = CONTEXT_MIB * MIB
     return Plan(
         peak_allocated_bytes=max(result.peak_allocated_bytes for result in replays),
@@ -191,8 +193,8 @@ def _plan(asked: _Question) -> Plan:
         longest_reserved_bytes=replays[0].peak_reserved_bytes,
         context_bytes=context,
         categories=_categories(runs[worst], replays[worst]) | {"context": context},
-        moment=runs[worst][replays[worst].peak_at].storage.moment,
-        largest=_largest(alive_at(runs[worst], replays[worst].peak_at)),
+        phase=runs[worst][replays[worst].peak_at].storage.phase,
+        largest=_largest_tensors(live_storages_at(runs[worst], replays[worst].peak_at)),
         parameters=traced.parameters,
         trained=traced.trained,
         limits=card,
@@ -201,7 +203,7 @@ def _plan(asked: _Question) -> Plan:
     )
 
 
-def _what_matters(recipe: Recipe) -> Recipe:
+def _memory_settings(recipe: Recipe) -> Recipe:
     """The recipe without what takes no memory on the card, so that a trace serves all that differ only there."""
     data, train = recipe.data, recipe.train
     evaluates = data.eval_source is not None or data.eval_split is not None or data.eval_fraction is not None
@@ -226,19 +228,19 @@ def _what_matters(recipe: Recipe) -> Recipe:
     )
 
 
-def _runs(traced: Trace) -> Iterator[list[Event]]:
+def _runs(traced: RunTrace) -> Iterator[list[Event]]:
     """Yields runs: all batches of the longest rows; then shuffled lengths, with an evaluation midway and at the end."""
-    lives = Lives(traced.events)
+    lifetimes = Lifetimes(traced.events)
     before = traced.events[: traced.steps[0][1]]
-    handed_on = Segment(traced.events, (0, len(before)), lives).left
-    longest, *others = (Segment(traced.events, span, lives, steady=True) for span in traced.steps[1:])
-    pause = [Segment(traced.events, traced.evaluation, lives)] if traced.evaluation else []
-    yield play(before, handed_on, [longest, *pause, longest, *pause])
-    yield play(_resumed(before, traced.steps[0][0]), handed_on, [longest, *pause])
-    for seed in range(ORDERS):
-        order = random.Random(seed).choices([longest, *others], k=STEPS_IN_ORDER)
-        half = STEPS_IN_ORDER // 2
-        yield play(before, handed_on, [longest, *order[:half], *pause, *order[half:], longest, *pause])
+    handed_on = Segment(traced.events, (0, len(before)), lifetimes).left
+    longest, *others = (Segment(traced.events, span, lifetimes, steady=True) for span in traced.steps[1:])
+    pause = [Segment(traced.events, traced.evaluation, lifetimes)] if traced.evaluation else []
+    yield compose_run(before, handed_on, [longest, *pause, longest, *pause])
+    yield compose_run(_resumed(before, traced.steps[0][0]), handed_on, [longest, *pause])
+    for seed in range(SHUFFLED_RUNS):
+        order = random.Random(seed).choices([longest, *others], k=STEPS_PER_SHUFFLED_RUN)
+        half = STEPS_PER_SHUFFLED_RUN // 2
+        yield compose_run(before, handed_on, [longest, *order[:half], *pause, *order[half:], longest, *pause])
 
 
 def _resumed(before: Sequence[Event], first_step: int) -> list[Event]:
@@ -261,30 +263,30 @@ def _fits(runs: Sequence[Sequence[Event]], replays: Sequence[Replay], limit_byte
     )
 
 
-def category_of(storage: Storage) -> str:
+def plan_category(storage: Storage) -> str:
     """Returns a plan's word for what a storage is for."""
     return CATEGORIES.get(storage.category, "temporaries")
 
 
 def _categories(events: Sequence[Event], result: Replay) -> dict[str, int]:
     sums: Counter[str] = Counter(dict.fromkeys([*CATEGORIES.values(), "temporaries"], 0))
-    for storage in alive_at(events, result.peak_at):
-        sums[category_of(storage)] += storage.nbytes
+    for storage in live_storages_at(events, result.peak_at):
+        sums[plan_category(storage)] += storage.nbytes
     # Rounding to blocks counts as waste too.
     sums["allocator waste"] = result.peak_reserved_bytes - sum(sums.values())
     return dict(sums)
 
 
-def _largest(alive: Sequence[Storage]) -> tuple[Tensor, ...]:
+def _largest_tensors(alive: Sequence[Storage]) -> tuple[TensorGroup, ...]:
     groups: dict[tuple[str, str], list[int]] = {}
     for storage in alive:
-        key = category_of(storage), _origin(storage)
+        key = plan_category(storage), _origin(storage)
         groups.setdefault(key, []).append(storage.nbytes)
     tensors = [
-        Tensor(nbytes=sum(sizes), count=len(sizes), category=category, origin=origin)
+        TensorGroup(nbytes=sum(sizes), count=len(sizes), category=category, origin=origin)
         for (category, origin), sizes in groups.items()
     ]
-    return tuple(sorted(tensors, key=lambda tensor: -tensor.nbytes)[:LARGEST])
+    return tuple(sorted(tensors, key=lambda tensor: -tensor.nbytes)[:MAX_LISTED_TENSORS])
 
 
 def _origin(storage: Storage) -> str:

@@ -29,8 +29,8 @@ def replay(events: Iterable[Event], limit_bytes: int | None = None) -> Replay:
     blocks: dict[Storage, allocator.Block] = {}
     failed = None
     peak = peak_at = 0
-    for index, (storage, is_birth) in enumerate(events):
-        if not is_birth:
+    for index, (storage, is_allocation) in enumerate(events):
+        if not is_allocation:
             card.free(blocks.pop(storage)) if storage.nbytes else None
         elif storage.nbytes:
             block = card.malloc(storage.nbytes)
@@ -48,11 +48,11 @@ def replay(events: Iterable[Event], limit_bytes: int | None = None) -> Replay:
     )
 
 
-def alive_at(events: Sequence[Event], index: int) -> list[Storage]:
+def live_storages_at(events: Sequence[Event], index: int) -> list[Storage]:
     """The storages that are there once the event at `index` has happened, oldest first."""
     alive: dict[Storage, None] = {}
-    for storage, is_birth in events[: index + 1]:
-        if is_birth:
+    for storage, is_allocation in events[: index + 1]:
+        if is_allocation:
             alive[storage] = None
         else:
             del alive[storage]

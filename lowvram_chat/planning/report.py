@@ -9,18 +9,18 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from lowvram_chat.gpus import GPUS, MIB
-from lowvram_chat.planning.changes import changed, words
+from lowvram_chat.planning.changes import apply_change, as_overrides
 from lowvram_chat.planning.plan import Plan
-from lowvram_chat.planning.search import Option
+from lowvram_chat.planning.search import Suggestion
 from lowvram_chat.recipe.baseline import BASELINE_SECONDS
 from lowvram_chat.recipe.schema import Recipe
-from lowvram_chat.timing.speed import Speed, predict, speeds
+from lowvram_chat.timing.speed import Speed, predict_speed, speeds_by_power_limit
 
-BAND_PERCENT = 12
+SPEED_ERROR_PERCENT = 12
 """Largest error of the time model on the published speeds (`published_speeds`; a test holds it)."""
 
 FASTEST_COLUMNS = ("batch", "checkpointing", "optimizer")
-SYSTEMS = {"linux": "Linux", "windows": "Windows"}
+SYSTEM_TITLES = {"linux": "Linux", "windows": "Windows"}
 
 
 def show(recipe: Recipe, plan: Plan) -> None:
@@ -32,7 +32,7 @@ def show(recipe: Recipe, plan: Plan) -> None:
     print(
         f"peak: {_mib(plan.peak_allocated_bytes)} MiB allocated, {_mib(plan.peak_reserved_bytes)} reserved"
         + (f" ({_mib(variation)} of it because shorter batches come between)" if variation > 0 else "")
-        + f", {_mib(plan.on_card_bytes)} on the card; it stands in the {plan.moment}"
+        + f", {_mib(plan.on_card_bytes)} on the card; it stands in the {plan.phase}"
     )
     print(verdict(recipe, plan))
     print(speed_words(recipe, plan))
@@ -40,15 +40,15 @@ def show(recipe: Recipe, plan: Plan) -> None:
 
 def speed_words(recipe: Recipe, plan: Plan) -> str:
     """Returns the predicted speed at each power limit of the card, beside the published baseline."""
-    card, limit = GPUS[recipe.memory.gpu].title, speeds(recipe, plan.work)[0]
+    card, limit = GPUS[recipe.memory.gpu].title, speeds_by_power_limit(recipe, plan.work)[0]
     lines = [
-        f"predicted speed on {card} (full rows; the model meets published speeds within {BAND_PERCENT} %, see plan --speeds):"
+        f"predicted speed on {card} (full rows; the model meets published speeds within {SPEED_ERROR_PERCENT} %, see plan --speeds):"
     ]
     lines += [
         f"  {speed.watts} W: {speed.tokens_per_second:,.0f} tokens/s, {1000 * speed.seconds_per_step:,.0f} ms a step, "
         f"{speed.utilisation:.0%} of the peak rate; a baseline epoch {_hours(speed.seconds_per_baseline_epoch)}, three "
         f"{_hours(speed.seconds_per_three_baseline_epochs)}"
-        for speed in speeds(recipe, plan.work)
+        for speed in speeds_by_power_limit(recipe, plan.work)
     ]
     least = limit.physical_limit_seconds_per_three_baseline_epochs
     lines.append(
@@ -64,15 +64,15 @@ def verdict(recipe: Recipe, plan: Plan) -> str:
         return f"{_fits(plan, plan.system)} in memory.limit_mib = {_mib(plan.limit_bytes)} MiB: {_spare(plan, plan.system)}"
     return "\n".join(
         f"{_fits(plan, system)} on {card}, {name} ({_mib(plan.limits[system])} MiB usable): {_spare(plan, system)}"
-        for system, name in SYSTEMS.items()
+        for system, name in SYSTEM_TITLES.items()
     )
 
 
-def show_advice(options: Sequence[Option]) -> None:
+def show_advice(options: Sequence[Suggestion]) -> None:
     """Prints what would make a recipe fit."""
     print("\nwhat makes it fit (MiB and speed as predicted):")
     for option in options:
-        print(f"  {words(option.change)}")
+        print(f"  {as_overrides(option.change)}")
         print(f"      {_mib(option.plan.on_card_bytes)} MiB, {_cost(option.cost)}")
 
 
@@ -85,11 +85,11 @@ def too_large(recipe: Recipe, plan: Plan) -> str:
     )
 
 
-def show_fastest(recipe: Recipe, options: Sequence[Option]) -> None:
+def show_fastest(recipe: Recipe, options: Sequence[Suggestion]) -> None:
     """Prints the settings that fit as a table, and as words to paste."""
     table = Table("", "MiB", "spare", "speed, predicted", *FASTEST_COLUMNS)
     for number, option in enumerate(options, start=1):
-        chosen = changed(recipe, option.change)
+        chosen = apply_change(recipe, option.change)
         table.add_row(
             str(number),
             _mib(option.plan.on_card_bytes),
@@ -101,7 +101,7 @@ def show_fastest(recipe: Recipe, options: Sequence[Option]) -> None:
         )
     Console(highlight=False).print(table)
     for number, option in enumerate(options, start=1):
-        print(f"{number}: {words(option.change)}")
+        print(f"{number}: {as_overrides(option.change)}")
 
 
 def show_side_by_side(names: Sequence[str], recipes: Sequence[Recipe], plans: Sequence[Plan]) -> None:
@@ -113,9 +113,9 @@ def show_side_by_side(names: Sequence[str], recipes: Sequence[Recipe], plans: Se
     totals = [plan.on_card_bytes for plan in plans]
     table.add_section()
     table.add_row("on the card", *map(_mib, totals), _signed(totals[1] - totals[0]))
-    for system, name in SYSTEMS.items():
+    for system, name in SYSTEM_TITLES.items():
         table.add_row(f"fits, {name}", *("yes" if plan.fits_on[system] else "no" for plan in plans), "")
-    rates = [predict(recipe, plan.work).tokens_per_second for recipe, plan in zip(recipes, plans, strict=True)]
+    rates = [predict_speed(recipe, plan.work).tokens_per_second for recipe, plan in zip(recipes, plans, strict=True)]
     table.add_row("tokens/s, predicted", *(f"{rate:,.0f}" for rate in rates), f"{rates[1] / rates[0] - 1:+.0%}")
     Console(highlight=False, soft_wrap=True).print(table)
 
@@ -131,14 +131,14 @@ def document(recipe: Recipe, plan: Plan) -> dict[str, Any]:
         "longest_reserved_bytes": plan.longest_reserved_bytes,
         "on_card_bytes": plan.on_card_bytes,
         "spare_bytes": plan.spare_bytes,
-        "moment": plan.moment,
+        "moment": plan.phase,
         "categories": dict(plan.categories),
         "largest": [
             {"bytes": t.nbytes, "count": t.count, "category": t.category, "origin": t.origin} for t in plan.largest
         ],
         "parameters": plan.parameters,
         "trained_parameters": plan.trained,
-        "predicted_speed": [_speed_document(speed) for speed in speeds(recipe, plan.work)],
+        "predicted_speed": [_speed_document(speed) for speed in speeds_by_power_limit(recipe, plan.work)],
     }
 
 
@@ -159,11 +159,11 @@ def _speed_document(speed: Speed) -> dict[str, Any]:
     }
 
 
-def option_document(option: Option) -> dict[str, Any]:
+def option_document(option: Suggestion) -> dict[str, Any]:
     """Returns an option as JSON."""
     return {
         "change": dict(option.change),
-        "words": words(option.change),
+        "words": as_overrides(option.change),
         "on_card_bytes": option.plan.on_card_bytes,
         "spare_bytes": option.plan.spare_bytes,
         "predicted_cost": round(option.cost, 3),

@@ -20,29 +20,31 @@ class Segment:
     where the part is `steady`, one of many alike, it is handed on too: only the trace's end kept it from its death.
     """
 
-    def __init__(self, events: Sequence[Event], span: Span, lives: Lives, *, steady: bool = False) -> None:
+    def __init__(self, events: Sequence[Event], span: Span, lifetimes: Lifetimes, *, steady: bool = False) -> None:
         start, end = span
-        self.events = [event for event in events[start:end] if steady or event.storage in lives.died]
+        self.events = [event for event in events[start:end] if steady or event.storage in lifetimes.freed_at]
         never = len(events)
-        self.left = [e.storage for e in self.events if e.is_birth and lives.died.get(e.storage, never) >= end]
+        self.left = [
+            e.storage for e in self.events if e.is_allocation and lifetimes.freed_at.get(e.storage, never) >= end
+        ]
         """What is born here and dies later, in order."""
-        before = [e.storage for e in self.events if not e.is_birth and lives.born[e.storage] < start]
-        self.taken = sorted(before, key=lives.born.__getitem__)
+        before = [e.storage for e in self.events if not e.is_allocation and lifetimes.allocated_at[e.storage] < start]
+        self.taken = sorted(before, key=lifetimes.allocated_at.__getitem__)
         """What was born before and dies here, in order of birth."""
         shared = {*self.left, *self.taken}
         self.places = [index for index, event in enumerate(self.events) if event.storage in shared]
         """Where the two stand: all other storages can be played as they are, for they are dead at the end."""
 
 
-class Lives:
+class Lifetimes:
     """The indices of each storage's birth and death; one that never dies has no death."""
 
     def __init__(self, events: Sequence[Event]) -> None:
-        self.born = {storage: index for index, (storage, is_birth) in enumerate(events) if is_birth}
-        self.died = {storage: index for index, (storage, is_birth) in enumerate(events) if not is_birth}
+        self.allocated_at = {storage: index for index, (storage, is_allocation) in enumerate(events) if is_allocation}
+        self.freed_at = {storage: index for index, (storage, is_allocation) in enumerate(events) if not is_allocation}
 
 
-def play(before: Sequence[Event], handed_on: Sequence[Storage], segments: Iterable[Segment]) -> list[Event]:
+def compose_run(before: Sequence[Event], handed_on: Sequence[Storage], segments: Iterable[Segment]) -> list[Event]:
     """Returns the events of a run: what stood before, which left `handed_on`, then the segments.
 
     The segments must hand on alike: all optimizer steps of one recipe do, and an evaluation hands on nothing.
@@ -54,8 +56,8 @@ def play(before: Sequence[Event], handed_on: Sequence[Storage], segments: Iterab
         start = len(played)
         played += segment.events
         for place in segment.places:
-            storage, is_birth = segment.events[place]
-            played[start + place] = Event(new[storage], is_birth)
+            storage, is_allocation = segment.events[place]
+            played[start + place] = Event(new[storage], is_allocation)
         if segment.taken or segment.left:
             handed_on = [new[storage] for storage in segment.left]
     return played

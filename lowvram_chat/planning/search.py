@@ -12,25 +12,25 @@ from dataclasses import dataclass
 from typing import Any
 
 from lowvram_chat.gpus import MIB
-from lowvram_chat.planning.changes import Change, changed, lighter_optimizers, micro_batches, without_cost
-from lowvram_chat.planning.plan import Plan, plan
+from lowvram_chat.planning.changes import Change, apply_change, free_savings, lighter_optimizers, micro_batch_changes
+from lowvram_chat.planning.plan import Plan, make_plan
 from lowvram_chat.recipe.schema import Recipe
-from lowvram_chat.timing.speed import predict
+from lowvram_chat.timing.speed import predict_speed
 
-MOST_ROWS = 1024
+MAX_MICRO_BATCH_ROWS = 1024
 """Of a micro-batch, that are looked at."""
-SPARE_BYTES = 50 * MIB
+SAFETY_MARGIN_BYTES = 50 * MIB
 """What a proposal leaves free: the size of a CUDA context is known no better."""
-KEPT = ("weights", "optimizer state", "gradients", "cuBLAS", "context")
+BATCH_INDEPENDENT_CATEGORIES = ("weights", "optimizer state", "gradients", "cuBLAS", "context")
 """Categories that no smaller micro-batch makes smaller."""
-SHORTEST = 32
+MIN_ROW_TOKENS = 32
 """Tokens of a row that a chat can still be learned from."""
-ENOUGH = 4
+MAX_SUGGESTIONS = 4
 """Changes that an advice names."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Option:
+class Suggestion:
     """Settings that fit."""
 
     change: Change
@@ -40,47 +40,47 @@ class Option:
     """How much longer the same tokens take than with the recipe's own settings: 0.33 is a third; negative is faster."""
 
 
-def advise(recipe: Recipe) -> list[Option]:
+def advise(recipe: Recipe) -> list[Suggestion]:
     """Returns changes that make the recipe fit, the cheapest in speed first; empty where none does.
 
     Raises:
         NotFoundError, ModelError: the model or its adapter cannot be had.
     """
-    found = _climb(recipe, _ladders(recipe)) or _climb(recipe, _last_resort(recipe))
-    useful = (one for one in found if not any(_betters(other, one) for other in found))
+    found = _first_fitting(recipe, _candidates(recipe)) or _first_fitting(recipe, _minimal_candidates(recipe))
+    useful = (one for one in found if not any(_dominates(other, one) for other in found))
     return sorted(useful, key=lambda option: option.cost)
 
 
-def _climb(recipe: Recipe, ladders: Iterable[Iterable[Change]]) -> list[Option]:
+def _first_fitting(recipe: Recipe, ladders: Iterable[Iterable[Change]]) -> list[Suggestion]:
     """Returns the first change of each ladder that fits, and that is not an earlier one with more added."""
-    found: list[Option] = []
+    found: list[Suggestion] = []
     for ladder in ladders:
         enough = [option.change.items() for option in found]
         # An adapter is a change of its own, worth more than what it is added to.
         new = (c for c in ladder if "adapter.kind" in c or not any(part <= c.items() for part in enough))
-        options = (_option(recipe, change) for change in new if not _hopeless(recipe, change))
+        options = (_suggestion(recipe, change) for change in new if not _cannot_fit(recipe, change))
         found += itertools.islice((option for option in options if option is not None), 1)
-        if len(found) == ENOUGH:
+        if len(found) == MAX_SUGGESTIONS:
             break
     return found
 
 
-def _betters(other: Option, one: Option) -> bool:
+def _dominates(other: Suggestion, one: Suggestion) -> bool:
     """Whether the other option changes fewer settings and is as fast."""
     return other.change.keys() < one.change.keys() and other.cost <= one.cost
 
 
-def fastest(recipe: Recipe) -> list[Option]:
+def fastest(recipe: Recipe) -> list[Suggestion]:
     """Returns the settings that fit, the fastest first: same rows a step, same length, same function.
 
     Raises:
         NotFoundError, ModelError: the model or its adapter cannot be had.
     """
-    free = without_cost(recipe)
+    free = free_savings(recipe)
     found = []
     for optimizer in [{}, *lighter_optimizers(recipe)]:
         for checkpointing in (False, True):
-            change = {**free, **optimizer, **_checkpointing(recipe, checkpointing)}
+            change = {**free, **optimizer, **_checkpointing_change(recipe, checkpointing)}
             option = _largest_micro_batch(recipe, change)
             if option is not None:
                 found.append(option)
@@ -99,11 +99,11 @@ def planned_micro_batch(recipe: Recipe) -> Change:
         return {}
     given = {"train.micro_batch": "given"}
     for checkpointing in (False, True):
-        change = {**given, **_checkpointing(recipe, checkpointing)}
+        change = {**given, **_checkpointing_change(recipe, checkpointing)}
         cut = _largest_cut(recipe, change)
         if cut is not None:
             return {**change, **cut}
-    return {**change, **list(micro_batches(recipe))[-1]}
+    return {**change, **list(micro_batch_changes(recipe))[-1]}
 
 
 def largest_micro_batch(recipe: Recipe, system: str) -> int:
@@ -111,17 +111,17 @@ def largest_micro_batch(recipe: Recipe, system: str) -> int:
 
     What a row adds is nearly the same for every row, so a straight line through two plans leads to the next guess.
     """
-    fits, fails, rows = 0, MOST_ROWS + 1, max(1, recipe.train.per_device_train_batch_size)
+    fits, fails, rows = 0, MAX_MICRO_BATCH_ROWS + 1, max(1, recipe.train.per_device_train_batch_size)
     peaks: dict[int, int] = {}
     while fails - fits > 1:
-        planned = plan(changed(recipe, {"train.per_device_train_batch_size": rows}))
+        planned = make_plan(apply_change(recipe, {"train.per_device_train_batch_size": rows}))
         peaks[rows] = planned.on_card_bytes
         fits, fails = (rows, fails) if planned.fits_on[system] else (fits, rows)
-        rows = min(max(_guess(peaks, planned.limits[system], rows), fits + 1), fails - 1)
+        rows = min(max(_interpolated_rows(peaks, planned.limits[system], rows), fits + 1), fails - 1)
     return fits
 
 
-def _guess(peaks: Mapping[int, int], limit: int, rows: int) -> int:
+def _interpolated_rows(peaks: Mapping[int, int], limit: int, rows: int) -> int:
     """The rows at which a line through the two known peaks that are nearest to the limit meets it."""
     if len(peaks) == 1:
         return 2 * rows if peaks[rows] < limit else rows // 2
@@ -130,11 +130,11 @@ def _guess(peaks: Mapping[int, int], limit: int, rows: int) -> int:
     return round(one + (limit - peaks[one]) / a_row) if a_row > 0 else (one + other) // 2
 
 
-def _ladders(recipe: Recipe) -> Iterator[Iterable[Change]]:
+def _candidates(recipe: Recipe) -> Iterator[Iterable[Change]]:
     """Yields what to try, roughly from cheap to dear; of each ladder, the first rung that fits is taken."""
-    free, halves = without_cost(recipe), list(_smaller(recipe))
-    optimizers, checkpointing = lighter_optimizers(recipe), _checkpointing(recipe, True)
-    if plan(recipe).moment == "evaluation":
+    free, halves = free_savings(recipe), list(_smaller_micro_batches(recipe))
+    optimizers, checkpointing = lighter_optimizers(recipe), _checkpointing_change(recipe, True)
+    if make_plan(recipe).phase == "evaluation":
         yield [{"train.per_device_eval_batch_size": recipe.train.per_device_train_batch_size}]
     if free:
         yield [free]
@@ -153,27 +153,27 @@ def _ladders(recipe: Recipe) -> Iterator[Iterable[Change]]:
         yield [{**lora, "model.dtype": "float16", "model.load_in": "4bit", **less} for less in smaller]
 
 
-def _last_resort(recipe: Recipe) -> Iterator[Iterable[Change]]:
+def _minimal_candidates(recipe: Recipe) -> Iterator[Iterable[Change]]:
     """Yields the least that a step can be, then shorter rows, which change what is learned; in LoRA too."""
-    rows = recipe.train.rows_of_a_step
+    rows = recipe.train.effective_batch_size
     least: dict[str, Any] = {
-        **without_cost(recipe),
+        **free_savings(recipe),
         "train.per_device_train_batch_size": 1,
         "train.gradient_accumulation_steps": rows,
         "train.per_device_eval_batch_size": 1,
-        **_checkpointing(recipe, True),
+        **_checkpointing_change(recipe, True),
     }
     lengths = [recipe.data.max_length >> shift for shift in range(1, 4)]
-    rungs = [least, *({**least, "data.max_length": length} for length in lengths if length >= SHORTEST)]
+    rungs = [least, *({**least, "data.max_length": length} for length in lengths if length >= MIN_ROW_TOKENS)]
     yield rungs
     if recipe.adapter is None:
         yield [{**rung, "adapter.kind": "lora"} for rung in rungs]
 
 
-def _hopeless(recipe: Recipe, change: Change) -> bool:
+def _cannot_fit(recipe: Recipe, change: Change) -> bool:
     """Whether a change cannot be enough: what must stay on the card is already too much, so no trace is needed."""
-    own = plan(recipe)
-    keep = {name: own.categories[name] for name in KEPT}
+    own = make_plan(recipe)
+    keep = {name: own.categories[name] for name in BATCH_INDEPENDENT_CATEGORIES}
     if "model.load_in" in change:
         keep["weights"] //= 8
     if "adapter.kind" in change:
@@ -182,49 +182,49 @@ def _hopeless(recipe: Recipe, change: Change) -> bool:
         keep["optimizer state"] = 0
     share = change.get("train.per_device_train_batch_size", recipe.train.per_device_train_batch_size)
     share /= recipe.train.per_device_train_batch_size
-    lighter = {"train.gradient_checkpointing", "model.lean_gelu", "data.max_length"} & change.keys()
+    lighter = {"train.gradient_checkpointing", "model.fused_gelu", "data.max_length"} & change.keys()
     activations = 0 if lighter else share
-    return sum(keep.values()) + activations * own.categories["activations"] + SPARE_BYTES > own.limit_bytes
+    return sum(keep.values()) + activations * own.categories["activations"] + SAFETY_MARGIN_BYTES > own.limit_bytes
 
 
-def _smaller(recipe: Recipe) -> Iterable[Change]:
+def _smaller_micro_batches(recipe: Recipe) -> Iterable[Change]:
     """The micro-batches below the recipe's own: half of it, a quarter, ... and one row."""
     own = recipe.train.per_device_train_batch_size
     sizes = {own >> shift for shift in range(1, own.bit_length())}
-    return [change for change in micro_batches(recipe) if change["train.per_device_train_batch_size"] in sizes]
+    return [change for change in micro_batch_changes(recipe) if change["train.per_device_train_batch_size"] in sizes]
 
 
-def _largest_micro_batch(recipe: Recipe, change: Change) -> Option | None:
+def _largest_micro_batch(recipe: Recipe, change: Change) -> Suggestion | None:
     cut = _largest_cut(recipe, change)
-    return None if cut is None else _option(recipe, {**change, **cut})
+    return None if cut is None else _suggestion(recipe, {**change, **cut})
 
 
 def _largest_cut(recipe: Recipe, change: Change) -> Change | None:
     """The optimizer step in the fewest micro-batches that fit, beside a change; None where not even single rows fit."""
-    cuts = list(micro_batches(recipe))
+    cuts = list(micro_batch_changes(recipe))
     first, last = 0, len(cuts)
     while first < last:
         middle = (first + last) // 2
-        if _fits_well(plan(changed(recipe, {**change, **cuts[middle]}))):
+        if _fits_well(make_plan(apply_change(recipe, {**change, **cuts[middle]}))):
             last = middle
         else:
             first = middle + 1
     return cuts[first] if first < len(cuts) else None
 
 
-def _checkpointing(recipe: Recipe, wanted: bool) -> dict[str, Any]:
+def _checkpointing_change(recipe: Recipe, wanted: bool) -> dict[str, Any]:
     return {} if recipe.train.gradient_checkpointing == wanted else {"train.gradient_checkpointing": wanted}
 
 
 def _fits_well(planned: Plan) -> bool:
-    return planned.fits and planned.spare_bytes >= SPARE_BYTES
+    return planned.fits and planned.spare_bytes >= SAFETY_MARGIN_BYTES
 
 
-def _option(recipe: Recipe, change: Change) -> Option | None:
+def _suggestion(recipe: Recipe, change: Change) -> Suggestion | None:
     """The change as an option, where it fits."""
-    own, new = plan(recipe), changed(recipe, change)
-    planned = plan(new)
+    own, new = make_plan(recipe), apply_change(recipe, change)
+    planned = make_plan(new)
     if not _fits_well(planned):
         return None
-    before, after = predict(recipe, own.work), predict(new, planned.work)
-    return Option(change=change, plan=planned, cost=before.tokens_per_second / after.tokens_per_second - 1)
+    before, after = predict_speed(recipe, own.work), predict_speed(new, planned.work)
+    return Suggestion(change=change, plan=planned, cost=before.tokens_per_second / after.tokens_per_second - 1)

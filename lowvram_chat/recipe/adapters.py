@@ -17,7 +17,7 @@ ADAPTERS: Mapping[str, Mapping[str, Any]] = {
 """Kind -> what it adds to `peft.LoraConfig`."""
 
 _FAILS = "fails on GPT-2's Conv1D layers in PEFT"
-REFUSED: Mapping[str, str] = {
+REFUSED_ADAPTERS: Mapping[str, str] = {
     "olora": _FAILS,
     "loha": _FAILS,
     "lokr": _FAILS,

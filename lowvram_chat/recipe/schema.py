@@ -9,7 +9,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validat
 
 from lowvram_chat.errors import did_you_mean
 from lowvram_chat.gpus import GPUS
-from lowvram_chat.recipe.adapters import ADAPTERS, REFUSED, REFUSED_TARGETS
+from lowvram_chat.recipe.adapters import ADAPTERS, REFUSED_ADAPTERS, REFUSED_TARGETS
 from lowvram_chat.recipe.optimizers import OPTIMIZERS
 
 FORMATS = ("messages", "sharegpt", "alpaca", "prompt_completion", "text", "baseline")
@@ -22,8 +22,8 @@ def _one_of(known: Iterable[str]) -> tuple[AfterValidator, Any]:
     names = list(known)
 
     def check(value: str) -> str:
-        if value in REFUSED and value not in names:
-            raise ValueError(f"'{value}' {REFUSED[value]}; known: {', '.join(names)}")
+        if value in REFUSED_ADAPTERS and value not in names:
+            raise ValueError(f"'{value}' {REFUSED_ADAPTERS[value]}; known: {', '.join(names)}")
         if value not in names:
             raise ValueError(f"unknown choice; known: {', '.join(names)}.{did_you_mean(value, names)}".rstrip("."))
         return value
@@ -62,11 +62,11 @@ class Model(Section):
     """Attention implementation of transformers."""
     dropout: Share | None = None
     """Every dropout probability of the base model; null keeps the model's own (GPT-2: 0.1)."""
-    lean_gelu: bool = True
+    fused_gelu: bool = True
     """Run GPT-2's `gelu_new` as one kernel (the same function in half the activation memory)."""
-    lean_loss: bool = True
+    fused_loss: bool = True
     """Score labelled tokens only, in tiles that never hold all logits; false: the model's own loss, for comparison."""
-    lean_attention: bool = True
+    document_attention: bool = True
     """Packed rows on a CPU, not compiled: attend within each document, without a mask; false: under a mask over whole rows."""
     pad_vocabulary: bool = True
     """Round the vocabulary up to a multiple of 64 in the loss's half-precision matrix products, which run faster so;
@@ -84,7 +84,7 @@ class Adapter(Section):
     """Scaling numerator: the update is multiplied by alpha / r (rslora: alpha / sqrt(r))."""
     dropout: Share = 0.0
     """Dropout in front of the adapter."""
-    lean: bool = True
+    fused: bool = True
     """Add a plain adapter's product to its layer's output in one kernel (on a CPU in fp32: fold it into a copy of the
     weight); false: PEFT's own forward, for comparison."""
     target_modules: list[str] | None = None
@@ -185,7 +185,7 @@ class Train(Section):
     """Checkpoints to keep."""
 
     @property
-    def rows_of_a_step(self) -> int:
+    def effective_batch_size(self) -> int:
         """Rows that one process works through for an optimizer step."""
         return self.per_device_train_batch_size * self.gradient_accumulation_steps
 

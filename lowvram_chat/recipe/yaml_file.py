@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +67,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     try:
         return Recipe.model_validate(tree)
     except ValidationError as error:
-        raise RecipeError(describe(error, str(path))) from None
+        raise RecipeError(describe_problems(error, str(path))) from None
 
 
 def dump_recipe(recipe: Recipe) -> str:
@@ -121,12 +121,12 @@ def _apply(tree: dict[str, Any], word: str) -> None:
     node[parts[-1]] = _parse(value, f"'{word}'")
 
 
-def describe(error: ValidationError, where: str) -> str:
+def describe_problems(error: ValidationError, where: str) -> str:
     """Return every problem of a recipe, one a line: path, value, what is wrong, the nearest known name."""
     lines: list[str] = []
     for detail in error.errors():
         # A section-spanning check puts several problems into one error, each with its own path.
-        path = ".".join(str(part) for part in detail["loc"] if part not in UNION_BRANCHES)
+        path = ".".join(str(part) for part in detail["loc"] if part not in UNION_BRANCH_NAMES)
         for text in _sentence(detail).split("\n"):
             line = f"  {path}: {text}" if path else f"  {text}"
             if line not in lines:
@@ -135,7 +135,15 @@ def describe(error: ValidationError, where: str) -> str:
     return f"{where}: {count} in the recipe.\n" + "\n".join(lines)
 
 
-UNION_BRANCHES = ("str", "list[str]")
+RENAMED_SETTINGS: Mapping[str, str] = {
+    "model.lean_gelu": "model.fused_gelu",
+    "model.lean_loss": "model.fused_loss",
+    "model.lean_attention": "model.document_attention",
+    "adapter.lean": "adapter.fused",
+}
+"""Settings of version 0.1.0 that have another name now."""
+
+UNION_BRANCH_NAMES = ("str", "list[str]")
 """What pydantic puts into a path for the branches of `str | list[str]`."""
 
 
@@ -143,6 +151,9 @@ def _sentence(detail: ErrorDetails) -> str:
     """Return what is wrong with one value, with the value."""
     value = detail.get("input")
     if detail["type"] == "extra_forbidden":
+        renamed = RENAMED_SETTINGS.get(".".join(map(str, detail["loc"])))
+        if renamed:
+            return f"this setting is called {renamed} now. Rename it."
         known = _fields_at(detail["loc"][:-1])
         hint = did_you_mean(str(detail["loc"][-1]), known) or f" Known here: {', '.join(known)}."
         return f"there is no such setting.{hint}"

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from html import escape
 
 from lowvram_chat.reporting.html import folded, table
-from lowvram_chat.results.record import Kind
+from lowvram_chat.results.record import MetricKind
 
 COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#f0e442", "#999999")
 """Of series. Source: Okabe and Ito's palette, which the colour-blind can tell apart."""
-WIDTH, HEIGHT = 1000, 300
+PLOT_WIDTH, PLOT_HEIGHT = 1000, 300
 """Of a plot's own coordinates; it is stretched to its place."""
-ROWS = 24
+MAX_TABLE_ROWS = 24
 """Of the table behind a curve."""
 
 
@@ -23,7 +23,7 @@ class Bar:
 
     label: str
     value: float
-    kind: Kind
+    kind: MetricKind
     text: str
     """The figure as it is read."""
 
@@ -51,7 +51,7 @@ def bars(title: str, rows: Sequence[Bar], *, unit: str, marks: Mapping[str, floa
 
 
 def areas(
-    title: str, series: Mapping[str, Sequence[float]], *, unit: str, limits: Mapping[str, float], kind: Kind
+    title: str, series: Mapping[str, Sequence[float]], *, unit: str, limits: Mapping[str, float], kind: MetricKind
 ) -> str:
     """Return series stacked over the same places, with lines at `limits` (words -> value); hatched where predicted."""
     series = {name: values for name, values in series.items() if any(values)}
@@ -73,7 +73,7 @@ def areas(
     )
     drawn = _plot(title, pattern + "".join(shapes), top, unit, limits, ("first", "last"))
     peak = max(range(count), key=sums.__getitem__)
-    places = sorted({*range(0, count, max(1, count // ROWS)), peak})
+    places = sorted({*range(0, count, max(1, count // MAX_TABLE_ROWS)), peak})
     behind = table(
         f"{title} ({unit}, {kind}; the peak is at place {peak + 1} of {count})",
         ["place", *series, "all"],
@@ -105,7 +105,7 @@ def curves(
     shapes = []
     for colour, points in zip(_colours(series), series.values(), strict=True):
         dots = [((place - first) / wide, (height - low) / (high - low)) for place, height in points]
-        path = "L".join(f"{WIDTH * a:.1f} {HEIGHT * (1 - b):.1f}" for a, b in dots)
+        path = "L".join(f"{PLOT_WIDTH * a:.1f} {PLOT_HEIGHT * (1 - b):.1f}" for a, b in dots)
         path += "h.01" if len(dots) == 1 else ""
         stroke = f'stroke="{colour}" stroke-width="{6 if len(dots) == 1 else 2}" stroke-linecap="round"'
         shapes.append(f'<path fill="none" {stroke} d="M{path}"/>')
@@ -139,7 +139,7 @@ def _plot(  # noqa: PLR0917
 
     lines = "".join(
         f'<path stroke="var(--mark)" stroke-dasharray="6 4" stroke-width="1.5" '
-        f'd="M0 {HEIGHT * (1 - height(value) / 100):.1f}H{WIDTH}"/>'
+        f'd="M0 {PLOT_HEIGHT * (1 - height(value) / 100):.1f}H{PLOT_WIDTH}"/>'
         for value in limits.values()
     )
     marks = "".join(
@@ -151,7 +151,9 @@ def _plot(  # noqa: PLR0917
         for share in (0, 25, 50, 75, 100)
     )
     label = f"{escape(title, quote=True)}; the table below holds the figures"
-    drawing = f'viewBox="0 0 {WIDTH} {HEIGHT}" preserveAspectRatio="none" aria-hidden="true" focusable="false"'
+    drawing = (
+        f'viewBox="0 0 {PLOT_WIDTH} {PLOT_HEIGHT}" preserveAspectRatio="none" aria-hidden="true" focusable="false"'
+    )
     return (
         f'<p>{escape(unit)}</p><div class="plot" role="img" aria-label="{label}"><svg {drawing}>{shapes}{lines}</svg>'
         f'{labels}{marks}<span class="x" style="left:0;transform:none">{escape(ends[0])}</span>'
@@ -161,18 +163,18 @@ def _plot(  # noqa: PLR0917
 
 def _outline(below: Sequence[float], above: Sequence[float], top: float) -> str:
     """Return the path of a band; each value holds until the next place."""
-    wide = WIDTH / len(above)
+    wide = PLOT_WIDTH / len(above)
 
     def steps(values: Sequence[float]) -> list[tuple[float, float]]:
-        return [(wide * (n + end), HEIGHT * (1 - value / top)) for n, value in enumerate(values) for end in (0, 1)]
+        return [(wide * (n + end), PLOT_HEIGHT * (1 - value / top)) for n, value in enumerate(values) for end in (0, 1)]
 
     corners = [*steps(above), *reversed(steps(below))]
     return "M" + "L".join(f"{a:.1f} {b:.1f}" for a, b in corners) + "Z"
 
 
 def _few(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Return at most some `ROWS` points, the last one among them."""
-    step = max(1, len(points) // ROWS)
+    """Return at most some `MAX_TABLE_ROWS` points, the last one among them."""
+    step = max(1, len(points) // MAX_TABLE_ROWS)
     few = list(points[::step])
     return few if few[-1] == points[-1] else [*few, points[-1]]
 

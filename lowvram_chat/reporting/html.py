@@ -9,7 +9,7 @@ from importlib import resources
 
 from lowvram_chat import __version__
 
-KEY = {
+FILL_LEGEND = {
     "measured": "measured",
     "predicted": "predicted, measured by nobody",
     "published": "published by others",
@@ -17,7 +17,7 @@ KEY = {
 """What a bar's fill says, everywhere."""
 
 # No script, no font, no picture from anywhere: the page may not even try.
-POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
+CONTENT_SECURITY_POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 
 
 def page(title: str, lead: str, sections: Sequence[tuple[str, str]]) -> str:
@@ -31,7 +31,7 @@ def page(title: str, lead: str, sections: Sequence[tuple[str, str]]) -> str:
     )
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">\n'
+        f'<meta http-equiv="Content-Security-Policy" content="{CONTENT_SECURITY_POLICY}">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f'<title>{escape(title)}</title>\n<link rel="icon" href="data:,">\n<style>\n{css}</style>\n</head>\n<body>\n'
         f'<a class="skip" href="#main">Skip to the results</a>\n<header><h1>{escape(title)}</h1>'
@@ -81,7 +81,9 @@ def paragraph(text: str) -> str:
     return f"<p>{escape(text)}</p>"
 
 
-def key() -> str:
+def fill_legend() -> str:
     """Return what solid, hatched and outlined mean."""
-    items = "".join(f'<li><i class="{kind}" aria-hidden="true"></i>{escape(text)}</li>' for kind, text in KEY.items())
+    items = "".join(
+        f'<li><i class="{kind}" aria-hidden="true"></i>{escape(text)}</li>' for kind, text in FILL_LEGEND.items()
+    )
     return f'<ul class="key" aria-label="What the fills mean">{items}</ul>'

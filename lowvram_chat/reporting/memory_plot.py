@@ -11,10 +11,10 @@ from typing import Any
 from lowvram_chat.errors import DeviceError, UsageError
 from lowvram_chat.gpus import CONTEXT_MIB, GPUS, MIB
 from lowvram_chat.planning.allocator import CachingAllocator
-from lowvram_chat.planning.plan import category_of, limits, longest_run
+from lowvram_chat.planning.plan import card_limits, longest_rows_run, plan_category
 from lowvram_chat.recipe.schema import Recipe
 
-ORDER = (
+STACKING_ORDER = (
     "weights",
     "optimizer state",
     "cuBLAS",
@@ -27,10 +27,10 @@ ORDER = (
 """From the bottom: what stays, then what comes and goes."""
 
 
-ENDINGS = (".png", ".svg", ".pdf")
+FILE_TYPES = (".png", ".svg", ".pdf")
 
 
-def check(path: Path) -> None:
+def check_plot_file(path: Path) -> None:
     """Refuses to draw where matplotlib is missing, or into a file that cannot be.
 
     Raises:
@@ -39,37 +39,37 @@ def check(path: Path) -> None:
     """
     if importlib.util.find_spec("matplotlib") is None:
         raise DeviceError("--plot: matplotlib is not installed. pip install 'lowvram-chat[plot]', or leave --plot out.")
-    if path.suffix.lower() not in ENDINGS:
-        raise UsageError(f"--plot: {path} does not say what to draw. End it in one of {', '.join(ENDINGS)}.")
+    if path.suffix.lower() not in FILE_TYPES:
+        raise UsageError(f"--plot: {path} does not say what to draw. End it in one of {', '.join(FILE_TYPES)}.")
     if not path.parent.is_dir():
         raise UsageError(f"--plot: {path.parent} is no folder. Make it first, or give another.")
 
 
-def series(recipe: Recipe) -> tuple[dict[str, list[float]], list[float]]:
+def memory_series(recipe: Recipe) -> tuple[dict[str, list[float]], list[float]]:
     """Returns MiB after each event of a run of the longest rows: (allocated by category, reserved).
 
     Raises:
         NotFoundError, ModelError: the model or its adapter cannot be had.
     """
     card, blocks, sums = CachingAllocator(), {}, Counter[str]()
-    allocated: dict[str, list[float]] = {category: [] for category in ORDER}
+    allocated: dict[str, list[float]] = {category: [] for category in STACKING_ORDER}
     reserved = []
-    for storage, is_birth in longest_run(recipe):
-        sums[category_of(storage)] += storage.nbytes if is_birth else -storage.nbytes
-        if storage.nbytes and is_birth:
+    for storage, is_allocation in longest_rows_run(recipe):
+        sums[plan_category(storage)] += storage.nbytes if is_allocation else -storage.nbytes
+        if storage.nbytes and is_allocation:
             blocks[storage] = card.malloc(storage.nbytes)
         elif storage.nbytes and (block := blocks.pop(storage)) is not None:
             card.free(block)
-        for category in ORDER:
+        for category in STACKING_ORDER:
             allocated[category].append(sums[category] / MIB)
         reserved.append(card.reserved_bytes / MIB)
     return allocated, reserved
 
 
-def draw(recipe: Recipe, path: Path) -> None:
-    """Writes the picture; its type follows the ending. Raises: as `check` and `series`."""
-    check(path)
-    allocated, reserved = series(recipe)
+def draw_memory(recipe: Recipe, path: Path) -> None:
+    """Writes the picture; its type follows the ending. Raises: as `check_plot_file` and `memory_series`."""
+    check_plot_file(path)
+    allocated, reserved = memory_series(recipe)
     importlib.import_module("matplotlib").use("Agg")
     pyplot = importlib.import_module("matplotlib.pyplot")
     figure, axes = pyplot.subplots(figsize=(11, 5.5), layout="constrained")
@@ -94,7 +94,7 @@ def _title(recipe: Recipe) -> str:
 
 def _limits(axes: Any, recipe: Recipe) -> None:
     """A line where the allocator finds the card full: what is usable, less the context."""
-    for system, nbytes in limits(recipe).items():
+    for system, nbytes in card_limits(recipe).items():
         title = GPUS[recipe.memory.gpu].title if recipe.memory.limit_mib is None else "memory.limit_mib"
         style = "--" if system == "linux" else ":"
         axes.axhline(nbytes / MIB - CONTEXT_MIB, color="red", linestyle=style, label=f"{title}, {system}, less context")

@@ -12,7 +12,7 @@ from typing import Any
 from lowvram_chat.gpus import MIB
 from lowvram_chat.recipe.yaml_file import dump_recipe
 from lowvram_chat.reporting.charts import Bar, bars, curves
-from lowvram_chat.reporting.html import key, page, table
+from lowvram_chat.reporting.html import fill_legend, page, table
 from lowvram_chat.training.run_dir import RunDir, read_result
 from lowvram_chat.training.samples import read_samples
 
@@ -115,7 +115,7 @@ def _memory(lines: Sequence[Mapping[str, Any]], result: Mapping[str, Any]) -> st
     rows = [_bar("reserved, predicted", plan["predicted_reserved_bytes"], "predicted")]
     if plan["measured_reserved_bytes"] is not None:
         rows.append(_bar("reserved, measured", plan["measured_reserved_bytes"], "measured"))
-    return key() + bars("Peak on the card against the plan", rows, unit="MiB") + drawn
+    return fill_legend() + bars("Peak on the card against the plan", rows, unit="MiB") + drawn
 
 
 def _bar(label: str, nbytes: float, kind: Any) -> Bar:

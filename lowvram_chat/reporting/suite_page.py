@@ -8,12 +8,12 @@ from typing import get_args
 from lowvram_chat.recipe.baseline import BASELINE_SECONDS, BASELINE_TOKENS_PER_SECOND
 from lowvram_chat.recipe.schema import Memory
 from lowvram_chat.reporting.charts import Bar, areas, bars
-from lowvram_chat.reporting.html import folded, key, page, paragraph, table
-from lowvram_chat.results.record import Kind, Metric, Record, of_benchmark
+from lowvram_chat.reporting.html import fill_legend, folded, page, paragraph, table
+from lowvram_chat.results.record import Metric, MetricKind, Record, records_by_case
 
 BASELINE_HOURS = BASELINE_SECONDS / 3600
 
-Section = Callable[[Sequence[Record]], str]
+SectionWriter = Callable[[Sequence[Record]], str]
 
 
 def suite_page(records: Sequence[Record]) -> str:
@@ -28,7 +28,7 @@ def suite_page(records: Sequence[Record]) -> str:
 
 
 def _verdicts(records: Sequence[Record]) -> str:
-    planned, runs = of_benchmark(records, "vram"), of_benchmark(records, "run")
+    planned, runs = records_by_case(records, "vram"), records_by_case(records, "run")
     parts = []
     if planned:
         rows = [[name.split(" on ")[0], *_fits(record)] for name, record in planned.items()]
@@ -67,7 +67,7 @@ def _fits(record: Record) -> list[str]:
 
 def _memory(records: Sequence[Record]) -> str:
     drawn: list[str] = []
-    for name, record in of_benchmark(records, "vram").items():
+    for name, record in records_by_case(records, "vram").items():
         limits = {
             f"4 GB card, {system}, less the context": value
             for system in ("linux", "windows")
@@ -85,7 +85,7 @@ def _memory(records: Sequence[Record]) -> str:
 def _speed(records: Sequence[Record]) -> str:
     predicted = [
         _bar(name, record.metrics["tokens_per_second_80w"])
-        for name, record in of_benchmark(records, "baseline").items()
+        for name, record in records_by_case(records, "baseline").items()
         if "tokens_per_second_80w" in record.metrics
     ]
     published = Bar(
@@ -99,22 +99,22 @@ def _speed(records: Sequence[Record]) -> str:
         parts.append(
             bars("Tokens a second on an RTX 3050 Laptop at 80 W, predicted", [*predicted, published], unit="tokens/s")
         )
-    for model, cases in _by_model(of_benchmark(records, "throughput")).items():
+    for model, cases in _by_model(records_by_case(records, "throughput")).items():
         rows = [_bar(name, record.metrics["tokens_per_second"]) for name, record in cases.items()]
         machines = ", ".join(sorted({record.machine.name for record in cases.values()}))
         parts.append(bars(f"Real tokens a second, {model} model, measured on {machines}", rows, unit="tokens/s"))
-    for name, record in of_benchmark(records, "run").items():
+    for name, record in records_by_case(records, "run").items():
         if "tokens_per_second" in record.metrics:
             pair = [m for m in ("tokens_per_second", "predicted_tokens_per_second") if m in record.metrics]
             rows = [_bar(f"{name}, {record.metrics[metric].kind}", record.metrics[metric]) for metric in pair]
             parts.append(
                 bars(f"{name} on {record.machine.card or record.machine.name}", [*rows, published], unit="tokens/s")
             )
-    return key() + "".join(parts) if parts else ""
+    return fill_legend() + "".join(parts) if parts else ""
 
 
 def _hours(records: Sequence[Record]) -> str:
-    cases = of_benchmark(records, "baseline")
+    cases = records_by_case(records, "baseline")
     parts = []
     for watts in (80, 55, 40):
         name = f"three_baseline_epochs_{watts}w"
@@ -123,16 +123,16 @@ def _hours(records: Sequence[Record]) -> str:
             value for r in cases.values() if (value := r.value(f"limit_three_baseline_epochs_{watts}w")) is not None
         ]
         if rows:
-            marks = {f"published: {clock(BASELINE_HOURS)}": BASELINE_HOURS}
+            marks = {f"published: {format_hours(BASELINE_HOURS)}": BASELINE_HOURS}
             if limits:
-                marks[f"full fine-tuning at the card's peak rate: {clock(min(limits))}"] = min(limits)
+                marks[f"full fine-tuning at the card's peak rate: {format_hours(min(limits))}"] = min(limits)
             parts.append(bars(f"Three baseline epochs at {watts} W, predicted", rows, unit="h", marks=marks))
-    return key() + "".join(parts) if parts else ""
+    return fill_legend() + "".join(parts) if parts else ""
 
 
 def _errors(records: Sequence[Record]) -> str:
     parts = []
-    for case, record in of_benchmark(records, "planner").items():
+    for case, record in records_by_case(records, "planner").items():
         rows = [
             Bar(label=name.removesuffix(" error"), value=abs(m.value), kind="predicted", text=f"{m.value:+.2f} %")
             for name, m in record.metrics.items()
@@ -144,7 +144,7 @@ def _errors(records: Sequence[Record]) -> str:
 
 def _ablation(records: Sequence[Record]) -> str:
     parts = []
-    for model, cases in _by_model(of_benchmark(records, "ablation")).items():
+    for model, cases in _by_model(records_by_case(records, "ablation")).items():
         rows = [_bar(name.split(" ", 1)[1], record.metrics["tokens_per_second"]) for name, record in cases.items()]
         parts.append(
             bars(f"{model} model: each substitution on top of those above it, measured", rows, unit="tokens/s")
@@ -173,7 +173,7 @@ def _all(records: Sequence[Record]) -> str:
     return table("Every case", head, rows)
 
 
-SECTIONS: Mapping[str, Section] = {
+SECTIONS: Mapping[str, SectionWriter] = {
     "Does it fit?": _verdicts,
     "Memory over a step": _memory,
     "Speed": _speed,
@@ -187,7 +187,7 @@ SECTIONS: Mapping[str, Section] = {
 
 def _bar(label: str, metric: Metric) -> Bar:
     spread = "" if metric.p20 is None or metric.p80 is None else f" ({metric.p20:,.0f} to {metric.p80:,.0f})"
-    text = clock(metric.value) if metric.unit == "h" else f"{metric.value:,.0f}{spread}"
+    text = format_hours(metric.value) if metric.unit == "h" else f"{metric.value:,.0f}{spread}"
     return Bar(label=label, value=metric.value, kind=metric.kind, text=text)
 
 
@@ -205,7 +205,7 @@ def _figure(record: Record, metric: str) -> str:
     return "-" if value is None else f"{value:,.0f}"
 
 
-def clock(hours: float) -> str:
+def format_hours(hours: float) -> str:
     """Return hours in words: "2 h 59 m"."""
     minutes = round(60 * hours)
     return f"{minutes // 60} h {minutes % 60:02d} m"
@@ -216,7 +216,7 @@ def text_table(records: Iterable[Record]) -> tuple[list[str], list[list[str]]]:
     kinds = ("predicted", "measured")
     rows = []
     for record in records:
-        figures: dict[str, list[str]] = {kind: [] for kind in get_args(Kind)}
+        figures: dict[str, list[str]] = {kind: [] for kind in get_args(MetricKind)}
         for name, metric in record.metrics.items():
             figures[metric.kind].append(
                 f"{name.replace('_', ' ')} {metric.value:,.4g} {metric.unit}".removesuffix(" 1")

@@ -15,26 +15,26 @@ from typing import Any, Literal
 import torch
 from transformers import TrainerCallback
 
-from lowvram_chat.data.dataset import Rows
-from lowvram_chat.data.packing import pack
+from lowvram_chat.data.dataset import PreparedRows
+from lowvram_chat.data.packing import pack_rows
 from lowvram_chat.data.reader import Facts
 from lowvram_chat.errors import NotFoundError
-from lowvram_chat.model.configs import config_of
+from lowvram_chat.model.configs import config_for
 from lowvram_chat.model.device import check_device
 from lowvram_chat.model.pretrained import load_tokenizer
 from lowvram_chat.recipe.schema import Recipe
 from lowvram_chat.training import budget, run_dir
-from lowvram_chat.training.callbacks import memory
+from lowvram_chat.training.callbacks import peak_memory
 from lowvram_chat.training.oom import is_out_of_memory
 from lowvram_chat.training.session import Session
 
 log = logging.getLogger(__name__)
 
-WARM_UP = 3
+WARM_UP_STEPS = 3
 """Optimizer steps that are left out: the first allocate the optimizer's states, and compile."""
 
 
-class _Clock(TrainerCallback):
+class StepTimer(TrainerCallback):
     """Takes the time from one optimizer step's end to the next one's, the device waited for and the fetching of rows included;
     and the most of the device that is in use."""
 
@@ -55,7 +55,7 @@ class _Clock(TrainerCallback):
             self.device_bytes = max(self.device_bytes, total - free)
 
 
-def measure(recipe: Recipe, steps: int, of: Literal["memory", "speed"]) -> dict[str, Any]:
+def measure_steps(recipe: Recipe, steps: int, of: Literal["memory", "speed"]) -> dict[str, Any]:
     """Run `steps` optimizer steps after the warm-up and return what was measured.
 
     Both passes give "status": "passed" or "out_of_memory". "speed": "seconds" of each step, "tokens_per_step". "memory":
@@ -67,31 +67,34 @@ def measure(recipe: Recipe, steps: int, of: Literal["memory", "speed"]) -> dict[
     """
     with tempfile.TemporaryDirectory(prefix="lowvram-chat-measure-", ignore_cleanup_errors=True) as name:
         folder = Path(name)
-        recipe = plain(recipe, folder, steps)
+        recipe = training_steps_only(recipe, folder, steps)
         device = check_device(recipe)
-        budget.hold(recipe, device)
-        clock = _Clock()
+        budget.cap_process_memory(recipe, device)
+        clock = StepTimer()
         try:
-            prepared(recipe, device, folder, steps).steps(run_dir.create(recipe, resume=False), clock)
+            prepare_session(recipe, device, folder, steps).steps(run_dir.create(recipe, resume=False), clock)
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
             return {"status": "out_of_memory", "reason": str(error).splitlines()[0]}
         train = recipe.train
-        rows = train.rows_of_a_step
+        rows = train.effective_batch_size
         figures: dict[str, Any] = {"status": "passed"}
         if of == "speed":
-            return figures | {"seconds": clock.seconds[WARM_UP:], "tokens_per_step": rows * recipe.data.max_length}
-        return figures | memory() | ({"device_bytes": clock.device_bytes} if device.type == "cuda" else {})
+            return figures | {
+                "seconds": clock.seconds[WARM_UP_STEPS:],
+                "tokens_per_step": rows * recipe.data.max_length,
+            }
+        return figures | peak_memory() | ({"device_bytes": clock.device_bytes} if device.type == "cuda" else {})
 
 
-def rows_of(recipe: Recipe, steps: int) -> Rows:
+def random_rows(recipe: Recipe, steps: int) -> PreparedRows:
     """Return full rows of random tokens, all of which carry loss: enough for the warm-up and `steps` optimizer steps."""
     import datasets
 
     train, length = recipe.train, recipe.data.max_length
-    count = train.rows_of_a_step * (steps + WARM_UP)
-    vocabulary = int(config_of(recipe.model).vocab_size)
+    count = train.effective_batch_size * (steps + WARM_UP_STEPS)
+    vocabulary = int(config_for(recipe.model).vocab_size)
     tokens = torch.randint(vocabulary, (count, length), generator=torch.Generator().manual_seed(0))
     labels = tokens.clone()
     labels[:, 0] = -100
@@ -99,31 +102,33 @@ def rows_of(recipe: Recipe, steps: int) -> Rows:
         {"input_ids": tokens.tolist(), "labels": labels.tolist(), "length": [length] * count}
     )
     facts = Facts(conversations=count, rows=count, tokens=count * length, loss_tokens=count * (length - 1))
-    return Rows(train=pack(rows, length) if recipe.data.rows == "packed" else rows, held_out=None, facts=facts)
+    return PreparedRows(
+        train=pack_rows(rows, length) if recipe.data.rows == "packed" else rows, held_out=None, facts=facts
+    )
 
 
-def plain(recipe: Recipe, folder: Path, steps: int) -> Recipe:
+def training_steps_only(recipe: Recipe, folder: Path, steps: int) -> Recipe:
     """Return the recipe without what is not a step: evaluation, checkpoints, trackers, a schedule over an epoch, a template
     that the stand-in's tokenizer may lack."""
     nothing = {"eval_source": None, "eval_split": None, "eval_fraction": None, "chat_template": "plain"}
     data = recipe.data.model_copy(update=nothing)
     train = recipe.train.model_copy(
-        update={"max_steps": steps + WARM_UP, "save_steps": None, "eval_steps": None, "logging_steps": 10**6}
+        update={"max_steps": steps + WARM_UP_STEPS, "save_steps": None, "eval_steps": None, "logging_steps": 10**6}
     )
     output = recipe.output.model_copy(update={"dir": str(folder / "run"), "report_to": [], "sample_prompts": []})
     return recipe.model_copy(update={"data": data, "train": train, "output": output})
 
 
-def prepared(recipe: Recipe, device: torch.device, folder: Path, steps: int) -> Session:
+def prepare_session(recipe: Recipe, device: torch.device, folder: Path, steps: int) -> Session:
     """Return the session; where the weights cannot be had, with random ones of the same shapes, which run as fast."""
-    rows = rows_of(recipe, steps)
+    rows = random_rows(recipe, steps)
     try:
         return Session.prepare(recipe, device=device, rows=rows)
     except NotFoundError:
         from transformers import AutoModelForCausalLM
 
         log.info("%s is not here: measuring with random weights of its shapes", recipe.model.name)
-        AutoModelForCausalLM.from_config(config_of(recipe.model)).save_pretrained(folder / "model")
+        AutoModelForCausalLM.from_config(config_for(recipe.model)).save_pretrained(folder / "model")
         load_tokenizer("builtin:tiny-gpt2").save_pretrained(folder / "model")
         model = recipe.model.model_copy(update={"name": str(folder / "model"), "revision": None})
         return Session.prepare(recipe.model_copy(update={"model": model}), device=device, rows=rows)

@@ -14,15 +14,15 @@ from lowvram_chat.results import machine
 from lowvram_chat.results.record import Machine, Metric, Record, spread
 
 BENCHMARK = "run"
-VARIANTS = {"ti", "super", "max", "ada"}
+GPU_VARIANT_SUFFIXES = {"ti", "super", "max", "ada"}
 """Words that make another card of a name."""
-ALSO_DESKTOP = {"3050"}
+SHARED_WITH_DESKTOP = {"3050"}
 """Names that a desktop card with other figures has too, where drivers do say "laptop"."""
 RATE_NOISE, MEMORY_NOISE = 0.05, 0.02
 """Relative change that counts as noise: of a rate, of a peak."""
 
 
-def measured(recipe: Recipe, name: str, steps: int) -> Record:
+def measure_recipe(recipe: Recipe, name: str, steps: int) -> Record:
     """Return the record of a recipe's `steps` steps on this machine, under this name; memory and speed each in a process of
     its own.
 
@@ -50,7 +50,7 @@ def measured(recipe: Recipe, name: str, steps: int) -> Record:
     )
 
 
-def sentence(record: Record) -> str:
+def summary_sentence(record: Record) -> str:
     """Return in a line how a measured run compares with the baseline and with its prediction."""
     if record.status != "passed":
         return f"{record.case}: {record.status.replace('_', ' ')} ({record.reason})"
@@ -78,16 +78,16 @@ def _beside(found: Metric, predicted: Metric | None, unit: str) -> str:
 def _resolved(recipe: Recipe, here: Machine) -> Recipe:
     """Return the recipe as it is run on this machine: its micro-batch planned, compiled or not, its card named."""
     quiet_libraries()
-    from lowvram_chat.model.compilation import wants_compile
+    from lowvram_chat.model.compilation import should_compile
     from lowvram_chat.model.device import check_device
     from lowvram_chat.training.budget import with_planned_micro_batch
 
     device = check_device(recipe)
-    known = known_card(here.card or "", here.card_mib or 0)
+    known = known_gpu(here.card or "", here.card_mib or 0)
     if known is not None and "gpu" not in recipe.memory.model_fields_set:
         recipe = recipe.model_copy(update={"memory": Memory(**recipe.memory.model_dump() | {"gpu": known})})
     recipe = with_planned_micro_batch(recipe, device)
-    train = recipe.train.model_copy(update={"compile": wants_compile(recipe.train, device)})
+    train = recipe.train.model_copy(update={"compile": should_compile(recipe.train, device)})
     return recipe.model_copy(update={"train": train})
 
 
@@ -104,10 +104,10 @@ def _pass(recipe: Recipe, steps: int, of: Literal["memory", "speed"]) -> dict[st
 
 def _measure(recipe: Recipe, steps: int, of: Literal["memory", "speed"]) -> dict[str, Any]:
     quiet_libraries()
-    from lowvram_chat.results.measure import measure
+    from lowvram_chat.results.measure import measure_steps
 
     quiet_transformers()
-    return measure(recipe, steps, of)
+    return measure_steps(recipe, steps, of)
 
 
 def _memory(figures: dict[str, Any]) -> dict[str, Metric]:
@@ -136,36 +136,36 @@ def _speed(figures: dict[str, Any]) -> dict[str, Metric]:
 
 def _predictions(recipe: Recipe, here: Machine) -> dict[str, Metric]:
     """Return what is predicted of the recipe on this card; of its speed only where the card is in the table."""
-    from lowvram_chat.planning.plan import plan
-    from lowvram_chat.timing.speed import predict
+    from lowvram_chat.planning.plan import make_plan
+    from lowvram_chat.timing.speed import predict_speed
 
-    known = known_card(here.card or "", here.card_mib or 0)
+    known = known_gpu(here.card or "", here.card_mib or 0)
     if known is not None:
         recipe = recipe.model_copy(update={"memory": recipe.memory.model_copy(update={"gpu": known})})
-    planned = plan(recipe)
+    planned = make_plan(recipe)
     found = {
         "predicted_reserved": Metric(value=round(planned.peak_reserved_bytes / MIB, 1), unit="MiB", kind="predicted")
     }
     if known is not None:
         limits, watts = GPUS[known].fp16_tflops, here.power_limit_watts
         nearest = max(limits) if watts is None else min(limits, key=lambda limit: abs(limit - watts))
-        rate = predict(recipe, planned.work, known, nearest).tokens_per_second
+        rate = predict_speed(recipe, planned.work, known, nearest).tokens_per_second
         found["predicted_tokens_per_second"] = Metric(value=round(rate, 1), unit="tokens/s", kind="predicted")
         if watts is None and len(limits) > 1:
             found["assumed_power_limit"] = Metric(value=nearest, unit="W", kind="predicted")
     return found
 
 
-def known_card(card: str, mib: int) -> str | None:
+def known_gpu(card: str, mib: int) -> str | None:
     """Return the row of the card table that a driver's name and memory mean; None where there is none.
 
     "NVIDIA GeForce RTX 3050 Laptop GPU" of 4,096 MiB is rtx-3050-laptop-4gb: the words of the row's name are said, no variant
     that is another chip is, and its memory is that within a tenth. Of most laptops' cards drivers do not say "laptop".
     """
     said = {*card.lower().replace("-", " ").split()}
-    said |= set() if ALSO_DESKTOP & said else {"laptop"}
+    said |= set() if SHARED_WITH_DESKTOP & said else {"laptop"}
 
     def is_it(words: set[str], mib_of_row: int) -> bool:
-        return words <= said and not (VARIANTS & said) - words and abs(mib - mib_of_row) < mib / 10
+        return words <= said and not (GPU_VARIANT_SUFFIXES & said) - words and abs(mib - mib_of_row) < mib / 10
 
     return next((name for name, gpu in GPUS.items() if is_it({*name.split("-")[:-1]}, gpu.total_mib)), None)

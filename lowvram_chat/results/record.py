@@ -18,7 +18,7 @@ from lowvram_chat.errors import NotFoundError, UsageError
 SCHEMA_VERSION = 1
 """Of the files; `Record.schema_version` takes no other."""
 
-Kind = Literal["measured", "predicted", "published"]
+MetricKind = Literal["measured", "predicted", "published"]
 
 
 class _Frozen(BaseModel):
@@ -32,7 +32,7 @@ class Metric(_Frozen):
     """The figure; the median where it was taken several times."""
     unit: str
     """MiB, s, ms, tokens/s, h, nats, %, 1 (a share or ratio) ..."""
-    kind: Kind
+    kind: MetricKind
     better: Literal["lower", "higher", "same"] = "same"
     """Which way is an improvement; `same`: a figure that says what was run, compared for nothing."""
     tolerance: float = 0.0
@@ -148,7 +148,7 @@ def load_all(paths: Iterable[Path]) -> list[Record]:
     return records
 
 
-def of_benchmark(records: Sequence[Record], benchmark: str) -> Mapping[str, Record]:
+def records_by_case(records: Sequence[Record], benchmark: str) -> Mapping[str, Record]:
     """Return case -> record of one benchmark; of a case that several machines ran, the machine stands in the name too."""
     found = [record for record in records if record.benchmark == benchmark]
     times = Counter(record.case for record in found)

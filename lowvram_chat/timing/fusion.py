@@ -13,14 +13,14 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 
-from lowvram_chat.tracing.operations import Operation, Piece
+from lowvram_chat.tracing.operations import Access, Operation
 
-COMPILED_MOMENTS = frozenset({"forward", "loss", "backward"})
+COMPILED_PHASES = frozenset({"forward", "loss", "backward"})
 """The optimizer's step and the clipping stay as they are: they are outside the model."""
 Reads = dict[object, int]
 
 
-def compiled(parts: Sequence[Sequence[Operation]], *, pads: bool = True) -> list[list[Operation]]:
+def fuse(parts: Sequence[Sequence[Operation]], *, pads: bool = True) -> list[list[Operation]]:
     """Returns the operations of a step whose model is compiled, from those of one whose model is not.
 
     `pads`: whether the compiler pads matrices, as torch's does from 2.2 on.
@@ -33,12 +33,12 @@ def _padded(part: Sequence[Operation]) -> Iterator[Operation]:
     """The operations with every product aligned, after a copy of each matrix that was not."""
     copied: set[object] = set()
     for operation in part:
-        if operation.unaligned and operation.moment in COMPILED_MOMENTS:
+        if operation.unaligned and operation.phase in COMPILED_PHASES:
             read = {piece.storage for piece in operation.reads}
             for piece in operation.unaligned:
                 if piece.storage in read and piece.storage not in copied:
                     copied.add(piece.storage)
-                    yield _kernel("pad", operation.moment, {piece.storage: piece.nbytes}, {object(): piece.nbytes})
+                    yield _kernel("pad", operation.phase, {piece.storage: piece.nbytes}, {object(): piece.nbytes})
             yield operation._replace(unaligned=())
         else:
             yield operation
@@ -68,7 +68,7 @@ def _groups(part: Sequence[Operation]) -> Iterator[list[Operation]]:
 
 
 def _stands_alone(operation: Operation) -> bool:
-    return operation.flops > 0 or operation.waits or operation.moment not in COMPILED_MOMENTS
+    return operation.flops > 0 or operation.waits or operation.phase not in COMPILED_PHASES
 
 
 def _fused(
@@ -91,19 +91,19 @@ def _fused(
         if storage in made_in_part and storage not in by_products and needed[storage] and cost <= nbytes:
             del writes[storage]
             made_anew[storage] = dict(reads)
-    return _kernel("fused", group[-1].moment, reads, writes)
+    return _kernel("fused", group[-1].phase, reads, writes)
 
 
 def _kernel(name: str, moment: str, reads: Reads, writes: Reads) -> Operation:
     """A kernel without products."""
     return Operation(
         name=name,
-        moment=moment,
+        phase=moment,
         flops=0,
         precision="none",
         unaligned=(),
-        reads=tuple(Piece(*item) for item in reads.items()),
-        writes=tuple(Piece(*item) for item in writes.items()),
+        reads=tuple(Access(*item) for item in reads.items()),
+        writes=tuple(Access(*item) for item in writes.items()),
         launches=1,
         waits=False,
     )

@@ -21,7 +21,7 @@ SHARE_OF_PEAK = 0.75
 """What matrix products reach of a card's peak rate. From a first model by hand, as the next one."""
 SHARE_OF_BANDWIDTH = 0.80
 """What other operations reach of the memory's bandwidth."""
-SHARE_UNALIGNED = 0.30
+SHARE_OF_PEAK_UNALIGNED = 0.30
 """What products on tensor cores reach of the peak rate where the rows of a matrix do not begin at multiples of 16 bytes,
 as those of logits over 50,257 tokens do not. Padding the vocabulary to 50,304 made nanoGPT, compiled by the torch of the
 day, about 25 % faster (Karpathy, 3 February 2023): this share makes that 18 % with plain and 26 % with fused attention."""
@@ -58,7 +58,7 @@ class Rates:
         """What an operation's products reach of it."""
         is_half = operation.precision == "half"
         on_tensor_cores = self.half_on_tensor_cores if is_half else self.single_on_tensor_cores
-        return SHARE_UNALIGNED if on_tensor_cores and operation.unaligned else SHARE_OF_PEAK
+        return SHARE_OF_PEAK_UNALIGNED if on_tensor_cores and operation.unaligned else SHARE_OF_PEAK
 
 
 def seconds_on_card(operation: Operation, rates: Rates) -> float:
@@ -73,11 +73,13 @@ def seconds_per_step(work: Work, rates: Rates, micro_batches: int, system: str =
     *passes, update = ([(op.waits, seconds_on_card(op, rates)) for op in part] for part in work)
     parts = [passes[0], *repeat(passes[-1], micro_batches - 1), update]
     launch = SECONDS_PER_LAUNCH[system]
-    first = _run(parts, launch, (0.0, 0.0))
-    return max(_run(parts, launch, first)) - max(first)
+    first = _finish_times(parts, launch, (0.0, 0.0))
+    return max(_finish_times(parts, launch, first)) - max(first)
 
 
-def _run(parts: Iterable[Iterable[tuple[bool, float]]], launch: float, now: tuple[float, float]) -> tuple[float, float]:
+def _finish_times(
+    parts: Iterable[Iterable[tuple[bool, float]]], launch: float, now: tuple[float, float]
+) -> tuple[float, float]:
     """The times at which host and card have finished these operations."""
     host, card = now
     for part in parts:
@@ -89,7 +91,7 @@ def _run(parts: Iterable[Iterable[tuple[bool, float]]], launch: float, now: tupl
     return host, card
 
 
-def over_a_step(work: Work, micro_batches: int, amount: Callable[[Operation], float]) -> float:
+def sum_over_step(work: Work, micro_batches: int, amount: Callable[[Operation], float]) -> float:
     """Returns the sum of an amount over the operations of an optimizer step of so many micro-batches."""
     *passes, update = (sum(map(amount, part)) for part in work)
     return passes[0] + passes[-1] * (micro_batches - 1) + update

@@ -65,7 +65,7 @@ class Speed:
         return self.seconds_per_three_baseline_epochs * self.utilisation
 
 
-def predict(
+def predict_speed(
     recipe: Recipe,
     work: Work,
     gpu: str | None = None,
@@ -85,8 +85,8 @@ def predict(
     name = gpu or recipe.memory.gpu
     watts = watts or max(GPUS[name].fp16_tflops)
     system = system or ("windows" if sys.platform == "win32" else "linux")
-    rates = rates_of(GPUS[name], watts, fp16_accumulation=fp16_accumulation)
-    done = fusion.compiled(work) if compiled else work
+    rates = card_rates(GPUS[name], watts, fp16_accumulation=fp16_accumulation)
+    done = fusion.fuse(work) if compiled else work
     train = recipe.train
     count = train.gradient_accumulation_steps
     return Speed(
@@ -95,24 +95,24 @@ def predict(
         system=system,
         seconds_per_step=roofline.seconds_per_step(done, rates, count, system),
         tokens_per_step=count * train.per_device_train_batch_size * recipe.data.max_length,
-        flops_per_step=int(roofline.over_a_step(done, count, lambda operation: operation.flops)),
-        launches_per_step=int(roofline.over_a_step(done, count, lambda operation: operation.launches)),
-        physical_limit_seconds_per_step=roofline.over_a_step(done, count, rates.seconds_at_peak),
+        flops_per_step=int(roofline.sum_over_step(done, count, lambda operation: operation.flops)),
+        launches_per_step=int(roofline.sum_over_step(done, count, lambda operation: operation.launches)),
+        physical_limit_seconds_per_step=roofline.sum_over_step(done, count, rates.seconds_at_peak),
     )
 
 
-def speeds(recipe: Recipe, work: Work, **asked: bool | None) -> list[Speed]:
-    """Returns the predicted speed at each power limit of the recipe's card, the highest first; `asked` as of `predict`."""
+def speeds_by_power_limit(recipe: Recipe, work: Work, **asked: bool | None) -> list[Speed]:
+    """Returns the predicted speed at each power limit of the recipe's card, the highest first; `asked` as of `predict_speed`."""
     limits = sorted(GPUS[recipe.memory.gpu].fp16_tflops, reverse=True)
     return [
-        predict(
+        predict_speed(
             recipe, work, watts=watts, compiled=asked.get("compiled"), fp16_accumulation=asked.get("fp16_accumulation")
         )
         for watts in limits
     ]
 
 
-def rates_of(gpu: Gpu, watts: int, *, fp16_accumulation: bool = False) -> Rates:
+def card_rates(gpu: Gpu, watts: int, *, fp16_accumulation: bool = False) -> Rates:
     """Returns what a card can do under a power limit. PyTorch leaves TF32 off unless told otherwise."""
     gain = gpu.fp16_accumulation_gain if fp16_accumulation else 1.0
     return Rates(

@@ -4,7 +4,7 @@
 - `cuda_dropout`: the fused kernel, which keeps a mask of one byte an element;
 - `cuda_log_softmax`: fp16 logits are not copied to fp32 first;
 - `cuda_foreach_default`: torch's optimizers and `clip_grad_norm_` take their foreach implementations;
-- `TEMPORARIES`: memory that lives inside a kernel, where the trace cannot see it;
+- `TEMPORARY_BUFFERS`: memory that lives inside a kernel, where the trace cannot see it;
 - `cuda_autocast` (its own file): the operations that autocast casts on CUDA and not on the CPU.
 """
 
@@ -23,7 +23,7 @@ from torch.nn import functional
 from torch.utils import _foreach_utils
 
 from lowvram_chat.tracing.cuda_autocast import autocast_type, cuda_autocast
-from lowvram_chat.tracing.rules import Rules
+from lowvram_chat.tracing.rules import DeviceRules
 
 aten = torch.ops.aten
 
@@ -36,7 +36,7 @@ CUBLASLT_WORKSPACE_BYTES = 1 << 20
 MATRIX_PRODUCTS = frozenset({aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default})
 
 
-class CudaRules(Rules):
+class CudaRules(DeviceRules):
     """A CUDA card of the given compute capability; `cublas_workspace_bytes` is taken once by each of two threads.
 
     cuBLAS takes a workspace at a thread's first matrix product: the main thread in the forward pass, autograd's thread
@@ -63,14 +63,14 @@ class CudaRules(Rules):
 
     def temporaries(self, func: Any, args: tuple[Any, ...], result: Any) -> Iterable[int]:
         """Sizes in bytes of the buffers inside an operation's CUDA kernel."""
-        sizes = TEMPORARIES.get(func) or TEMPORARIES_BY_NAME.get(str(func))
+        sizes = TEMPORARY_BUFFERS.get(func) or TEMPORARY_BUFFERS_BY_NAME.get(str(func))
         return sizes(args) if sizes else ()
 
     def workspace(self, func: Any) -> int:
         """Bytes that a thread's first matrix product takes for good."""
         return self.cublas_workspace_bytes if func in MATRIX_PRODUCTS else 0
 
-    def births(self, func: Any, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+    def allocation_order(self, func: Any, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
         """The results of an operation in the order in which its CUDA kernel allocates them.
 
         Dropout takes the mask first. Source: aten/src/ATen/native/cuda/Dropout.cu, `dropout_cuda`.
@@ -240,7 +240,7 @@ def _addmm(args: tuple[Any, ...]) -> list[int]:
     return [CUBLASLT_WORKSPACE_BYTES] if args[0].dim() == 1 else []
 
 
-TEMPORARIES: Mapping[Any, Callable[[tuple[Any, ...]], list[int]]] = {
+TEMPORARY_BUFFERS: Mapping[Any, Callable[[tuple[Any, ...]], list[int]]] = {
     aten.addmm.default: _addmm,
     aten._scaled_dot_product_efficient_attention_backward.default: _efficient_backward,
     aten._scaled_dot_product_flash_attention_backward.default: _flash_backward,
@@ -258,7 +258,7 @@ def _gemm_4bit(args: tuple[Any, ...]) -> list[int]:
     return [rows * columns * args[0].element_size()]
 
 
-TEMPORARIES_BY_NAME: Mapping[str, Callable[[tuple[Any, ...]], list[int]]] = {
+TEMPORARY_BUFFERS_BY_NAME: Mapping[str, Callable[[tuple[Any, ...]], list[int]]] = {
     "bitsandbytes.gemm_4bit.default": _gemm_4bit
 }
 """The same for operations that exist only once their library is imported."""

@@ -15,14 +15,16 @@ from typing import Any
 import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, in_kernel_invocation_manager
 
-PLAIN = frozenset({int, float, bool, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format, str})
+HASHABLE_TYPES = frozenset(
+    {int, float, bool, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format, str}
+)
 """Types of arguments that stand for themselves."""
 
 aten = torch.ops.aten
 
-SAME = {aten._unsafe_view.default: aten.view.default}
+EQUIVALENT_OPERATIONS = {aten._unsafe_view.default: aten.view.default}
 """Operations that do to memory what another one does, which can be remembered."""
-DIRECT = frozenset(
+DIRECT_KERNEL_OPERATIONS = frozenset(
     {
         aten.view.default,
         aten.slice.Tensor,
@@ -34,18 +36,18 @@ DIRECT = frozenset(
 )
 """Operations that are asked of their kernel for tensors without memory at once; torch tries other ways first, a millisecond
 each."""
-FUNCTIONAL = "bitsandbytes"
+FUNCTIONAL_NAMESPACE = "bitsandbytes"
 """A library whose operations return new tensors, or nothing and then do nothing to shapes; torch remembers none but its own."""
 
 Maker = Callable[[tuple[Any, ...]], Any]
 """Makes an operation's result anew, from its arguments."""
 
 
-class UnknownError(Exception):
+class UncacheableArgumentError(Exception):
     """An argument that a key cannot say."""
 
 
-class BriefFakeTensorMode(FakeTensorMode):
+class CachingFakeTensorMode(FakeTensorMode):
     """A FakeTensorMode with a short way for what it has seen before; everything else goes torch's own way."""
 
     def __init__(self, **settings: Any) -> None:
@@ -63,20 +65,20 @@ class BriefFakeTensorMode(FakeTensorMode):
 
     def dispatch(self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None) -> Any:
         """Runs one operation on fake tensors."""
-        func, kwargs = SAME.get(func, func), kwargs or {}
+        func, kwargs = EQUIVALENT_OPERATIONS.get(func, func), kwargs or {}
         words: list[Any] = [func, torch.get_default_dtype(), torch.is_inference_mode_enabled()]
         try:
             _describe(args, words)
             words += kwargs
             _describe(kwargs.values(), words)
-        except UnknownError:
-            if func.namespace == FUNCTIONAL and not func._schema.returns:
+        except UncacheableArgumentError:
+            if func.namespace == FUNCTIONAL_NAMESPACE and not func._schema.returns:
                 return None
             return super().dispatch(func, types, args, kwargs)
         key = tuple(words)
         if key in self._known:
             return self._known[key](args)
-        if func in DIRECT and "device" not in kwargs:
+        if func in DIRECT_KERNEL_OPERATIONS and "device" not in kwargs:
             with in_kernel_invocation_manager(self):
                 like = func(*args, **kwargs)
             viewed = 0 if func.is_view else None
@@ -85,7 +87,7 @@ class BriefFakeTensorMode(FakeTensorMode):
         taken, bypassed = _cache_counts()
         result = super().dispatch(func, types, args, kwargs)
         taken_now, bypassed_now = _cache_counts()
-        if (taken_now > taken and bypassed_now == bypassed) or func.namespace == FUNCTIONAL:
+        if (taken_now > taken and bypassed_now == bypassed) or func.namespace == FUNCTIONAL_NAMESPACE:
             maker = None if _holds_tensor(kwargs) else self._maker(func, args, result)
             if maker is not None:
                 self._known[key] = maker
@@ -153,10 +155,10 @@ def _describe(arguments: Iterable[Any], key: list[Any]) -> None:
                 argument.storage_offset(),
                 argument.requires_grad,
             )
-        elif kind in PLAIN:
+        elif kind in HASHABLE_TYPES:
             key += (kind, argument)  # the type too: 1 and 1.0 are equal, and make different results
         elif kind is list or kind is tuple:
             key.append(len(argument))
             _describe(argument, key)
         else:
-            raise UnknownError
+            raise UncacheableArgumentError

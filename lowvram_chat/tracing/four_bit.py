@@ -1,7 +1,7 @@
 """4-bit (nf4) layers for the trace: bitsandbytes' own modules, with packed weights that hold no values.
 
 bitsandbytes quantises when a weight reaches its device, which fake tensors cannot do. So the modules are built on the
-meta device (`quantise`), their weights get the packed shape before they are moved (`pack`), and the scales, which are
+meta device (`quantise`), their weights get the packed shape before they are moved (`shrink_weights`), and the scales, which are
 no parameters, are added after (`add_scales`).
 Source: bitsandbytes/nn/modules.py, `Linear4bit`; functional.py, `quantize_4bit` (blocks of 64, no double quantisation).
 """
@@ -17,9 +17,9 @@ from bitsandbytes.functional import QuantState, dequantize_4bit
 from bitsandbytes.nn import Linear4bit
 from transformers.pytorch_utils import Conv1D
 
-from lowvram_chat.tracing.recorder import Recorder
+from lowvram_chat.tracing.recorder import TraceRecorder
 
-BLOCK = 64
+QUANTISATION_BLOCK = 64
 """Values that share one fp32 scale."""
 
 
@@ -35,7 +35,7 @@ def quantise(model: Any, compute_dtype: torch.dtype) -> None:
     model.is_loaded_in_4bit = True  # what PEFT asks
 
 
-def pack(model: torch.nn.Module) -> dict[Linear4bit, torch.Size]:
+def shrink_weights(model: torch.nn.Module) -> dict[Linear4bit, torch.Size]:
     """Gives 4-bit weights, still on the meta device, the shape they have on a card; returns the (out, in) shapes."""
     shapes = {}
     for layer in _layers(model):
@@ -45,29 +45,36 @@ def pack(model: torch.nn.Module) -> dict[Linear4bit, torch.Size]:
     return shapes
 
 
-def warm_up(model: torch.nn.Module, recorder: Recorder) -> None:
+def record_loading_warmup(model: torch.nn.Module, recorder: TraceRecorder) -> None:
     """Notes the block of the model's size that transformers takes and lets go before it loads onto a card.
 
     What it leaves is one cached segment, which the weights are then cut from.
     Source: transformers/modeling_utils.py, `caching_allocator_warmup` (only with a device map, as for 4-bit models).
     """
-    recorder.momentary([sum(parameter.nbytes for parameter in {*model.parameters()})], "caching_allocator_warmup")
+    recorder.record_temporaries(
+        [sum(parameter.nbytes for parameter in {*model.parameters()})], "caching_allocator_warmup"
+    )
 
 
-def add_scales(shapes: dict[Linear4bit, torch.Size], recorder: Recorder) -> None:
+def add_scales(shapes: dict[Linear4bit, torch.Size], recorder: TraceRecorder) -> None:
     """Gives the moved 4-bit weights their scales: one fp32 value a block. The 16 nf4 values are shared."""
     code = torch.empty(16)
     recorder.label([code], "weights")
     for layer, shape in shapes.items():
-        scales = torch.empty(-(-shape.numel() // BLOCK))
+        scales = torch.empty(-(-shape.numel() // QUANTISATION_BLOCK))
         recorder.label([scales], "weights")
         layer.weight.quant_state = layer.quant_state = QuantState(
-            absmax=scales, shape=shape, code=code, blocksize=BLOCK, quant_type="nf4", dtype=layer.compute_dtype
+            absmax=scales,
+            shape=shape,
+            code=code,
+            blocksize=QUANTISATION_BLOCK,
+            quant_type="nf4",
+            dtype=layer.compute_dtype,
         )
 
 
 @contextlib.contextmanager
-def read_by_dora() -> Iterator[None]:
+def dora_reads_fake_weights() -> Iterator[None]:
     """Lets DoRA, which takes the norm of the whole weight in each forward pass, dequantise these weights.
 
     PEFT looks at a weight's class, which does not survive the move onto the traced card.

@@ -14,7 +14,7 @@ from torch.utils.flop_counter import flop_registry
 
 aten = torch.ops.aten
 
-WAIT = aten._local_scalar_dense.default
+ITEM_OPERATION = aten._local_scalar_dense.default
 """`.item()`: the host waits for the card."""
 NO_KERNEL = frozenset(
     {
@@ -30,22 +30,22 @@ NO_KERNEL = frozenset(
         "profiler._record_function_exit._RecordFunction",
     }
 )
-ALLOCATIONS = ("aten.empty", "aten.new_empty")
+ALLOCATION_PREFIXES = ("aten.empty", "aten.new_empty")
 """How the names of operations begin that only take memory."""
-FILLS = ("aten.new_", "aten.zeros", "aten.ones", "aten.full", "aten.arange")
+FILL_PREFIXES = ("aten.new_", "aten.zeros", "aten.ones", "aten.full", "aten.arange")
 """How those begin that make a tensor of nothing but a shape."""
 WRITES_ONLY = frozenset({"aten.copy_.default", "aten.fill_.Scalar", "aten.fill_.Tensor", "aten.zero_.default"})
 """In-place operations that do not read what they overwrite."""
 GATHERS = frozenset({"aten.embedding.default", "aten.index_select.default", "aten.gather.default", "aten.index.Tensor"})
 """Of the first argument, as many bytes are read as are returned."""
-TOUCHES_FEW: Mapping[str, int] = {
+SPARSELY_ACCESSED_ARGUMENT: Mapping[str, int] = {
     "aten.nll_loss_forward.default": 0,
     "aten.nll_loss_backward.default": 1,
     "aten.scatter_add_.default": 0,
     "aten.scatter_.src": 0,
 }
 """Operation -> the argument of which hardly anything is touched: one element for each index."""
-UNWRITTEN: Mapping[str, int] = {
+UNWRITTEN_ARGUMENT: Mapping[str, int] = {
     "aten._fused_adamw_.default": 1,
     "aten._fused_adam_.default": 1,
     "bitsandbytes.optimizer_update_32bit.default": 1,
@@ -53,7 +53,7 @@ UNWRITTEN: Mapping[str, int] = {
 }
 """Operation -> the argument that its schema calls written and its kernel leaves: gradients (torch's fused optimizers
 write them only where they unscale them, which clipping has done before)."""
-KERNELS: Mapping[str, int] = {
+KERNELS_PER_OPERATION: Mapping[str, int] = {
     "aten.native_layer_norm_backward.default": 2,
     "aten.embedding_dense_backward.default": 2,
     "aten.nll_loss_backward.default": 2,
@@ -64,7 +64,7 @@ KERNELS: Mapping[str, int] = {
 """Operation -> kernels, where it is not one. Source: the operations' files in aten/src/ATen/native/cuda."""
 
 
-class Kind(NamedTuple):
+class KernelInfo(NamedTuple):
     """What can be said of an operation before its tensors are seen."""
 
     name: str
@@ -91,27 +91,27 @@ def _gemm_4bit_bytes(args: tuple[Any, ...]) -> int:
     return 2 * int(rows) * int(columns) * int(args[0].element_size())
 
 
-HIDDEN_BYTES: Mapping[str, Callable[[tuple[Any, ...]], int]] = {"bitsandbytes.gemm_4bit.default": _gemm_4bit_bytes}
+INTERNAL_BYTES: Mapping[str, Callable[[tuple[Any, ...]], int]] = {"bitsandbytes.gemm_4bit.default": _gemm_4bit_bytes}
 """Operation -> bytes that pass between its own kernels, which the trace cannot see."""
 FLOPS_BY_NAME: Mapping[str, Callable[..., int]] = {"bitsandbytes.gemm_4bit.default": _gemm_4bit_flops}
 """For operations that torch's registry lacks."""
 
 
 @cache
-def kind_of(func: Any) -> Kind:
+def kernel_info(func: Any) -> KernelInfo:
     """Returns what an operation's schema and its name say of it."""
     name = str(func)
     written = {
         place
         for place, argument in enumerate(func._schema.arguments)
         if argument.alias_info is not None and argument.alias_info.is_write
-    } - {UNWRITTEN.get(name)}
-    launches = not (name in NO_KERNEL or name.startswith(ALLOCATIONS) or func.is_view)
-    return Kind(
+    } - {UNWRITTEN_ARGUMENT.get(name)}
+    launches = not (name in NO_KERNEL or name.startswith(ALLOCATION_PREFIXES) or func.is_view)
+    return KernelInfo(
         name=name,
         launches=launches,
         written=frozenset(written),
-        fills=name.startswith(FILLS),
+        fills=name.startswith(FILL_PREFIXES),
         overwritten=name in WRITES_ONLY,
         flops=FLOPS_BY_NAME.get(name) or flop_registry.get(func.overloadpacket),
         is_multi="foreach" in name or "_fused_a" in name,

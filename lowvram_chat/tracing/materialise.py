@@ -10,19 +10,19 @@ from typing import Any
 
 import torch
 
-from lowvram_chat.tracing.recorder import Recorder
+from lowvram_chat.tracing.recorder import TraceRecorder
 
-Moved = dict[torch.Tensor, torch.Tensor]
+Materialised = dict[torch.Tensor, torch.Tensor]
 """Meta tensor -> the fake tensor that stands for it; a tied weight once."""
 
 
-def materialise(model: torch.nn.Module, recorder: Recorder) -> Moved:
+def materialise(model: torch.nn.Module, recorder: TraceRecorder) -> Materialised:
     """Moves `model` onto the traced card, in the order of `Module.to(device)`.
 
     That is children first, then a module's own parameters, then its buffers. Returns what replaced what; give it to
     `repoint` for an optimizer that was built before.
     """
-    moved: Moved = {}
+    moved: Materialised = {}
     _move(model, moved)
     recorder.label(model.parameters(), "weights")
     recorder.label(model.buffers(), "buffers")
@@ -30,13 +30,13 @@ def materialise(model: torch.nn.Module, recorder: Recorder) -> Moved:
     return moved
 
 
-def repoint(optimizer: torch.optim.Optimizer, moved: Moved) -> None:
+def repoint(optimizer: torch.optim.Optimizer, moved: Materialised) -> None:
     """Lets an optimizer that was built on the meta model step on the traced one."""
     for group in optimizer.param_groups:
         group["params"] = [moved.get(parameter, parameter) for parameter in group["params"]]
 
 
-def _move(module: torch.nn.Module, moved: Moved) -> None:
+def _move(module: torch.nn.Module, moved: Materialised) -> None:
     for child in module.children():
         _move(child, moved)
     holders: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)

@@ -1,6 +1,6 @@
 """What a traced operation asks of a card: products, bytes read and written, kernels launched, and in what precision.
 
-The recorder (`trace`) calls `describe` for each operation while it is told to list them. Views, allocations and
+The recorder (`trace`) calls `describe_operation` for each operation while it is told to list them. Views, allocations and
 questions about a tensor launch nothing and are left out. Bytes are those of the tensors' own elements: what is expanded
 counts once, a gather reads what it returns. FLOPs are those of `torch.utils.flop_counter`, which is the convention of
 published utilisations: a multiply-add is two, and causal attention counts in full although flash kernels skip the upper
@@ -15,17 +15,25 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 
-from lowvram_chat.tracing.kernels import GATHERS, HIDDEN_BYTES, KERNELS, TOUCHES_FEW, WAIT, Kind, kind_of
+from lowvram_chat.tracing.kernels import (
+    GATHERS,
+    INTERNAL_BYTES,
+    ITEM_OPERATION,
+    KERNELS_PER_OPERATION,
+    SPARSELY_ACCESSED_ARGUMENT,
+    KernelInfo,
+    kernel_info,
+)
 
 Precision = Literal["half", "single", "none"]
 """Of an operation's products: fp16 or bf16, fp32 (TF32 where it is allowed), or no products at all."""
-Moved = dict[object, int]
+BytesByStorage = dict[object, int]
 """Storage -> bytes."""
 StorageOf = Callable[[torch.Tensor], object]
 """Tensor -> what stands for its storage."""
 
 
-class Piece(NamedTuple):
+class Access(NamedTuple):
     """Elements of one storage that an operation reads or writes."""
 
     storage: object
@@ -36,13 +44,13 @@ class Operation(NamedTuple):
     """One traced operation that launches kernels."""
 
     name: str
-    moment: str
+    phase: str
     flops: int
     precision: Precision
-    unaligned: tuple[Piece, ...]
+    unaligned: tuple[Access, ...]
     """Those of its product's matrices whose rows do not all begin at multiples of `ALIGNMENT_BYTES`."""
-    reads: tuple[Piece, ...]
-    writes: tuple[Piece, ...]
+    reads: tuple[Access, ...]
+    writes: tuple[Access, ...]
     launches: int
     waits: bool
     """Whether the host waits for its result, as `.item()` does."""
@@ -60,17 +68,19 @@ ALIGNMENT_BYTES = 16
 """Tensor-core kernels load this much at a time. Source: NVIDIA, Matrix Multiplication Background User's Guide, section
 "Tensor Core Requirements": dimensions that are multiples of 16 bytes."""
 HALF_TYPES = frozenset({torch.float16, torch.bfloat16})
-CHUNK, CHUNKS_OF_LAUNCH, TENSORS_OF_LAUNCH = 65536, 320, (110, 64, 48, 36, 30)
+CHUNK_ELEMENTS, CHUNKS_PER_LAUNCH, TENSORS_PER_LAUNCH = 65536, 320, (110, 64, 48, 36, 30)
 """Elements of a chunk; chunks of a launch; tensors of a launch over one to five lists.
 Source: aten/src/ATen/native/cuda/MultiTensorApply.cuh, `kChunkSize`, `depth_to_max_blocks`, `depth_to_max_tensors`."""
 
 
-def describe(func: Any, args: tuple[Any, ...], result: Any, moment: str, storage_of: StorageOf) -> Operation | None:
+def describe_operation(
+    func: Any, args: tuple[Any, ...], result: Any, moment: str, storage_of: StorageOf
+) -> Operation | None:
     """Returns what an operation asks of the card; None where it launches nothing.
 
     `storage_of` gives what stands for a tensor's storage: the same object for the same storage, and no other's.
     """
-    kind = kind_of(func)
+    kind = kernel_info(func)
     if not kind.launches:
         return None
     reads, writes = _moved(kind, args, result, storage_of)
@@ -78,21 +88,23 @@ def describe(func: Any, args: tuple[Any, ...], result: Any, moment: str, storage
     products = [*matrices, *_tensors(result)] if kind.flops else []
     return Operation(
         name=kind.name,
-        moment=moment,
+        phase=moment,
         flops=kind.flops(*args, out_val=result) if kind.flops else 0,
         precision=_precision(matrices),
-        unaligned=tuple(Piece(storage_of(one), _bytes(one)) for one in products if not _is_aligned(one)),
-        reads=tuple(Piece(*item) for item in reads.items()),
-        writes=tuple(Piece(*item) for item in writes.items()),
-        launches=_multi_launches(args) if kind.is_multi else KERNELS.get(kind.name, 1),
-        waits=func is WAIT,
+        unaligned=tuple(Access(storage_of(one), _bytes(one)) for one in products if not _is_aligned(one)),
+        reads=tuple(Access(*item) for item in reads.items()),
+        writes=tuple(Access(*item) for item in writes.items()),
+        launches=_multi_launches(args) if kind.is_multi else KERNELS_PER_OPERATION.get(kind.name, 1),
+        waits=func is ITEM_OPERATION,
     )
 
 
-def _moved(kind: Kind, args: tuple[Any, ...], result: Any, storage_of: StorageOf) -> tuple[Moved, Moved]:
+def _moved(
+    kind: KernelInfo, args: tuple[Any, ...], result: Any, storage_of: StorageOf
+) -> tuple[BytesByStorage, BytesByStorage]:
     """What an operation reads and what it writes."""
-    reads: Moved = {}
-    writes: Moved = {}
+    reads: BytesByStorage = {}
+    writes: BytesByStorage = {}
     for place, argument in enumerate(() if kind.fills else args):
         is_written = place in kind.written
         for tensor in _tensors(argument):
@@ -102,19 +114,19 @@ def _moved(kind: Kind, args: tuple[Any, ...], result: Any, storage_of: StorageOf
                 _add(reads, storage_of(tensor), _bytes(tensor))
     if kind.name in GATHERS:
         reads[storage_of(args[0])] = _bytes(result)
-    if kind.name in TOUCHES_FEW:
-        table = storage_of(args[TOUCHES_FEW[kind.name]])
+    if kind.name in SPARSELY_ACCESSED_ARGUMENT:
+        table = storage_of(args[SPARSELY_ACCESSED_ARGUMENT[kind.name]])
         for pieces in (reads, writes):
             pieces.update(dict.fromkeys(pieces.keys() & {table}, 0))
     for tensor in _tensors(result):
         if storage_of(tensor) not in reads.keys() | writes.keys():
             writes[storage_of(tensor)] = _bytes(tensor)
-    if kind.name in HIDDEN_BYTES:
-        writes[object()] = HIDDEN_BYTES[kind.name](args)
+    if kind.name in INTERNAL_BYTES:
+        writes[object()] = INTERNAL_BYTES[kind.name](args)
     return reads, writes
 
 
-def _add(pieces: Moved, storage: object, nbytes: int) -> None:
+def _add(pieces: BytesByStorage, storage: object, nbytes: int) -> None:
     """Adds elements of a storage; the same ones again, as in a product with itself, count once."""
     pieces[storage] = max(nbytes, pieces.get(storage, 0))
 
@@ -151,6 +163,6 @@ def _multi_launches(args: tuple[Any, ...]) -> int:
     lists = [argument for argument in args if isinstance(argument, (list, tuple)) and argument]
     if not lists:
         return 1
-    chunks = sum(math.ceil(tensor.numel() / CHUNK) for tensor in _tensors(lists[0]))
-    tensors = TENSORS_OF_LAUNCH[min(len(lists), len(TENSORS_OF_LAUNCH)) - 1]
-    return max(1, math.ceil(chunks / CHUNKS_OF_LAUNCH), math.ceil(len(lists[0]) / tensors))
+    chunks = sum(math.ceil(tensor.numel() / CHUNK_ELEMENTS) for tensor in _tensors(lists[0]))
+    tensors = TENSORS_PER_LAUNCH[min(len(lists), len(TENSORS_PER_LAUNCH)) - 1]
+    return max(1, math.ceil(chunks / CHUNKS_PER_LAUNCH), math.ceil(len(lists[0]) / tensors))

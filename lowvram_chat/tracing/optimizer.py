@@ -16,51 +16,53 @@ from torch import nn
 
 from lowvram_chat.recipe.optimizers import OPTIMIZERS
 from lowvram_chat.recipe.schema import OptimizerSection, Recipe
-from lowvram_chat.tracing.materialise import Moved, repoint
-from lowvram_chat.tracing.recorder import Recorder
+from lowvram_chat.tracing.materialise import Materialised, repoint
+from lowvram_chat.tracing.recorder import TraceRecorder
 
-NO_DECAY = re.compile(r"bias|layernorm|rmsnorm|(?:^|\.)norm(?:$|\.)|_norm(?:$|\.)")
+NO_DECAY_NAMES = re.compile(r"bias|layernorm|rmsnorm|(?:^|\.)norm(?:$|\.)|_norm(?:$|\.)")
 """Names that weight decay passes over. Source: transformers/trainer.py, `get_decay_parameter_names`."""
-PAGED_FROM = 100_000
+MIN_PAGED_ELEMENTS = 100_000
 """Values from which a paged state lives in unified memory. Source: bitsandbytes/optim/optimizer.py, `get_state_buffer`."""
 
-Build = Callable[[Moved], torch.optim.Optimizer]
+OptimizerFactory = Callable[[Materialised], torch.optim.Optimizer]
 
 
-def prepare(recipe: Recipe, model: nn.Module) -> Build:
+def prepare_optimizer(recipe: Recipe, model: nn.Module) -> OptimizerFactory:
     """Returns what makes the optimizer once the (meta) model has moved onto the traced card."""
-    make = MAKERS[OPTIMIZERS[recipe.optimizer.name].optim]
+    make = OPTIMIZER_FACTORIES[OPTIMIZERS[recipe.optimizer.name].optim]
     settings = {**make(recipe.optimizer), "lr": recipe.train.learning_rate}
     kind = settings.pop("kind")
     if kind.__module__.startswith("bitsandbytes"):
-        optimizer = kind(groups(model, recipe.optimizer.weight_decay), **settings)
+        optimizer = kind(parameter_groups(model, recipe.optimizer.weight_decay), **settings)
         _keep_embeddings_in_32_bits(optimizer, model)
         return partial(_repointed, optimizer)
-    return lambda _: kind(groups(model, recipe.optimizer.weight_decay), **settings)
+    return lambda _: kind(parameter_groups(model, recipe.optimizer.weight_decay), **settings)
 
 
-def groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Returns the trained parameters in the Trainer's two groups: those that decay, and biases and norms."""
     norms = {f"{name}." for name, module in model.named_modules() if isinstance(module, nn.LayerNorm)}
     trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
-    fixed = {name for name, _ in trained if NO_DECAY.search(name.lower()) or f"{name.rpartition('.')[0]}." in norms}
+    fixed = {
+        name for name, _ in trained if NO_DECAY_NAMES.search(name.lower()) or f"{name.rpartition('.')[0]}." in norms
+    }
     return [
         {"params": [p for name, p in trained if name not in fixed], "weight_decay": weight_decay},
         {"params": [p for name, p in trained if name in fixed], "weight_decay": 0.0},
     ]
 
 
-def label_states(optimizer: torch.optim.Optimizer, recipe: Recipe, recorder: Recorder) -> None:
+def label_states(optimizer: torch.optim.Optimizer, recipe: Recipe, recorder: TraceRecorder) -> None:
     """Tells the recorder which storages are optimizer states, and which of them a card never holds."""
     states = [(parameter, value) for parameter, state in optimizer.state.items() for value in _values(state)]
     paged = OPTIMIZERS[recipe.optimizer.name].paged
-    outside = [value for parameter, value in states if paged and parameter.numel() >= PAGED_FROM]
-    of_size = {id(value) for value in outside if value.numel() >= PAGED_FROM}
+    outside = [value for parameter, value in states if paged and parameter.numel() >= MIN_PAGED_ELEMENTS]
+    of_size = {id(value) for value in outside if value.numel() >= MIN_PAGED_ELEMENTS}
     recorder.label((value for _, value in states if id(value) not in of_size), "optimizer state")
-    recorder.label((value for _, value in states if id(value) in of_size), OUTSIDE)
+    recorder.label((value for _, value in states if id(value) in of_size), HOST_MEMORY)
 
 
-OUTSIDE = "outside"
+HOST_MEMORY = "outside"
 """Category of storages that live in unified memory: a trace of the card leaves them out."""
 
 
@@ -68,7 +70,7 @@ def _values(state: dict[str, Any]) -> Iterable[torch.Tensor]:
     return (value for value in state.values() if isinstance(value, torch.Tensor))
 
 
-def _repointed(optimizer: torch.optim.Optimizer, moved: Moved) -> torch.optim.Optimizer:
+def _repointed(optimizer: torch.optim.Optimizer, moved: Materialised) -> torch.optim.Optimizer:
     repoint(optimizer, moved)
     return optimizer
 
@@ -108,7 +110,7 @@ def _adafactor(section: OptimizerSection) -> dict[str, Any]:
     return {"kind": Adafactor, "scale_parameter": False, "relative_step": False}
 
 
-MAKERS: dict[str, Callable[[OptimizerSection], dict[str, Any]]] = {
+OPTIMIZER_FACTORIES: dict[str, Callable[[OptimizerSection], dict[str, Any]]] = {
     "adamw_torch_fused": lambda section: {"kind": torch.optim.AdamW, **_adam(section), "fused": True},
     "adamw_torch": lambda section: {"kind": torch.optim.AdamW, **_adam(section)},
     "adamw_bnb_8bit": partial(_bitsandbytes, "AdamW"),

@@ -1,13 +1,13 @@
 """Which storages a training step creates and when each dies, found by running the step on fake tensors.
 
 A fake tensor has a shape, a type and a storage of known size, but no memory; the step's own Python, the model's code,
-autograd and the optimizer all run as they would on a card, in seconds. `Recorder` sees every operation after autograd
+autograd and the optimizer all run as they would on a card, in seconds. `TraceRecorder` sees every operation after autograd
 has decided what it saves, notes each new storage, and asks Python to be told when it dies. The device is always "cpu":
 fake CUDA tensors need a driver. What CUDA does differently is in `cuda_rules`.
 
     with Recorder(CudaRules()) as recorder:
         materialise(model, recorder)
-        with recorder.moment("forward"):
+        with recorder.phase("forward"):
             ...
     events = recorder.events
 """
@@ -26,17 +26,17 @@ import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lowvram_chat.tracing.fake_mode import BriefFakeTensorMode
-from lowvram_chat.tracing.kernels import WAIT
-from lowvram_chat.tracing.operations import Operation, describe
-from lowvram_chat.tracing.rules import Rules, Scalar
+from lowvram_chat.tracing.fake_mode import CachingFakeTensorMode
+from lowvram_chat.tracing.kernels import ITEM_OPERATION
+from lowvram_chat.tracing.operations import Operation, describe_operation
+from lowvram_chat.tracing.rules import DeviceRules, Scalar
 
 aten = torch.ops.aten
 
-NOTHING_NEW = frozenset({torch.ops.prim.device.default, aten.lift_fresh.default})
+NO_ALLOCATION = frozenset({torch.ops.prim.device.default, aten.lift_fresh.default})
 """Operations that take no memory on the card: `torch.tensor(literal)`, an optimizer's step count, stays on the host."""
 
-OUR_FRAMES = (__file__, "_dynamo/eval_frame.py", "torch/_compile.py")
+WRAPPER_FILES = (__file__, "_dynamo/eval_frame.py", "torch/_compile.py")
 """Files whose frames stand between an operation's caller and the recorder."""
 
 ENGINE_TENSOR_COUNT = 4
@@ -54,36 +54,36 @@ class Storage:
     """weights, weight copies, buffers, gradients, optimizer state, batch, workspace; or the moment it was born in."""
     operation: str
     module: str
-    moment: str
+    phase: str
 
 
 class Event(NamedTuple):
     """The birth (or the death) of a storage; a trace is a list of these, in order."""
 
     storage: Storage
-    is_birth: bool
+    is_allocation: bool
 
 
 Span = tuple[int, int]
 """Where a part of a trace begins and ends, as indices of its events."""
 
 
-class Recorder(TorchDispatchMode):
+class TraceRecorder(TorchDispatchMode):
     """Runs what stands in its `with` block on fake tensors, and notes births and deaths in `events`.
 
     `rules` say how the traced machine differs from the CPU; the default differs in nothing.
     """
 
-    def __init__(self, rules: Rules | None = None) -> None:
+    def __init__(self, rules: DeviceRules | None = None) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.events: list[Event] = []
-        self.rules = rules or Rules()
+        self.rules = rules or DeviceRules()
         self.operations: list[Operation] | None = None
         """A list given here takes every operation that launches a kernel, until the next one (or None) is given."""
         self._alive: dict[int, tuple[Storage, weakref.ref[torch.UntypedStorage]]] = {}
         self._overflow_flags: set[int] = set()
         self._threads_with_workspace: set[bool] = set()
-        self._moment = "load"
+        self._phase = "load"
         self._modules: list[str] = []
         self._names: dict[int, str] = {}
         self._exits = contextlib.ExitStack()
@@ -93,9 +93,9 @@ class Recorder(TorchDispatchMode):
         """No: nothing is compiled here, and torch's wrapper against it would be called with every operation."""
         return False
 
-    def __enter__(self) -> Recorder:
+    def __enter__(self) -> TraceRecorder:
         """Puts fake tensors below, the rules around them and this recorder above both."""
-        self._exits.enter_context(BriefFakeTensorMode(allow_non_fake_inputs=True))
+        self._exits.enter_context(CachingFakeTensorMode(allow_non_fake_inputs=True))
         self._exits.enter_context(self.rules.active())
         self._exits.enter_context(_module_names(self._modules, self._names))
         super().__enter__()  # type: ignore[no-untyped-call]
@@ -108,26 +108,26 @@ class Recorder(TorchDispatchMode):
         self._alive.clear()
 
     @contextlib.contextmanager
-    def moment(self, name: str) -> Iterator[None]:
+    def phase(self, name: str) -> Iterator[None]:
         """Marks what is born inside as born in this moment of the step ("forward", "backward", ...)."""
-        before, self._moment = self._moment, name
+        before, self._phase = self._phase, name
         try:
             yield
         finally:
-            self._moment = before
+            self._phase = before
 
     def label(self, tensors: Iterable[object], category: str) -> None:
         """Says what these tensors' storages are for; one not seen before is born now. Other objects are passed over."""
         for tensor in tensors:
             if isinstance(tensor, torch.Tensor) and tensor.device.type != "meta":
-                self._see(tensor, category)
+                self._record_allocation(tensor, category)
                 self._alive[tensor.untyped_storage()._cdata][0].category = category
 
     def name_modules(self, model: torch.nn.Module) -> None:
         """Lets storages born inside this model's modules carry the modules' names."""
         self._names.update((id(module), name) for name, module in model.named_modules())
 
-    def momentary(self, sizes: Iterable[int], operation: str) -> None:
+    def record_temporaries(self, sizes: Iterable[int], operation: str) -> None:
         """Notes storages that come and go at once where no operation shows them, as a library's own buffers do."""
         self._pass(sizes, operation)
 
@@ -138,23 +138,23 @@ class Recorder(TorchDispatchMode):
         if func is torch.ops.prim.device.default:  # two calls in three; the short way saves a third of a trace's time
             return args[0].fake_device if isinstance(args[0], FakeTensor) else func(*args)
         result = self._run(func, args, kwargs or {})
-        if func not in NOTHING_NEW:
-            for tensor in self.rules.births(func, list(_tensors(result))):
-                self._see(tensor, func)
+        if func not in NO_ALLOCATION:
+            for tensor in self.rules.allocation_order(func, list(_tensors(result))):
+                self._record_allocation(tensor, func)
             if func is aten._to_copy.default:
-                self._copied(args[0], result)
+                self._mark_weight_copy(args[0], result)
             self._pass(self.rules.temporaries(func, args, result), func)
-            self._workspace(self.rules.workspace(func), func)
+            self._record_workspace(self.rules.workspace(func), func)
             if self.operations is not None:
                 self._list(self.operations, func, args, result)
         return result
 
     def _list(self, operations: list[Operation], func: Any, args: tuple[Any, ...], result: Any) -> None:
-        if func is WAIT:
+        if func is ITEM_OPERATION:
             asked = self._storage_of(args[0])
             if asked is None or asked.category == "optimizer state":
                 return  # a number that stays on the host: a literal, or the step count of an unfused optimizer
-        operation = describe(func, args, result, self._moment, self._storage_of)
+        operation = describe_operation(func, args, result, self._phase, self._storage_of)
         if operation is not None:
             operations.append(operation)
 
@@ -164,7 +164,7 @@ class Recorder(TorchDispatchMode):
         return alive and alive[0]
 
     def _run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if func is aten.add.Tensor and _engine_adds_in_place(args[0]):
+        if func is aten.add.Tensor and _engine_accumulates_in_place(args[0]):
             return aten.add_.Tensor(*args, **kwargs)
         if func is aten._amp_foreach_non_finite_check_and_unscale_.default:
             self._overflow_flags.add(args[1].untyped_storage()._cdata)
@@ -178,38 +178,38 @@ class Recorder(TorchDispatchMode):
         is_overflow_flag = tensor.untyped_storage()._cdata in self._overflow_flags
         return 0.0 if is_overflow_flag else self.rules.scalar(tensor)
 
-    def _see(self, tensor: torch.Tensor, operation: object) -> None:
+    def _record_allocation(self, tensor: torch.Tensor, operation: object) -> None:
         storage = tensor.untyped_storage()
         key = storage._cdata
         if key in self._alive or tensor.device.type == "meta":
             return
         module = self._modules[-1] if self._modules else ""
-        record = Storage(storage.nbytes(), self._moment, str(operation), module, self._moment)
-        self._alive[key] = (record, weakref.ref(storage, lambda _: self._die(key)))
+        record = Storage(storage.nbytes(), self._phase, str(operation), module, self._phase)
+        self._alive[key] = (record, weakref.ref(storage, lambda _: self._record_free(key)))
         self.events.append(Event(record, True))
 
-    def _copied(self, source: torch.Tensor, copy: torch.Tensor) -> None:
+    def _mark_weight_copy(self, source: torch.Tensor, copy: torch.Tensor) -> None:
         """Marks what autocast makes of a weight."""
         of_source = self._alive.get(source.untyped_storage()._cdata)
         of_copy = self._alive.get(copy.untyped_storage()._cdata)
         if of_source and of_copy and of_source[0].category == "weights" and of_copy[0] is not of_source[0]:
             of_copy[0].category = "weight copies"
 
-    def _die(self, key: int) -> None:
+    def _record_free(self, key: int) -> None:
         self._overflow_flags.discard(key)
         self.events.append(Event(self._alive.pop(key)[0], False))
 
-    def _workspace(self, nbytes: int, operation: object) -> None:
+    def _record_workspace(self, nbytes: int, operation: object) -> None:
         """Notes what a thread's first operation of a kind takes for good; the backward pass is a thread of its own."""
         is_backward = torch._C._current_graph_task_id() != -1
         if nbytes and is_backward not in self._threads_with_workspace:
             self._threads_with_workspace.add(is_backward)
-            self.events.append(Event(Storage(nbytes, "workspace", str(operation), "", self._moment), True))
+            self.events.append(Event(Storage(nbytes, "workspace", str(operation), "", self._phase), True))
 
     def _pass(self, sizes: Iterable[int], operation: object) -> None:
         """Notes temporaries that live inside one operation's kernel, all at once."""
-        records = [Storage(nbytes, "temporaries", str(operation), "", self._moment) for nbytes in sizes]
-        self.events += [Event(record, is_birth) for is_birth in (True, False) for record in records]
+        records = [Storage(nbytes, "temporaries", str(operation), "", self._phase) for nbytes in sizes]
+        self.events += [Event(record, is_allocation) for is_allocation in (True, False) for record in records]
 
 
 def _tensors(result: object) -> Iterator[torch.Tensor]:
@@ -221,7 +221,7 @@ def _tensors(result: object) -> Iterator[torch.Tensor]:
             yield from _tensors(item)
 
 
-def _engine_adds_in_place(gradient: Any) -> bool:
+def _engine_accumulates_in_place(gradient: Any) -> bool:
     """True where autograd's engine, joining two gradients, would have written into the first one.
 
     It does so when nobody else holds the tensor or its storage (a view's base counts); under a dispatch mode it never
@@ -237,7 +237,7 @@ def _engine_adds_in_place(gradient: Any) -> bool:
 def _called_by_engine() -> bool:
     """True when autograd's engine itself called the operation, not the Python code of a custom backward."""
     frame: FrameType | None = sys._getframe(1)
-    while frame is not None and frame.f_code.co_filename.endswith(OUR_FRAMES):
+    while frame is not None and frame.f_code.co_filename.endswith(WRAPPER_FILES):
         frame = frame.f_back
     return frame is not None and frame.f_code.co_name == "_engine_run_backward"
 

@@ -1,6 +1,6 @@
 """What a traced machine does differently from the fake CPU that the trace runs on: nothing, by default.
 
-`Rules` is the CPU itself; `cuda_rules.CudaRules` is a card. The recorder knows only this interface.
+`DeviceRules` is the CPU itself; `cuda_rules.CudaRules` is a card. The recorder knows only this interface.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from transformers.utils import import_utils
 Scalar = bool | int | float
 
 
-class Rules:
+class DeviceRules:
     """A machine that does what PyTorch's CPU build does.
 
     `plain_rows` says what the model's code will find when it looks into a batch: True for rows of one document each
@@ -27,7 +27,7 @@ class Rules:
 
     def active(self) -> contextlib.AbstractContextManager[None]:
         """The substitutions, in force while the context is open."""
-        return unnoticed()
+        return hide_fake_tensors()
 
     def temporaries(self, func: Any, args: tuple[Any, ...], result: Any) -> Iterable[int]:
         """Sizes in bytes of the buffers that an operation's kernel holds while it runs, after its results are there."""
@@ -37,7 +37,7 @@ class Rules:
         """Bytes that the first operation of this kind takes for good, once in each thread."""
         return 0
 
-    def births(self, func: Any, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+    def allocation_order(self, func: Any, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
         """The results of an operation in the order in which its kernel allocates them."""
         return tensors
 
@@ -53,7 +53,7 @@ class Rules:
 
 
 @contextlib.contextmanager
-def unnoticed() -> Iterator[None]:
+def hide_fake_tensors() -> Iterator[None]:
     """Hides from transformers that tensors are fake: it would build attention masks that a real run does without.
 
     Source: transformers/masking_utils.py (5.x), `find_packed_sequence_indices`, `_ignore_causal_mask_sdpa`.

@@ -21,20 +21,20 @@ from lowvram_chat.model import loss as loss_module
 from lowvram_chat.model.scoring import autocast, score
 from lowvram_chat.recipe.schema import Recipe
 from lowvram_chat.tracing import optimizer as recipe_optimizer
-from lowvram_chat.tracing.materialise import Moved, materialise
-from lowvram_chat.tracing.model import build
+from lowvram_chat.tracing.materialise import Materialised, materialise
+from lowvram_chat.tracing.model import build_meta_model
 from lowvram_chat.tracing.operations import Operation
-from lowvram_chat.tracing.recorder import Event, Recorder, Span
-from lowvram_chat.tracing.rules import Rules
+from lowvram_chat.tracing.recorder import Event, Span, TraceRecorder
+from lowvram_chat.tracing.rules import DeviceRules
 
 Batch = dict[str, torch.Tensor]
 
-LISTED = 1
+LISTED_STEP = 1
 """The step whose operations are listed: the second, where the optimizer has its states."""
 
 
 @dataclass(frozen=True)
-class Shape:
+class MicroBatchShape:
     """A micro-batch: its longest row, and the share of its tokens that carry loss."""
 
     length: int
@@ -44,7 +44,7 @@ class Shape:
 
 
 @dataclass(frozen=True)
-class Trace:
+class RunTrace:
     """What a recipe's run does to memory."""
 
     events: list[Event]
@@ -58,10 +58,10 @@ class Trace:
     trained: int
     """Values that are trained."""
     work: list[list[Operation]]
-    """The operations of the step `LISTED`: a list for each micro-batch, and one for the optimizer's update."""
+    """The operations of the step `LISTED_STEP`: a list for each micro-batch, and one for the optimizer's update."""
 
 
-def trace(recipe: Recipe, rules: Rules, steps: Sequence[Sequence[Shape]]) -> Trace:
+def trace_run(recipe: Recipe, rules: DeviceRules, steps: Sequence[Sequence[MicroBatchShape]]) -> RunTrace:
     """Returns the trace of a run of these optimizer steps, each a list of micro-batches.
 
     Raises:
@@ -71,24 +71,24 @@ def trace(recipe: Recipe, rules: Rules, steps: Sequence[Sequence[Shape]]) -> Tra
         return _trace(recipe, rules, steps)
 
 
-def _trace(recipe: Recipe, rules: Rules, steps: Sequence[Sequence[Shape]]) -> Trace:
-    model = build(recipe)
-    make_optimizer = recipe_optimizer.prepare(recipe, model)
+def _trace(recipe: Recipe, rules: DeviceRules, steps: Sequence[Sequence[MicroBatchShape]]) -> RunTrace:
+    model = build_meta_model(recipe)
+    make_optimizer = recipe_optimizer.prepare_optimizer(recipe, model)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    with Recorder(rules) as recorder, _loss_marked(recorder):
+    with TraceRecorder(rules) as recorder, _loss_phase_marked(recorder):
         moved = _load(recipe, model, recorder)
-        run = Run(recipe, model, make_optimizer(moved), recorder)
+        run = TracedRun(recipe, model, make_optimizer(moved), recorder)
         run.rehearse()
         evaluation = run.evaluate()
         places = run.train(steps)
         run.save()
-    return _on_the_card(Trace(recorder.events, evaluation, places, parameters, trained, run.work))
+    return _without_host_storages(RunTrace(recorder.events, evaluation, places, parameters, trained, run.work))
 
 
-def _on_the_card(trace: Trace) -> Trace:
+def _without_host_storages(trace: RunTrace) -> RunTrace:
     """The trace without storages that the card never holds."""
-    kept = [event.storage.category != recipe_optimizer.OUTSIDE for event in trace.events]
+    kept = [event.storage.category != recipe_optimizer.HOST_MEMORY for event in trace.events]
     place = [0, *itertools.accumulate(kept)]
     return replace(
         trace,
@@ -98,38 +98,38 @@ def _on_the_card(trace: Trace) -> Trace:
     )
 
 
-def _load(recipe: Recipe, model: torch.nn.Module, recorder: Recorder) -> Moved:
+def _load(recipe: Recipe, model: torch.nn.Module, recorder: TraceRecorder) -> Materialised:
     """Moves the model onto the traced card, by the way that its weights take."""
     if recipe.model.load_in != "4bit":
         return materialise(model, recorder)
-    from lowvram_chat.tracing.four_bit import add_scales, pack, warm_up
+    from lowvram_chat.tracing.four_bit import add_scales, record_loading_warmup, shrink_weights
 
-    shapes = pack(model)
-    warm_up(model, recorder)
+    shapes = shrink_weights(model)
+    record_loading_warmup(model, recorder)
     moved = materialise(model, recorder)
     add_scales(shapes, recorder)
     return moved
 
 
-class Silent(Recorder):
+class NullRecorder(TraceRecorder):
     """Records nothing: it is never entered."""
 
     def label(self, tensors: Iterable[object], category: str) -> None:
         """Does nothing."""
 
 
-class Run:
+class TracedRun:
     """The run itself, on the traced card, or for real where there is no recorder; what it holds lives to its end."""
 
     def __init__(
-        self, recipe: Recipe, model: Any, optimizer: torch.optim.Optimizer, recorder: Recorder | None = None
+        self, recipe: Recipe, model: Any, optimizer: torch.optim.Optimizer, recorder: TraceRecorder | None = None
     ) -> None:
-        self.recipe, self.model, self.optimizer, self.recorder = recipe, model, optimizer, recorder or Silent()
+        self.recipe, self.model, self.optimizer, self.recorder = recipe, model, optimizer, recorder or NullRecorder()
         self.scaler = torch.amp.GradScaler("cpu") if recipe.train.precision == "fp16" else None
         self.total_loss = torch.zeros(())
         self.work: list[list[Operation]] = []
 
-    def train(self, steps: Sequence[Sequence[Shape]]) -> list[Span]:
+    def train(self, steps: Sequence[Sequence[MicroBatchShape]]) -> list[Span]:
         """Runs the optimizer steps; `batches`, `inputs` and the rest live as in the Trainer's `_run_epoch`."""
         places = []
         for number, shapes in enumerate(steps):
@@ -148,7 +148,7 @@ class Run:
 
     def rehearse(self) -> None:
         """Runs the longest batch once before all else and lets its gradients go, as `train.rehearsal` does."""
-        batch = self._batch(Shape(self.recipe.data.max_length, packed=self.recipe.data.rows == "packed"))
+        batch = self._batch(MicroBatchShape(self.recipe.data.max_length, packed=self.recipe.data.rows == "packed"))
         self._micro_batch(batch, batch["loss_positions"].numel(), scaled=False)
         self.model.zero_grad()
 
@@ -157,13 +157,13 @@ class Run:
 
         A merge takes nothing either: `merge` runs on the CPU.
         """
-        with self.recorder.moment("saving"):
-            held = _trained(self.model, self.recipe), self.optimizer.state_dict()
+        with self.recorder.phase("saving"):
+            held = _checkpointed_weights(self.model, self.recipe), self.optimizer.state_dict()
             del held
 
     def _list_from_here(self, number: int) -> None:
         """Begins a part of the work, in the step whose operations are listed."""
-        if number == LISTED:
+        if number == LISTED_STEP:
             self.recorder.operations = []
             self.work.append(self.recorder.operations)
 
@@ -174,14 +174,14 @@ class Run:
             return None
         start = len(self.recorder.events)
         row = {"input_ids": range(data.max_length)}
-        with self.recorder.moment("evaluation"):
+        with self.recorder.phase("evaluation"):
             score(self.model, [row] * rows, self._collate, rows, self.recipe.train.precision)  # type: ignore[arg-type]
         return start, len(self.recorder.events)
 
     def _collate(self, rows: Sequence[Any]) -> dict[str, Any]:
-        return self._batch(Shape(len(rows[0]["input_ids"])), len(rows))
+        return self._batch(MicroBatchShape(len(rows[0]["input_ids"])), len(rows))
 
-    def _batch(self, shape: Shape, rows: int | None = None) -> Batch:
+    def _batch(self, shape: MicroBatchShape, rows: int | None = None) -> Batch:
         """A batch as `data.rows.Collator` makes it; every token but a row's first can carry loss."""
         rows = rows or self.recipe.train.per_device_train_batch_size
         places = max(1, int(rows * (shape.length - 1) * shape.labelled))
@@ -199,23 +199,23 @@ class Run:
 
     def _micro_batch(self, inputs: Batch, tokens: Any, *, scaled: bool = True) -> torch.Tensor:
         """The Trainer's `training_step` with `ChatTrainer.compute_loss`; returns the detached loss ()."""
-        with self.recorder.moment("forward"), autocast("cpu", self.recipe.train.precision):
+        with self.recorder.phase("forward"), autocast("cpu", self.recipe.train.precision):
             output = self.model(**inputs)
         loss: torch.Tensor = output["loss"] * 1 / tokens  # one process
         del output
-        with self.recorder.moment("backward"):
+        with self.recorder.phase("backward"):
             (self.scaler.scale(loss) if self.scaler and scaled else loss).backward()  # type: ignore[no-untyped-call]
             self.recorder.label((p.grad for p in self.model.parameters()), "gradients")
         return loss.detach()
 
     def _update(self) -> torch.Tensor:
         """Clips, steps, lets the gradients go; returns the gradients' norm ()."""
-        with self.recorder.moment("clipping"):
+        with self.recorder.phase("clipping"):
             if self.scaler is not None:
                 self.scaler.unscale_(self.optimizer)
             limit = self.recipe.train.max_grad_norm or float("inf")
             norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit)
-        with self.recorder.moment("optimizer"):
+        with self.recorder.phase("optimizer"):
             if self.scaler is None:
                 self.optimizer.step()
             else:
@@ -226,7 +226,7 @@ class Run:
         return norm
 
 
-def _trained(model: Any, recipe: Recipe) -> dict[str, torch.Tensor]:
+def _checkpointed_weights(model: Any, recipe: Recipe) -> dict[str, torch.Tensor]:
     """What a checkpoint holds of the model."""
     if recipe.adapter is None:
         return dict(model.state_dict())
@@ -238,9 +238,9 @@ def _trained(model: Any, recipe: Recipe) -> dict[str, torch.Tensor]:
 def _four_bit_readable(recipe: Recipe) -> contextlib.AbstractContextManager[None]:
     if recipe.model.load_in != "4bit":
         return contextlib.nullcontext()
-    from lowvram_chat.tracing.four_bit import read_by_dora
+    from lowvram_chat.tracing.four_bit import dora_reads_fake_weights
 
-    return read_by_dora()
+    return dora_reads_fake_weights()
 
 
 @contextlib.contextmanager
@@ -256,12 +256,12 @@ def _no_garbage_collection() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _loss_marked(recorder: Recorder) -> Iterator[None]:
+def _loss_phase_marked(recorder: TraceRecorder) -> Iterator[None]:
     """Lets what the loss function allocates count as "loss"."""
     plain = loss_module.summed_loss
 
     def marked(*args: Any, **kwargs: Any) -> torch.Tensor:
-        with recorder.moment("loss"):
+        with recorder.phase("loss"):
             return plain(*args, **kwargs)
 
     module: Any = loss_module

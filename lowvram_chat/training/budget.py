@@ -11,19 +11,19 @@ import torch
 from lowvram_chat.errors import DoesNotFit
 from lowvram_chat.gpus import CONTEXT_MIB, GPUS, MIB
 from lowvram_chat.planning import report
-from lowvram_chat.planning.changes import changed, words
-from lowvram_chat.planning.plan import Plan, plan
+from lowvram_chat.planning.changes import apply_change, as_overrides
+from lowvram_chat.planning.plan import Plan, make_plan
 from lowvram_chat.planning.search import advise, planned_micro_batch
 from lowvram_chat.recipe.schema import Recipe
-from lowvram_chat.training.oom import sizes
+from lowvram_chat.training.oom import micro_batch_overrides
 
 log = logging.getLogger(__name__)
 
-OWN_SHARE = {"win32": 0.95}
+USABLE_SHARE = {"win32": 0.95}
 """Share of a card that no recipe names which this process may take; elsewhere 0.97."""
 
 
-def prepare(recipe: Recipe, device: torch.device, *, force: bool) -> tuple[Recipe, Plan | None]:
+def plan_within_budget(recipe: Recipe, device: torch.device, *, force: bool) -> tuple[Recipe, Plan | None]:
     """Return the recipe with its micro-batch planned, where it asks for that, and the run's plan; on CUDA, hold the
     process to its budget.
 
@@ -37,11 +37,11 @@ def prepare(recipe: Recipe, device: torch.device, *, force: bool) -> tuple[Recip
         return recipe, None
     recipe = with_planned_micro_batch(recipe, device)
     here = _with_limit(recipe, device)
-    planned = plan(here)
+    planned = make_plan(here)
     log.info("predicted: %s", report.verdict(here, planned).replace("\n", "\n           "))
     if not planned.fits and not force:
         raise DoesNotFit(_refusal(here, planned))
-    _hold(planned.limit_bytes, device)
+    _set_memory_cap(planned.limit_bytes, device)
     return recipe, planned
 
 
@@ -49,18 +49,20 @@ def with_planned_micro_batch(recipe: Recipe, device: torch.device) -> Recipe:
     """Return the recipe with `train.micro_batch: planned` carried out for this device; others as they are."""
     if recipe.train.micro_batch == "given":
         return recipe
-    recipe = changed(recipe, planned_micro_batch(_with_limit(recipe, device)))
-    log.info("planned: %s%s", sizes(recipe), ", checkpointed" if recipe.train.gradient_checkpointing else "")
+    recipe = apply_change(recipe, planned_micro_batch(_with_limit(recipe, device)))
+    log.info(
+        "planned: %s%s", micro_batch_overrides(recipe), ", checkpointed" if recipe.train.gradient_checkpointing else ""
+    )
     return recipe
 
 
-def hold(recipe: Recipe, device: torch.device) -> None:
+def cap_process_memory(recipe: Recipe, device: torch.device) -> None:
     """Hold the process to the recipe's budget on CUDA, planned or not."""
     if device.type == "cuda":
-        _hold(MIB * (_with_limit(recipe, device).memory.limit_mib or 0), device)
+        _set_memory_cap(MIB * (_with_limit(recipe, device).memory.limit_mib or 0), device)
 
 
-def _hold(limit_bytes: int, device: torch.device) -> None:
+def _set_memory_cap(limit_bytes: int, device: torch.device) -> None:
     if device.type == "cuda":
         allowed = max(limit_bytes - CONTEXT_MIB * MIB, 0)
         total = torch.cuda.get_device_properties(device).total_memory
@@ -75,7 +77,7 @@ def _with_limit(recipe: Recipe, device: torch.device) -> Recipe:
     if device.type != "cuda":
         return recipe
     memory, total_mib = recipe.memory, torch.cuda.get_device_properties(device).total_memory // MIB
-    own = int(total_mib * OWN_SHARE.get(sys.platform, 0.97))
+    own = int(total_mib * USABLE_SHARE.get(sys.platform, 0.97))
     named = GPUS[memory.gpu].usable_windows_mib if sys.platform == "win32" else GPUS[memory.gpu].usable_linux_mib
     wanted = memory.limit_mib or (named if "gpu" in memory.model_fields_set else own)
     if wanted > own:
@@ -89,7 +91,7 @@ def _refusal(recipe: Recipe, planned: Plan) -> str:
     if not options:
         return f"{report.too_large(recipe, planned)} --force starts it all the same."
     changes = "\n".join(
-        f"  {words(option.change)}\n      {option.plan.on_card_bytes // MIB:,} MiB, a step about {option.cost:+.0%} in time"
+        f"  {as_overrides(option.change)}\n      {option.plan.on_card_bytes // MIB:,} MiB, a step about {option.cost:+.0%} in time"
         for option in options
     )
     return f"{report.verdict(recipe, planned)}\nAdd one of these, or --force to start all the same:\n{changes}"
@@ -100,7 +102,7 @@ def allocator_limit(planned: Plan | None) -> int | None:
     return planned.limit_bytes - CONTEXT_MIB * MIB if planned is not None and torch.cuda.is_available() else None
 
 
-def compared(planned: Plan | None) -> dict[str, Any]:
+def compare_with_plan(planned: Plan | None) -> dict[str, Any]:
     """Return predicted and measured peak for `result.json`; measured only on CUDA."""
     if planned is None:
         return {}

@@ -38,7 +38,7 @@ class TokenCounts:
         return cls(**json.loads((checkpoint / COUNTS_FILE).read_text(encoding="utf-8")))
 
 
-class Recorder(TrainerCallback):
+class MetricsCallback(TrainerCallback):
     """Writes a line of metrics.jsonl at every logged step, keeps the clock, and shows where the run is."""
 
     def __init__(self, run: RunDir, counts: TokenCounts, limit_bytes: int | None = None) -> None:
@@ -74,7 +74,7 @@ class Recorder(TrainerCallback):
         line: dict[str, Any] = {"step": state.global_step, "epoch": round(state.epoch or 0.0, 4)}
         line |= {name: logs[name] for name in ("loss", "learning_rate", "grad_norm", "eval_loss") if name in logs}
         if "loss" in logs:
-            line |= self._rates() | memory()
+            line |= self._rates() | peak_memory()
         with self.run.metrics_file.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
         self.display.show(line)
@@ -103,7 +103,7 @@ class Recorder(TrainerCallback):
         self.display.close()
 
 
-def memory() -> dict[str, int]:
+def peak_memory() -> dict[str, int]:
     """Return the peak memory of this process: on CUDA what the allocator took, elsewhere the resident set."""
     if torch.cuda.is_available():
         return {

@@ -16,7 +16,7 @@ from lowvram_chat.recipe.baseline import BASELINE_TOKENS
 
 log = logging.getLogger(__name__)
 
-MEMORY = ("peak_reserved_bytes", "peak_resident_bytes")
+MEMORY_KEYS = ("peak_reserved_bytes", "peak_resident_bytes")
 """What a logged line tells of the memory: the card's where there is one."""
 
 
@@ -67,13 +67,13 @@ class Display:
         if rate is None:
             return words
         words.append(f"{rate:,.0f} tokens/s")
-        words += [self._memory(line[name]) for name in MEMORY if name in line]
+        words += [self._memory(line[name]) for name in MEMORY_KEYS if name in line]
         done = line["step"] - self.first
         if done > 0 and line["step"] < self.total:
             left = (time.monotonic() - self.started) / done * (self.total - line["step"])
-            words.append(f"{duration(left)} left")
+            words.append(f"{format_duration(left)} left")
         if rate:
-            words.append(f"a baseline epoch {duration(BASELINE_TOKENS / rate)}")
+            words.append(f"a baseline epoch {format_duration(BASELINE_TOKENS / rate)}")
         return words
 
     def _memory(self, nbytes: int) -> str:
@@ -81,7 +81,7 @@ class Display:
         return f"{nbytes / MIB:,.0f}{limit} MiB"
 
 
-def duration(seconds: float) -> str:
+def format_duration(seconds: float) -> str:
     """Return a time in words: "45 s", "12 m", "1 h 20 m"."""
     if seconds < 90:
         return f"{seconds:.0f} s"

@@ -15,7 +15,7 @@ def last_loss(run: RunDir) -> float | None:
     return losses[-1] if losses else None
 
 
-def forget_later_lines(run: RunDir, checkpoint: Path) -> None:
+def drop_later_lines(run: RunDir, checkpoint: Path) -> None:
     """Drop the metrics of steps after the checkpoint: they will be run, and written, again."""
     step = step_of(checkpoint)
     assert step is not None, "not a whole checkpoint"

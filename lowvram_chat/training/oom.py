@@ -6,14 +6,19 @@ import torch
 
 from lowvram_chat.recipe.schema import Recipe
 
-FULL = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUBLAS_STATUS_NOT_INITIALIZED", "can't allocate memory")
+OUT_OF_MEMORY_MESSAGES = (
+    "out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUBLAS_STATUS_NOT_INITIALIZED",
+    "can't allocate memory",
+)
 """What errors say that a full device raises beside torch.OutOfMemoryError: the driver's, cuBLAS', and a CPU's allocator."""
 
 
 def is_out_of_memory(error: Exception) -> bool:
     """Return whether an error says that the device is full."""
     return isinstance(error, torch.OutOfMemoryError) or (
-        isinstance(error, RuntimeError) and any(words in str(error) for words in FULL)
+        isinstance(error, RuntimeError) and any(words in str(error) for words in OUT_OF_MEMORY_MESSAGES)
     )
 
 
@@ -24,7 +29,7 @@ def halve(recipe: Recipe) -> Recipe | None:
     """
     train = recipe.train
     batch = train.per_device_train_batch_size
-    effective = train.rows_of_a_step
+    effective = train.effective_batch_size
     smaller = next((size for size in range(batch // 2, 0, -1) if effective % size == 0), None)
     if smaller is None:
         return None
@@ -32,7 +37,7 @@ def halve(recipe: Recipe) -> Recipe | None:
     return recipe.model_copy(update={"train": train.model_copy(update=update)})
 
 
-def sizes(recipe: Recipe) -> str:
+def micro_batch_overrides(recipe: Recipe) -> str:
     """Return a recipe's micro-batch and accumulation as words for the command line."""
     train = recipe.train
     return (
@@ -45,7 +50,7 @@ def advice(recipe: Recipe, error: Exception) -> str:
     """Return what happened and what to change."""
     smaller = halve(recipe)
     changes = [] if recipe.train.gradient_checkpointing else ["train.gradient_checkpointing=true"]
-    changes += [] if smaller is None else [sizes(smaller), "memory.on_oom=halve"]
+    changes += [] if smaller is None else [micro_batch_overrides(smaller), "memory.on_oom=halve"]
     change = f"Add {' or '.join(changes)}" if changes else "Use a smaller model, data.max_length or an adapter"
     return (
         f"{recipe.output.dir}: out of memory on the device ({str(error).splitlines()[0].rstrip('.')}). "

@@ -10,7 +10,7 @@ from lowvram_chat.data.rows import MODEL_INPUTS, Collator
 from lowvram_chat.model.scoring import autocast, row_lengths
 
 
-def rehearse(model: Any, rows: Any, collate: Collator, batch_size: int, precision: str) -> int:
+def run_longest_batch(model: Any, rows: Any, collate: Collator, batch_size: int, precision: str) -> int:
     """Run forward and backward of the batch of the longest rows, let the gradients go, and return its row length.
 
     Weights, gradients and random states are as before.

@@ -12,7 +12,7 @@ from lowvram_chat.training.run_dir import RunDir, step_of
 
 log = logging.getLogger(__name__)
 
-FIXED: Mapping[str, set[str]] = {
+FIXED_BY_CHECKPOINT: Mapping[str, set[str]] = {
     # the weights
     "model": {"name", "revision", "dtype", "load_in"},
     "adapter": {"kind", "r", "alpha", "target_modules"},
@@ -23,7 +23,7 @@ FIXED: Mapping[str, set[str]] = {
 }
 """Settings that must be those of the run that is gone on with; so must the rows of an optimizer step."""
 
-PLANNED = ("micro_batch", "per_device_train_batch_size", "gradient_accumulation_steps", "gradient_checkpointing")
+SET_BY_PLANNER = ("micro_batch", "per_device_train_batch_size", "gradient_accumulation_steps", "gradient_checkpointing")
 """What `train.micro_batch: planned` decides."""
 
 
@@ -35,9 +35,11 @@ def check_resumed(run: RunDir, recipe: Recipe) -> None:
     """
     before = run.recipe()
     problems = [
-        f"  {name}={_word(now)} (was {_word(was)})" for name, was, now in changes(before, recipe) if _is_fixed(name)
+        f"  {name}={_yaml_value(now)} (was {_yaml_value(was)})"
+        for name, was, now in changes(before, recipe)
+        if _is_fixed(name)
     ]
-    rows, rows_before = recipe.train.rows_of_a_step, before.train.rows_of_a_step
+    rows, rows_before = recipe.train.effective_batch_size, before.train.effective_batch_size
     if rows != rows_before:
         problems.append(
             f"  train.per_device_train_batch_size x train.gradient_accumulation_steps={rows} (was {rows_before})"
@@ -58,8 +60,8 @@ def check_resumed(run: RunDir, recipe: Recipe) -> None:
 
 def is_same(before: Recipe, recipe: Recipe) -> bool:
     """Return whether a run's resolved recipe came from this one."""
-    if recipe.train.micro_batch == "planned" and recipe.train.rows_of_a_step == before.train.rows_of_a_step:
-        decided = {name: getattr(before.train, name) for name in PLANNED}
+    if recipe.train.micro_batch == "planned" and recipe.train.effective_batch_size == before.train.effective_batch_size:
+        decided = {name: getattr(before.train, name) for name in SET_BY_PLANNER}
         recipe = recipe.model_copy(update={"train": recipe.train.model_copy(update=decided)})
     return before == recipe
 
@@ -80,14 +82,14 @@ def changes(before: Recipe, now: Recipe) -> Iterator[tuple[str, Any, Any]]:
 def tell_changes(run: RunDir, recipe: Recipe) -> None:
     """Say which settings of a resumed run differ from those it began with."""
     for name, was, now in changes(run.recipe(), recipe):
-        log.info("resuming with %s = %s (was %s)", name, _word(now), _word(was))
+        log.info("resuming with %s = %s (was %s)", name, _yaml_value(now), _yaml_value(was))
 
 
 def _is_fixed(name: str) -> bool:
     section, _, setting = name.partition(".")
-    return not setting or setting in FIXED.get(section, set())
+    return not setting or setting in FIXED_BY_CHECKPOINT.get(section, set())
 
 
-def _word(value: Any) -> str:
+def _yaml_value(value: Any) -> str:
     """Return a value as a recipe says it."""
     return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)

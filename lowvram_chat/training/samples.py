@@ -9,13 +9,13 @@ from typing import Any, Literal
 
 import torch
 
-from lowvram_chat.model.compilation import as_written
+from lowvram_chat.model.compilation import uncompiled
 from lowvram_chat.model.pretrained import positions_of
-from lowvram_chat.model.saved import UNBOUNDED
+from lowvram_chat.model.saved import DEFAULT_POSITIONS
 from lowvram_chat.model.scoring import autocast
 from lowvram_chat.training.run_dir import RunDir
 
-NEW_TOKENS = 48
+MAX_NEW_TOKENS = 48
 TEMPERATURE, TOP_P = 0.7, 0.9
 
 
@@ -29,7 +29,7 @@ class Sample:
 
 
 @dataclass(frozen=True)
-class Speaker:
+class SampleGenerator:
     """A model that can be asked."""
 
     model: Any
@@ -47,7 +47,7 @@ class Speaker:
         with (
             torch.no_grad(),
             torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
-            as_written(self.model),
+            uncompiled(self.model),
             autocast(device.type, self.precision),
         ):
             torch.manual_seed(0)
@@ -61,7 +61,7 @@ class Speaker:
         encoded = self.tokenizer.apply_chat_template(
             [{"role": "user", "content": prompt}], add_generation_prompt=True, return_tensors="pt", return_dict=True
         )
-        room = (positions_of(self.model.config) or UNBOUNDED) - NEW_TOKENS
+        room = (positions_of(self.model.config) or DEFAULT_POSITIONS) - MAX_NEW_TOKENS
         tokens: torch.Tensor = encoded["input_ids"][:, -room:]
         return tokens.to(next(self.model.parameters()).device)
 
@@ -70,7 +70,7 @@ class Speaker:
 
         end = self.tokenizer.eos_token_id
         return GenerationConfig(
-            max_new_tokens=NEW_TOKENS,
+            max_new_tokens=MAX_NEW_TOKENS,
             min_new_tokens=1,
             do_sample=True,
             temperature=TEMPERATURE,
@@ -81,7 +81,7 @@ class Speaker:
         )
 
 
-def take_samples(run: RunDir, when: Literal["before", "after"], prompts: list[str], speaker: Speaker) -> None:
+def take_samples(run: RunDir, when: Literal["before", "after"], prompts: list[str], speaker: SampleGenerator) -> None:
     """Let a model answer each prompt, and keep the answers in the run folder."""
     samples = {sample.prompt: sample for sample in read_samples(run)}
     answers = {prompt: speaker.answer(prompt) for prompt in prompts}

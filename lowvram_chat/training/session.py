@@ -15,26 +15,26 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from lowvram_chat.data.dataset import Rows, load_rows
+from lowvram_chat.data.dataset import PreparedRows, load_rows
 from lowvram_chat.data.rows import Collator
 from lowvram_chat.data.template import set_template
 from lowvram_chat.errors import DeviceError, OutOfMemory
 from lowvram_chat.model.adapters import add_adapter, save_adapter
-from lowvram_chat.model.compilation import compile_blocks, wants_compile
-from lowvram_chat.model.device import keep_freed_pages, sum_in_fp16
-from lowvram_chat.model.isolation import check_causal, keep_documents_apart
+from lowvram_chat.model.compilation import compile_blocks, should_compile
+from lowvram_chat.model.device import keep_freed_pages, set_fp16_accumulation
+from lowvram_chat.model.isolation import check_causal, isolate_documents
 from lowvram_chat.model.loss import attach_loss
 from lowvram_chat.model.pretrained import check_positions, load_config, load_model, load_tokenizer
 from lowvram_chat.model.scoring import score
 from lowvram_chat.recipe.schema import Recipe
 from lowvram_chat.training import budget, card, run_dir
-from lowvram_chat.training.callbacks import Recorder, TokenCounts, memory
-from lowvram_chat.training.metrics_file import forget_later_lines, last_loss
-from lowvram_chat.training.oom import advice, halve, is_out_of_memory, sizes
-from lowvram_chat.training.preflight import rehearse
+from lowvram_chat.training.callbacks import MetricsCallback, TokenCounts, peak_memory
+from lowvram_chat.training.metrics_file import drop_later_lines, last_loss
+from lowvram_chat.training.oom import advice, halve, is_out_of_memory, micro_batch_overrides
+from lowvram_chat.training.preflight import run_longest_batch
 from lowvram_chat.training.resume import tell_changes
 from lowvram_chat.training.run_dir import RunDir
-from lowvram_chat.training.samples import Speaker, take_samples
+from lowvram_chat.training.samples import SampleGenerator, take_samples
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, TrainerCallback
@@ -51,7 +51,7 @@ class Session:
 
     recipe: Recipe
     tokenizer: PreTrainedTokenizerBase
-    rows: Rows
+    rows: PreparedRows
     model: Any
     """The base model with its loss attached, under its adapter if there is one."""
     planned: Plan | None = None
@@ -61,7 +61,7 @@ class Session:
 
     @classmethod
     def prepare(
-        cls, recipe: Recipe, *, device: torch.device, rows: Rows | None = None, planned: Plan | None = None
+        cls, recipe: Recipe, *, device: torch.device, rows: PreparedRows | None = None, planned: Plan | None = None
     ) -> Session:
         """Load tokenizer, rows (unless they are there) and model.
 
@@ -73,17 +73,19 @@ class Session:
         check_positions(load_config(base.name, base.revision), recipe.data.max_length, base.name)
         tokenizer = load_tokenizer(base.name, base.revision)
         set_template(tokenizer, recipe.data.chat_template, recipe.data.loss_on)
-        compiled = wants_compile(recipe.train, device)
-        sum_in_fp16(wanted=recipe.train.fp16_accumulation)
+        compiled = should_compile(recipe.train, device)
+        set_fp16_accumulation(wanted=recipe.train.fp16_accumulation)
         keep_freed_pages(device)
         rows = rows or load_rows(recipe.data, tokenizer, recipe.train.seed)
         torch.manual_seed(recipe.train.seed)  # the adapter's random half
-        on_a_cpu = device.type == "cpu"
-        model = build_model(recipe, device, on_a_cpu=on_a_cpu)
+        on_cpu = device.type == "cpu"
+        model = build_model(recipe, device, on_cpu=on_cpu)
         check_causal(model, device, recipe.train.precision)
         if recipe.data.rows == "packed":
-            by_document = base.lean_attention and on_a_cpu and not compiled  # the shapes of what is compiled are fixed
-            keep_documents_apart(model, device, recipe.train.precision, by_document=by_document)
+            by_document = (
+                base.document_attention and on_cpu and not compiled
+            )  # the shapes of what is compiled are fixed
+            isolate_documents(model, device, recipe.train.precision, by_document=by_document)
         if compiled:
             compile_blocks(model)
         return cls(recipe, tokenizer, rows, model, planned, compiled)
@@ -100,9 +102,9 @@ class Session:
         checkpoint = run.last_checkpoint() if resume else None
         counts = TokenCounts() if checkpoint is None else TokenCounts.of_checkpoint(checkpoint)
         if checkpoint is not None:
-            forget_later_lines(run, checkpoint)
+            drop_later_lines(run, checkpoint)
             log.info("resuming from %s", checkpoint)
-        recorder = Recorder(run, counts, budget.allocator_limit(self.planned))
+        recorder = MetricsCallback(run, counts, budget.allocator_limit(self.planned))
         trainer = self._trainer(run, counts, recorder)
         self._rehearse(trainer)
         before = self._held_out_loss(trainer)  # a resumed run too: its checkpoint is loaded by `train`
@@ -130,7 +132,7 @@ class Session:
 
     def _rehearse(self, trainer: ChatTrainer) -> None:
         train = self.recipe.train
-        rehearse(
+        run_longest_batch(
             trainer.model, self.rows.train, trainer.data_collator, train.per_device_train_batch_size, train.precision
         )
 
@@ -171,7 +173,7 @@ class Session:
         if not (prompts and run_dir.is_main_process()):
             return
         try:
-            take_samples(run, when, prompts, Speaker(self.model, self.tokenizer, self.recipe.train.precision))
+            take_samples(run, when, prompts, SampleGenerator(self.model, self.tokenizer, self.recipe.train.precision))
         except RuntimeError as error:  # a model whose loss is NaN cannot choose a word; the run goes on
             log.warning("output.sample_prompts: no answers %s the run (%s)", when, str(error).splitlines()[0])
 
@@ -193,8 +195,8 @@ class Session:
             "steps": steps,
             "epochs": round(trainer.state.epoch or 0.0, 4),
             **{name: round(value, 2) for name, value in asdict(trainer.counts).items()},
-            **memory(),
-            **budget.compared(self.planned),
+            **peak_memory(),
+            **budget.compare_with_plan(self.planned),
             "trained_parameters": sum(p.numel() for p in self.model.parameters() if p.requires_grad),
             "parameters": sum(p.numel() for p in self.model.parameters()),
             "data": asdict(self.rows.facts),
@@ -217,7 +219,7 @@ def train(recipe: Recipe, *, device: torch.device, resume: bool, force: bool = F
         DoesNotFit: it is planned not to fit its card, and there is no `force`.
         OutOfMemory: the device is full and `memory.on_oom` says stop, or there is nothing left to halve.
     """
-    recipe, planned = budget.prepare(recipe, device, force=force)
+    recipe, planned = budget.plan_within_budget(recipe, device, force=force)
     rows = None
     while True:
         session = Session.prepare(recipe, device=device, rows=rows, planned=planned)
@@ -231,7 +233,7 @@ def train(recipe: Recipe, *, device: torch.device, resume: bool, force: bool = F
                 raise OutOfMemory(advice(recipe, error)) from None
         # Outside of the handler, since the error holds the failed step's tensors.
         rows, recipe, resume = session.rows, smaller, RunDir(Path(recipe.output.dir)).last_checkpoint() is not None
-        log.warning("out of memory: going on with %s", sizes(recipe))
+        log.warning("out of memory: going on with %s", micro_batch_overrides(recipe))
         del session
         gc.collect()
         if device.type == "cuda":
@@ -257,15 +259,15 @@ def _check_trackers(names: list[str]) -> None:
         raise DeviceError(f"output.report_to: {reason}. {remedy} out of output.report_to.") from None
 
 
-def build_model(recipe: Recipe, device: torch.device, *, on_a_cpu: bool = False) -> Any:
-    """Return the recipe's model with its loss attached and its adapter on, as it will be trained on a card; `on_a_cpu`: as
+def build_model(recipe: Recipe, device: torch.device, *, on_cpu: bool = False) -> Any:
+    """Return the recipe's model with its loss attached and its adapter on, as it will be trained on a card; `on_cpu`: as
     it is fastest there, which takes memory that no plan is about."""
     model = load_model(recipe.model, device=device)
     settings = recipe.model
-    attach_loss(model, lean=settings.lean_loss, pad_vocabulary=settings.pad_vocabulary, on_a_cpu=on_a_cpu)
+    attach_loss(model, fused=settings.fused_loss, pad_vocabulary=settings.pad_vocabulary, on_cpu=on_cpu)
     if recipe.adapter is None:
         return model
-    return add_adapter(model, recipe.adapter, on_a_cpu=on_a_cpu)
+    return add_adapter(model, recipe.adapter, on_cpu=on_cpu)
 
 
 def save(model: Any, tokenizer: PreTrainedTokenizerBase, folder: Path, recipe: Recipe) -> None:

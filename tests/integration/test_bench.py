@@ -17,7 +17,7 @@ import torch
 
 from lowvram_chat import bench as command
 from lowvram_chat.results import measure
-from lowvram_chat.results.own_run import known_card, sentence
+from lowvram_chat.results.own_run import known_gpu, summary_sentence
 from lowvram_chat.results.record import Machine, Metric, Record, load, store
 from tests.runs import Bench
 from tests.samples import ROOT
@@ -53,7 +53,7 @@ def test_a_slowed_step_fails_the_comparison(bench: Bench, monkeypatch: pytest.Mo
     recipe = bench.recipe("r")
 
     def result() -> Record:
-        speed = own_run._speed(measure.measure(recipe, 6, "speed"))
+        speed = own_run._speed(measure.measure_steps(recipe, 6, "speed"))
         return Record(benchmark="run", case="r", metrics=speed, machine=this_machine())
 
     store(result(), tmp_path / "old")
@@ -75,18 +75,18 @@ def test_a_full_device_is_a_result(bench: Bench, monkeypatch: pytest.MonkeyPatch
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore")
 
     monkeypatch.setattr(Session, "prepare", full)
-    found = measure.measure(bench.recipe("r"), 2, "memory")
+    found = measure.measure_steps(bench.recipe("r"), 2, "memory")
     assert found == {"status": "out_of_memory", "reason": "CUDA out of memory. Tried to allocate 2.00 GiB."}
 
 
 @pytest.mark.parametrize("settings", [{}, {"data__rows": "packed"}, {"train__gradient_accumulation_steps": 2}])
 def test_the_steps_that_are_measured_are_full_rows(bench: Bench, settings: dict[str, object]) -> None:
     recipe = bench.recipe("r", **settings)
-    found = measure.measure(recipe, 2, "speed")
+    found = measure.measure_steps(recipe, 2, "speed")
     assert len(found["seconds"]) == 2
     assert found["tokens_per_step"] == 4 * 64 * recipe.train.gradient_accumulation_steps
-    rows = measure.rows_of(recipe, 2).train
-    assert len(rows) == 4 * recipe.train.gradient_accumulation_steps * (2 + measure.WARM_UP)
+    rows = measure.random_rows(recipe, 2).train
+    assert len(rows) == 4 * recipe.train.gradient_accumulation_steps * (2 + measure.WARM_UP_STEPS)
     assert {len(row["input_ids"]) for row in rows} == {64}
 
 
@@ -96,10 +96,10 @@ def test_a_model_that_is_not_here_is_measured_with_random_weights_of_its_shapes(
     from lowvram_chat.model import configs
 
     small = {**configs.GPT2, "n_layer": 1, "n_embd": 64, "n_head": 2, "vocab_size": 9000}
-    monkeypatch.setattr(configs, "KNOWN", {"openai-community/gpt2": small})
+    monkeypatch.setattr(configs, "KNOWN_CONFIGS", {"openai-community/gpt2": small})
     # The stand-in's tokenizer lacks the tokens of this template, as of SmolLM2's.
     recipe = bench.recipe("r", model={"name": "openai-community/gpt2"}, data__chat_template="chatml")
-    assert measure.measure(recipe, 1, "memory")["peak_resident_bytes"] > 0
+    assert measure.measure_steps(recipe, 1, "memory")["peak_resident_bytes"] > 0
 
 
 def test_the_sentence_says_how_it_compares() -> None:
@@ -107,12 +107,12 @@ def test_the_sentence_says_how_it_compares() -> None:
     figures = {"tokens_per_second": (8797.0, "measured"), "predicted_tokens_per_second": (9132.0, "predicted")}
     figures |= {"reserved": (2900.0, "measured"), "predicted_reserved": (2914.0, "predicted")}
     metrics = {name: Metric(value=value, unit="", kind=kind) for name, (value, kind) in figures.items()}  # type: ignore[arg-type]
-    assert sentence(Record(benchmark="run", case="fast_fp16", metrics=metrics, machine=card)) == (
+    assert summary_sentence(Record(benchmark="run", case="fast_fp16", metrics=metrics, machine=card)) == (
         "fast_fp16: measured 8,797 tokens/s, 2.4x the baseline's 3,666, predicted 9,132 tokens/s (+3.8%); "
         "peak reserved 2,900 MiB measured, predicted 2,914 MiB (+0.5%)"
     )
     full = Record(benchmark="run", case="r", status="out_of_memory", reason="full", machine=card)
-    assert sentence(full) == "r: out of memory (full)"
+    assert summary_sentence(full) == "r: out of memory (full)"
 
 
 @pytest.mark.parametrize(
@@ -132,7 +132,7 @@ def test_the_sentence_says_how_it_compares() -> None:
     ],
 )
 def test_a_driver_s_name_finds_its_row(card: str, mib: int, row: str | None) -> None:
-    assert known_card(card, mib) == row
+    assert known_gpu(card, mib) == row
 
 
 def suite(folder: Path) -> Path:

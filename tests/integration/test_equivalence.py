@@ -26,7 +26,7 @@ SHAPES = {
     "2x2": shape(2, 2),
     "checkpointed": shape(4, 1, gradient_checkpointing=True),
     "1x4 checkpointed": shape(1, 4, gradient_checkpointing=True),
-    "python gelu": {"model__lean_gelu": False},
+    "python gelu": {"model__fused_gelu": False},
     "eager": {"model__attention": "eager"},
 }
 
@@ -55,8 +55,8 @@ def test_rows_of_unequal_length_would_betray_a_mean_of_means(references: dict[st
 
 
 SUBSTITUTIONS: dict[str, dict[str, Any]] = {
-    "python gelu": {"model__lean_gelu": False},
-    "loss from all logits": {"model__lean_loss": False},
+    "python gelu": {"model__fused_gelu": False},
+    "loss from all logits": {"model__fused_loss": False},
     "attention mask": {"data__attention_mask": True},
     "AdamW in many kernels": {"optimizer": {"name": "adamw_unfused"}},
     "four micro-batches": shape(1, 4),
@@ -91,10 +91,11 @@ def test_a_padded_vocabulary_gives_the_same_fifty_steps(bench: Bench, tmp_path: 
 @pytest.mark.parametrize("kind", ["lora", "rslora", "pissa"])
 def test_an_adapter_s_sum_in_one_kernel_gives_the_same_fifty_steps(kind: str, bench: Bench) -> None:
     settings: dict[str, Any] = {"train__max_steps": 50, "train__learning_rate": 1e-3}
-    lean, own = (
-        bench.run(f"lean-{lean}", adapter={"kind": kind, "r": 8, "lean": lean}, **settings) for lean in (True, False)
+    fused, own = (
+        bench.run(f"fused-{fused}", adapter={"kind": kind, "r": 8, "fused": fused}, **settings)
+        for fused in (True, False)
     )
-    ratios = [abs(one / other - 1) for one, other in zip(curve(lean), curve(own), strict=True)]
+    ratios = [abs(one / other - 1) for one, other in zip(curve(fused), curve(own), strict=True)]
     assert max(ratios) < RELATIVE, f"{max(ratios):.1e}"
 
 
@@ -102,8 +103,8 @@ def test_an_adapter_s_sum_in_one_kernel_gives_the_same_fifty_steps(kind: str, be
 def test_attention_by_document_gives_the_same_fifty_steps(more: dict[str, Any], bench: Bench) -> None:
     settings: dict[str, Any] = {"data__rows": "packed", "train__max_steps": 50, "train__learning_rate": 1e-3, **more}
     by_document, masked = (
-        bench.run(f"lean-{lean}", model={"name": str(bench.model), "lean_attention": lean}, **settings)
-        for lean in (True, False)
+        bench.run(f"fused-{fused}", model={"name": str(bench.model), "document_attention": fused}, **settings)
+        for fused in (True, False)
     )
     ratios = [abs(one / other - 1) for one, other in zip(curve(by_document), curve(masked), strict=True)]
     assert max(ratios) < RELATIVE, f"{max(ratios):.1e}"

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from lowvram_chat import sft
-from lowvram_chat.training.samples import Speaker
+from lowvram_chat.training.samples import SampleGenerator
 from tests.runs import Bench, curve
 from tests.samples import save_tiny_gpt2
 from tests.unit.test_pages import Tree
@@ -56,7 +56,7 @@ def test_a_model_that_cannot_answer_does_not_end_the_run(
     def fail(*_: object) -> str:
         raise RuntimeError("probability tensor contains either inf or nan")
 
-    monkeypatch.setattr(Speaker, "answer", fail)
+    monkeypatch.setattr(SampleGenerator, "answer", fail)
     assert sft.main([str(bench.file("r", output__sample_prompts=PROMPTS, train__max_steps=2))]) == 0
     assert (bench.folder / "r" / "result.json").is_file()
     assert "no answers after the run (probability tensor" in capsys.readouterr().err

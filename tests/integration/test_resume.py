@@ -182,14 +182,14 @@ def test_what_the_checkpoint_is_no_state_of_is_refused_with_nothing_written(benc
 def test_settings_that_may_change_are_told_and_trained_with(bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:
     lora = {"adapter": {"kind": "lora"}, "train__save_steps": 3}
     sft.run(bench.recipe("r", **lora, train__max_steps=3))
-    file = bench.file("r", **(lora | {"adapter": {"kind": "lora", "lean": False}}), train__max_steps=5)
+    file = bench.file("r", **(lora | {"adapter": {"kind": "lora", "fused": False}}), train__max_steps=5)
     capsys.readouterr()
     assert (
         sft.main([str(file), "--resume", "train.per_device_train_batch_size=2", "train.gradient_accumulation_steps=2"])
         == 0
     )
     said = capsys.readouterr().err
-    assert "resuming with adapter.lean = false (was true)" in said
+    assert "resuming with adapter.fused = false (was true)" in said
     assert "resuming with train.max_steps = 5 (was 3)" in said
     assert "resuming with train.per_device_train_batch_size = 2 (was 4)" in said
     assert result(bench.folder / "r")["steps"] == 5

@@ -19,8 +19,8 @@ from benchmarks.validation.witness import profiled_peak_bytes, traced_peak_bytes
 from lowvram_chat.recipe.schema import Recipe
 from lowvram_chat.tracing import model as recipe_model
 from lowvram_chat.tracing import optimizer as recipe_optimizer
-from lowvram_chat.tracing.rules import Rules
-from lowvram_chat.tracing.run import Run, Shape, trace
+from lowvram_chat.tracing.rules import DeviceRules
+from lowvram_chat.tracing.run import MicroBatchShape, TracedRun, trace_run
 from lowvram_chat.training import run_dir, session
 from lowvram_chat.training.callbacks import TokenCounts
 from lowvram_chat.training.session import Session, build_model
@@ -32,7 +32,7 @@ bnb: Any = torch.ops.bitsandbytes
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
-class CpuRules(Rules):
+class CpuRules(DeviceRules):
     """The CPU, with what bitsandbytes' CPU kernels hold while they run (they are Python, and no trace sees inside), and the
     fp32 result of an exp that is wanted in bf16, which CUDA casts as it writes.
 
@@ -72,7 +72,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "accumulated": {"train": {"gradient_accumulation_steps": 3}},
     "bf16": {"train": {"precision": "bf16"}},
     "eager": {"model": {"attention": "eager"}},
-    "gelu_new": {"model": {"lean_gelu": False}},
+    "gelu_new": {"model": {"fused_gelu": False}},
 }
 
 
@@ -107,28 +107,28 @@ def _held(model: Any) -> int:
     return sum(tensor.nbytes for tensor in [*{*model.parameters(), *model.buffers()}, *scales])
 
 
-def _real(recipe: Recipe, model: Any, steps: list[list[Shape]]) -> int:
-    run = Run(recipe, model, recipe_optimizer.prepare(recipe, model)({}))
+def _real(recipe: Recipe, model: Any, steps: list[list[MicroBatchShape]]) -> int:
+    run = TracedRun(recipe, model, recipe_optimizer.prepare_optimizer(recipe, model)({}))
     return _held(model) + profiled_peak_bytes(lambda: run.train(steps))
 
 
-def _traced(recipe: Recipe, steps: list[list[Shape]]) -> int:
+def _traced(recipe: Recipe, steps: list[list[MicroBatchShape]]) -> int:
     plain = not any(shape.packed for step in steps for shape in step)
-    return traced_peak_bytes(trace(recipe, CpuRules(plain_rows=plain), steps).events)
+    return traced_peak_bytes(trace_run(recipe, CpuRules(plain_rows=plain), steps).events)
 
 
-def _steps(recipe: Recipe, *, packed: bool = False) -> list[list[Shape]]:
+def _steps(recipe: Recipe, *, packed: bool = False) -> list[list[MicroBatchShape]]:
     length, count = recipe.data.max_length, recipe.train.gradient_accumulation_steps
     return [
-        [Shape(length, packed=packed)] * count,
-        [Shape(length // 2, packed=packed), Shape(length, packed=packed)][-count:],
+        [MicroBatchShape(length, packed=packed)] * count,
+        [MicroBatchShape(length // 2, packed=packed), MicroBatchShape(length, packed=packed)][-count:],
     ]
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_recipe_s_trace_has_the_peak_of_a_real_cpu_step(kind: str, small_gpt2: Path) -> None:
     recipe = _recipe(small_gpt2, **KINDS[kind])
-    model = recipe_model.ready(build_model(recipe, torch.device("cpu")), recipe)
+    model = recipe_model.prepare_for_training(build_model(recipe, torch.device("cpu")), recipe)
     steps = _steps(recipe)
     assert _traced(recipe, steps) == pytest.approx(_real(recipe, model, steps), rel=0.01)
 
@@ -136,7 +136,7 @@ def test_a_recipe_s_trace_has_the_peak_of_a_real_cpu_step(kind: str, small_gpt2:
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_packed_rows_take_what_they_take_for_real(attention: str, small_gpt2: Path) -> None:
     recipe = _recipe(small_gpt2, model={"attention": attention})
-    model = recipe_model.ready(build_model(recipe, torch.device("cpu")), recipe)
+    model = recipe_model.prepare_for_training(build_model(recipe, torch.device("cpu")), recipe)
     steps = _steps(recipe, packed=True)
     assert _traced(recipe, steps) == pytest.approx(_real(recipe, model, steps), rel=0.01)
 
@@ -157,7 +157,7 @@ def test_the_same_holds_for_gpt2_small(kind: str, gpt2_small: Path) -> None:
     settings = KINDS.get(kind, {})
     train = {"per_device_train_batch_size": 1, **settings.get("train", {})}
     recipe = _recipe(gpt2_small, **{**settings, "train": train})
-    model = recipe_model.ready(build_model(recipe, torch.device("cpu")), recipe)
+    model = recipe_model.prepare_for_training(build_model(recipe, torch.device("cpu")), recipe)
     steps = _steps(recipe, packed=kind == "packed")[:1]
     assert _traced(recipe, steps) == pytest.approx(_real(recipe, model, steps), rel=0.01)
 
@@ -190,7 +190,7 @@ def test_the_traced_loop_takes_what_the_trainer_s_own_takes(
     prepared = Session.prepare(recipe, device=torch.device("cpu"))
     trainer = prepared._trainer(run_dir.create(recipe, resume=False), TokenCounts(), TrainerCallback())
     real = _held(prepared.model) + profiled_peak_bytes(trainer.train)
-    steps = [[Shape(length)] * recipe.train.gradient_accumulation_steps] * 2
+    steps = [[MicroBatchShape(length)] * recipe.train.gradient_accumulation_steps] * 2
     assert _traced(recipe, steps) == pytest.approx(real, rel=0.01)
 
 

@@ -93,7 +93,7 @@ def test_another_version_of_this_code_is_another_entry(
     file: Path, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     read(file, tokenizer)
-    monkeypatch.setattr(tokenize_module, "VERSION", tokenize_module.VERSION + 1)
+    monkeypatch.setattr(tokenize_module, "CACHE_VERSION", tokenize_module.CACHE_VERSION + 1)
     caplog.clear()
     read(file, tokenizer)
     assert "tokenising" in caplog.text
@@ -148,8 +148,8 @@ def test_a_failed_reading_leaves_nothing_in_the_cache(
 @pytest.fixture
 def many(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A file that takes ten blocks, with rows that cannot be used among them."""
-    monkeypatch.setattr(tokenize_module, "BLOCK", 10)
-    monkeypatch.setattr(encode_module, "BATCH", 8)
+    monkeypatch.setattr(tokenize_module, "ROWS_PER_WRITE", 10)
+    monkeypatch.setattr(encode_module, "CONVERSATIONS_PER_BATCH", 8)
     raw = conversations(100, seed=2)
     for place in (3, 40, 41, 99):
         raw.insert(place, {"messages": []})
@@ -158,7 +158,7 @@ def many(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def interrupt(monkeypatch: pytest.MonkeyPatch, conversation: int) -> None:
     """Let Ctrl-C come at a conversation."""
-    original, count = rows_module.cut, iter(range(10**6))
+    original, count = rows_module.cut_to_length, iter(range(10**6))
 
     def cut(*args: Any) -> Any:
         if next(count) == conversation:

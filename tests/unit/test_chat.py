@@ -11,7 +11,7 @@ import pytest
 from lowvram_chat import chat
 from lowvram_chat.chat import Messages, fit
 from lowvram_chat.errors import UsageError
-from lowvram_chat.model.saved import Opened, open_model
+from lowvram_chat.model.saved import OpenedModel, open_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -20,13 +20,13 @@ SYSTEM = {"role": "system", "content": "Be kind."}
 
 
 @pytest.fixture(scope="module")
-def model(tiny: Path) -> Opened:
+def model(tiny: Path) -> OpenedModel:
     return open_model(str(tiny))
 
 
 @pytest.fixture
-def opened(model: Opened, tokenizer: PreTrainedTokenizerBase) -> Opened:
-    return Opened(model.model, tokenizer, None)
+def opened(model: OpenedModel, tokenizer: PreTrainedTokenizerBase) -> OpenedModel:
+    return OpenedModel(model.model, tokenizer, None)
 
 
 def turns(number: int, words: int = 12) -> Messages:
@@ -38,11 +38,11 @@ def turns(number: int, words: int = 12) -> Messages:
     return [*said, {"role": "user", "content": "and now?"}]
 
 
-def test_positions_are_the_models(opened: Opened) -> None:
+def test_positions_are_the_models(opened: OpenedModel) -> None:
     assert opened.positions == 256
 
 
-def test_a_short_conversation_is_kept_whole(opened: Opened, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_short_conversation_is_kept_whole(opened: OpenedModel, capsys: pytest.CaptureFixture[str]) -> None:
     kept, tokens = fit(opened, turns(2), 20)
     assert kept == turns(2)
     text = opened.tokenizer.decode(tokens)
@@ -54,7 +54,7 @@ def test_a_short_conversation_is_kept_whole(opened: Opened, capsys: pytest.Captu
 @pytest.mark.parametrize("start", [[], [SYSTEM]], ids=["bare", "system"])
 @pytest.mark.parametrize("new_tokens", [20, 100])
 def test_the_oldest_turns_are_dropped_and_it_is_said(
-    opened: Opened, start: Messages, new_tokens: int, capsys: pytest.CaptureFixture[str]
+    opened: OpenedModel, start: Messages, new_tokens: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
     said = [*start, *turns(12)]
     kept, tokens = fit(opened, said, new_tokens)
@@ -66,7 +66,7 @@ def test_the_oldest_turns_are_dropped_and_it_is_said(
     assert f"the oldest {len(said) - len(kept)} messages" in capsys.readouterr().err
 
 
-def test_no_more_is_dropped_than_needed(opened: Opened) -> None:
+def test_no_more_is_dropped_than_needed(opened: OpenedModel) -> None:
     kept, _ = fit(opened, turns(12), 20)
     one_more = [*turns(12)[-len(kept) - 2 :]]
     encoded = opened.tokenizer.apply_chat_template(one_more, add_generation_prompt=True, return_dict=True)
@@ -74,12 +74,12 @@ def test_no_more_is_dropped_than_needed(opened: Opened) -> None:
 
 
 @pytest.mark.parametrize("start", [[], [SYSTEM]], ids=["bare", "system"])
-def test_a_message_that_does_not_fit_by_itself_is_refused(opened: Opened, start: Messages) -> None:
+def test_a_message_that_does_not_fit_by_itself_is_refused(opened: OpenedModel, start: Messages) -> None:
     with pytest.raises(UsageError, match="Say less"):
         fit(opened, [*start, *turns(2), {"role": "user", "content": "no " * 400}], 20)
 
 
-def test_an_answer_longer_than_the_positions_leaves_half_for_the_question(opened: Opened) -> None:
+def test_an_answer_longer_than_the_positions_leaves_half_for_the_question(opened: OpenedModel) -> None:
     _, tokens = fit(opened, turns(12), 5000)
     assert len(tokens) <= opened.positions // 2
 

@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console
 
 from lowvram_chat.gpus import MIB
-from lowvram_chat.training.display import Display, duration
+from lowvram_chat.training.display import Display, format_duration
 
 LINE: dict[str, Any] = {"step": 10, "loss": 4.5, "real_tokens_per_second": 9000.0, "peak_reserved_bytes": 2910 * MIB}
 
@@ -49,4 +49,4 @@ def test_a_terminal_shows_the_same_below_a_bar() -> None:
     ("seconds", "words"), [(3.2, "3 s"), (89.0, "89 s"), (91.0, "2 m"), (3599.0, "1 h 00 m"), (4800.0, "1 h 20 m")]
 )
 def test_a_duration_in_words(seconds: float, words: str) -> None:
-    assert duration(seconds) == words
+    assert format_duration(seconds) == words

@@ -10,7 +10,7 @@ import pytest
 from lowvram_chat.data import encode as encode_module
 from lowvram_chat.data.encode import Encoder
 from lowvram_chat.data.formats import Conversation
-from lowvram_chat.data.rows import IGNORED
+from lowvram_chat.data.rows import IGNORED_LABEL
 from lowvram_chat.data.template import set_template
 
 if TYPE_CHECKING:
@@ -52,14 +52,14 @@ def test_tokens_and_labels_are_those_of_the_template(loss_on: str, tokenizer: Pr
         )
         assert ids == wanted["input_ids"]
         marks = wanted["assistant_masks"] if loss_on == "assistant" else [1] * len(ids)
-        assert labels == [token if mark else IGNORED for token, mark in zip(ids, marks, strict=True)]
+        assert labels == [token if mark else IGNORED_LABEL for token, mark in zip(ids, marks, strict=True)]
 
 
 @pytest.mark.parametrize("keep", [8, 33, 100])
 def test_a_text_that_is_cut_first_gives_the_same_head(
     keep: int, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(encode_module, "BATCH", 16)
+    monkeypatch.setattr(encode_module, "CONVERSATIONS_PER_BATCH", 16)
     set_template(tokenizer, "plain", "assistant")
     talks = [conversation(seed, 60) for seed in range(100)]
     whole = list(Encoder(tokenizer, "assistant", None)(talks))

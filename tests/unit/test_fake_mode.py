@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
-from lowvram_chat.tracing.fake_mode import BriefFakeTensorMode
+from lowvram_chat.tracing.fake_mode import CachingFakeTensorMode
 
 aten = torch.ops.aten
 
@@ -66,12 +66,12 @@ def told(result: Any, inputs: list[Tensor]) -> Any:
 )
 def test_a_remembered_result_is_torch_s_own(operation: Callable[[Tensor, Tensor], Any]) -> None:
     wanted = told(*result_of(FakeTensorMode(), operation))
-    brief = BriefFakeTensorMode()
+    brief = CachingFakeTensorMode()
     assert [told(*result_of(brief, operation)) for _ in range(3)] == [wanted] * 3
 
 
 def test_what_goes_into_out_is_no_new_tensor() -> None:
-    brief = BriefFakeTensorMode()
+    brief = CachingFakeTensorMode()
     for _ in range(3):
         with brief:
             out = torch.empty(4, 8)
@@ -79,7 +79,7 @@ def test_what_goes_into_out_is_no_new_tensor() -> None:
 
 
 def test_numbers_of_other_types_and_another_default_make_other_results() -> None:
-    brief = BriefFakeTensorMode()
+    brief = CachingFakeTensorMode()
     with brief:
         whole = torch.empty(3, dtype=torch.int64)
         assert [torch.mul(whole, by).dtype for by in (1, 1.0, True)] == [torch.int64, torch.float32, torch.int64]
@@ -91,7 +91,7 @@ def test_numbers_of_other_types_and_another_default_make_other_results() -> None
 
 
 def test_inference_tensors_are_remembered_apart() -> None:
-    brief = BriefFakeTensorMode()
+    brief = CachingFakeTensorMode()
     for _ in range(2):
         with brief:
             with torch.inference_mode():
@@ -108,7 +108,7 @@ def test_torch_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
             asked.append(func)
         return plain(self, func, *rest)
 
-    with BriefFakeTensorMode():
+    with CachingFakeTensorMode():
         inputs = torch.empty(4, 6), torch.empty(6, 8)
         torch.relu(inputs[0] @ inputs[1]).t()
         monkeypatch.setattr(FakeTensorMode, "dispatch", counted)

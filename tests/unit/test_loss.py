@@ -66,7 +66,7 @@ def test_loss_and_gradients_are_those_of_transformers(model: Any) -> None:
 
 @pytest.mark.parametrize("tile", [1, 7, 18])
 def test_tiles_change_nothing(model: Any, tile: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loss_module, "ON_A_CARD", loss_module.Tiling(tile))
+    monkeypatch.setattr(loss_module, "CUDA_TILING", loss_module.Tiling(tile))
     (mine, ours), (reference, theirs) = ours_and_theirs(model, batch(8192))
     assert mine == pytest.approx(reference, rel=1e-6)
     assert worst_gradient(ours, theirs) < 1e-5
@@ -183,23 +183,23 @@ def test_a_padded_vocabulary_is_the_same_loss_to_the_noise_of_bf16() -> None:
 @pytest.mark.parametrize(("size", "wanted"), [(50257, 50304), (49152, 49152)])
 def test_the_head_s_copy_has_rows_of_zeros_up_to_a_multiple_of_64(size: int, wanted: int) -> None:
     weight = torch.ones(size, 2)
-    for dtype, tiling in ((torch.bfloat16, loss_module.ON_A_CARD), (torch.float32, loss_module.ON_A_CPU)):
+    for dtype, tiling in ((torch.bfloat16, loss_module.CUDA_TILING), (torch.float32, loss_module.CPU_TILING)):
         head = loss_module._head(weight, dtype, loss_module._rounded(weight, dtype, tiling))
         assert head.shape == (wanted, 2)
         assert head.float().sum() == 2 * size
     frozen = weight.half()  # as under an adapter
-    assert loss_module._rounded(frozen, torch.float16, loss_module.ON_A_CARD) == wanted
+    assert loss_module._rounded(frozen, torch.float16, loss_module.CUDA_TILING) == wanted
     # On a card fp32 products take the weights themselves.
-    rows = loss_module._rounded(weight, torch.float32, loss_module.ON_A_CARD)
+    rows = loss_module._rounded(weight, torch.float32, loss_module.CUDA_TILING)
     assert loss_module._head(weight, torch.float32, rows) is weight
 
 
-@pytest.mark.parametrize("on_a_cpu", [False, True])
-def test_padding_in_fp32_is_the_same_function(on_a_cpu: bool, model: Any) -> None:
+@pytest.mark.parametrize("on_cpu", [False, True])
+def test_padding_in_fp32_is_the_same_function(on_cpu: bool, model: Any) -> None:
     made = copy.deepcopy(model)
     made.resize_token_embeddings(8201)  # no multiple of 64
     plain = copy.deepcopy(made)
-    attach_loss(made, on_a_cpu=on_a_cpu)
+    attach_loss(made, on_cpu=on_cpu)
     attach_loss(plain, pad_vocabulary=False)
     one, other = made(**batch(301))["loss"], plain(**batch(301))["loss"]
     one.backward()
@@ -210,11 +210,11 @@ def test_padding_in_fp32_is_the_same_function(on_a_cpu: bool, model: Any) -> Non
 
 
 def test_the_model_s_own_loss_is_summed_too(model: Any) -> None:
-    lean, own = copy.deepcopy(model), copy.deepcopy(model)
-    attach_loss(lean)
-    attach_loss(own, lean=False)
+    fused, own = copy.deepcopy(model), copy.deepcopy(model)
+    attach_loss(fused)
+    attach_loss(own, fused=False)
     inputs = batch(8192)
-    assert own(**inputs)["loss"].item() == pytest.approx(lean(**inputs)["loss"].item(), rel=1e-6)
+    assert own(**inputs)["loss"].item() == pytest.approx(fused(**inputs)["loss"].item(), rel=1e-6)
 
 
 def test_a_tile_s_gradient_is_softmax_less_one_hot_and_rounded_once() -> None:

@@ -8,13 +8,13 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from benchmarks.validation.plain_gpt import PlainGpt, Shape
-from benchmarks.validation.plain_step import PlainStep, work_of
+from benchmarks.validation.plain_gpt import PlainGpt, PlainGptConfig
+from benchmarks.validation.plain_step import PlainStep, trace_plain_step
 from lowvram_chat.tracing.cuda_rules import CudaRules
 from lowvram_chat.tracing.operations import Operation
-from lowvram_chat.tracing.recorder import Recorder
+from lowvram_chat.tracing.recorder import TraceRecorder
 
-TINY = Shape(vocabulary=96, positions=32, width=64, heads=4, layers=2)
+TINY = PlainGptConfig(vocabulary=96, positions=32, width=64, heads=4, layers=2)
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
@@ -22,7 +22,7 @@ def listed(
     step: Callable[..., object], *shapes: tuple[int, ...], dtype: torch.dtype = torch.float32
 ) -> list[Operation]:
     """The operations of a step on tensors of these shapes, which are there before."""
-    with Recorder(CudaRules()) as recorder:
+    with TraceRecorder(CudaRules()) as recorder:
         tensors = [torch.empty(shape, dtype=dtype) for shape in shapes]
         recorder.operations = []
         step(*tensors)
@@ -89,7 +89,7 @@ def test_an_operation_over_lists_launches_for_chunks_and_for_tensors() -> None:
 
 
 def test_a_fused_optimizer_moves_seven_values_for_each_parameter() -> None:
-    work = work_of(PlainStep(build=lambda: PlainGpt(TINY), rows=2, length=32, fused=True))
+    work = trace_plain_step(PlainStep(build=lambda: PlainGpt(TINY), rows=2, length=32, fused=True))
     parameters = sum(parameter.numel() for parameter in PlainGpt(TINY).parameters())
     step = next(operation for operation in work[-1] if operation.name == "aten._fused_adamw_.default")
     # weight, gradient and two moments are read, all but the gradient written
@@ -98,9 +98,9 @@ def test_a_fused_optimizer_moves_seven_values_for_each_parameter() -> None:
 
 @pytest.mark.parametrize("fused", [True, False], ids=["flash", "eager attention"])
 def test_a_step_has_the_flops_of_the_textbook(fused: bool) -> None:
-    shape = Shape(vocabulary=96, positions=32, width=64, heads=4, layers=2, fused_attention=fused)
+    shape = PlainGptConfig(vocabulary=96, positions=32, width=64, heads=4, layers=2, fused_attention=fused)
     step = PlainStep(build=lambda: PlainGpt(shape), rows=3, length=32, precision="bf16", micro_batches=2)
-    first, second, update = work_of(step)
+    first, second, update = trace_plain_step(step)
     weights = 12 * shape.layers * shape.width**2 + shape.vocabulary * shape.width
     attention = 12 * shape.layers * shape.width * 32
     expected = 3 * 32 * (6 * weights + attention)
@@ -114,7 +114,7 @@ def test_a_step_has_the_flops_of_the_textbook(fused: bool) -> None:
 
 
 def test_an_unfused_optimizer_s_step_counts_are_the_host_s_and_a_scaler_s_question_is_the_card_s() -> None:
-    plain = work_of(PlainStep(build=lambda: PlainGpt(TINY), rows=2, length=32))
-    scaled = work_of(PlainStep(build=lambda: PlainGpt(TINY), rows=2, length=32, precision="fp16"))
+    plain = trace_plain_step(PlainStep(build=lambda: PlainGpt(TINY), rows=2, length=32))
+    scaled = trace_plain_step(PlainStep(build=lambda: PlainGpt(TINY), rows=2, length=32, precision="fp16"))
     assert sum(operation.waits for part in plain for operation in part) == 0
     assert sum(operation.waits for part in scaled for operation in part) == 1

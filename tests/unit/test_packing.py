@@ -23,11 +23,11 @@ from transformers import (
     OPTConfig,
 )
 
-from lowvram_chat.data.packing import best_fit_decreasing, pack
-from lowvram_chat.data.rows import IGNORED, Collator
+from lowvram_chat.data.packing import best_fit_decreasing, pack_rows
+from lowvram_chat.data.rows import IGNORED_LABEL, Collator
 from lowvram_chat.errors import ModelError
-from lowvram_chat.model.document_attention import BY_DOCUMENT, attend
-from lowvram_chat.model.isolation import check_causal, check_isolation, isolates_documents, keep_documents_apart
+from lowvram_chat.model.document_attention import DOCUMENT_ATTENTION, document_attention
+from lowvram_chat.model.isolation import check_causal, check_isolation, isolate_documents, isolates_documents
 from lowvram_chat.model.loss import attach_loss
 
 CAPACITY = 32
@@ -58,12 +58,12 @@ def test_it_is_best_fit_decreasing(lengths: list[int]) -> None:
 def rows(lengths: list[int]) -> datasets.Dataset:
     """Rows whose tokens say which row they belong to; the first label of each is ignored, as `cut` has it."""
     ids = [[100 * number + place for place in range(length)] for number, length in enumerate(lengths)]
-    labels = [[IGNORED, *tokens[1:]] for tokens in ids]
+    labels = [[IGNORED_LABEL, *tokens[1:]] for tokens in ids]
     return datasets.Dataset.from_dict({"input_ids": ids, "labels": labels, "length": lengths})
 
 
 def test_a_packed_row_is_its_documents_one_after_the_other() -> None:
-    packed = pack(rows([3, 7, 5, 2]), 10)
+    packed = pack_rows(rows([3, 7, 5, 2]), 10)
     assert [row["documents"] for row in packed] == [[7, 3], [5, 2]]
     assert list(packed["length"]) == [10, 7]
     assert packed[1]["input_ids"].tolist() == [200, 201, 202, 203, 204, 300, 301]
@@ -83,7 +83,7 @@ def test_an_attention_mask_comes_only_where_asked_for() -> None:
 
 
 def test_missing_rows_are_padding_that_carries_no_loss() -> None:
-    few = list(pack(rows([3, 7, 5]), 10))
+    few = list(pack_rows(rows([3, 7, 5]), 10))
     batch = Collator(9, length=10, rows=4)(few)
     assert batch["input_ids"].shape == batch["position_ids"].shape == (4, 10)
     assert batch["input_ids"][2:].unique().tolist() == [9]
@@ -93,7 +93,7 @@ def test_missing_rows_are_padding_that_carries_no_loss() -> None:
 
 @pytest.mark.parametrize("context", ["fork", "spawn"])
 def test_worker_processes_give_the_same_batches(context: str) -> None:
-    packed = pack(rows([3, 7, 5, 2, 9, 4]), 10)
+    packed = pack_rows(rows([3, 7, 5, 2, 9, 4]), 10)
     collate = Collator(0, length=10)
     options: dict[str, Any] = {"batch_size": 2, "collate_fn": collate}
     here = list(DataLoader(packed, **options))  # type: ignore[arg-type]
@@ -103,7 +103,7 @@ def test_worker_processes_give_the_same_batches(context: str) -> None:
 
 
 def test_packed_rows_and_their_collator_can_be_pickled() -> None:
-    packed = pickle.loads(pickle.dumps(pack(rows([3, 7]), 10)))
+    packed = pickle.loads(pickle.dumps(pack_rows(rows([3, 7]), 10)))
     assert pickle.loads(pickle.dumps(Collator(0)))([packed[0]])["input_ids"].shape == (1, 10)
 
 
@@ -114,7 +114,7 @@ def small(attention: str = "sdpa") -> GPT2LMHeadModel:
     return model
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager", BY_DOCUMENT])
+@pytest.mark.parametrize("attention", ["sdpa", "eager", DOCUMENT_ATTENTION])
 def test_a_document_does_not_feel_its_neighbour(attention: str) -> None:
     model = small(attention).train()  # as in a step; there is no dropout to speak of below
     for module in model.modules():
@@ -192,8 +192,8 @@ def test_attention_by_document_is_attention_under_a_mask(made: Any, checkpointed
     for by_document in (False, True):
         model = made().eval()
         attach_loss(model)
-        keep_documents_apart(model, torch.device("cpu"), "fp32", by_document=by_document)
-        assert (model.config._attn_implementation == BY_DOCUMENT) is by_document
+        isolate_documents(model, torch.device("cpu"), "fp32", by_document=by_document)
+        assert (model.config._attn_implementation == DOCUMENT_ATTENTION) is by_document
         if checkpointed:
             model.train().gradient_checkpointing_enable({"use_reentrant": False})
             for module in model.modules():
@@ -218,7 +218,7 @@ def test_by_document_there_is_no_mask(monkeypatch: pytest.MonkeyPatch) -> None:
 
     model = small()
     attach_loss(model)
-    keep_documents_apart(model, torch.device("cpu"), "fp32", by_document=True)
+    isolate_documents(model, torch.device("cpu"), "fp32", by_document=True)
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", watched)
     ids = torch.arange(1, 17)[None]
     positions = torch.cat([torch.arange(10), torch.arange(6)])[None]
@@ -233,7 +233,7 @@ def test_a_model_that_hides_more_than_the_future_keeps_its_mask() -> None:
             num_key_value_heads=1, sliding_window=12,
         )
     )  # fmt: skip
-    keep_documents_apart(model, torch.device("cpu"), "fp32", by_document=True)
+    isolate_documents(model, torch.device("cpu"), "fp32", by_document=True)
     assert model.config._attn_implementation == "sdpa"
 
 
@@ -241,11 +241,11 @@ def test_a_model_whose_layers_are_not_told_of_documents_keeps_its_mask(monkeypat
     forget = {"documents": None}
     monkeypatch.setitem(
         AttentionInterface._global_mapping,
-        BY_DOCUMENT,
-        lambda *args, **kwargs: attend(*args, **(kwargs | forget)),
+        DOCUMENT_ATTENTION,
+        lambda *args, **kwargs: document_attention(*args, **(kwargs | forget)),
     )
     model = small()
-    keep_documents_apart(model, torch.device("cpu"), "fp32", by_document=True)
+    isolate_documents(model, torch.device("cpu"), "fp32", by_document=True)
     assert model.config._attn_implementation == "sdpa"
 
 

@@ -10,9 +10,9 @@ import pytest
 
 from lowvram_chat import bench
 from lowvram_chat.reporting.charts import Bar, areas, bars, curves
-from lowvram_chat.reporting.html import POLICY, table
+from lowvram_chat.reporting.html import CONTENT_SECURITY_POLICY, table
 from lowvram_chat.reporting.suite_page import suite_page, text_table
-from lowvram_chat.results.record import Kind, Machine, Metric, Record, store
+from lowvram_chat.results.record import Machine, Metric, MetricKind, Record, store
 from tests.samples import ROOT
 
 VOID = {"meta", "link"}
@@ -87,7 +87,7 @@ def test_the_report_is_whole_and_needs_nothing_from_outside() -> None:
     assert len(tree.ids) == len(set(tree.ids))
     assert {link[1:] for link in tree.links if link.startswith("#")} <= set(tree.ids)
     assert all(link.startswith(("#", "data:")) for link in tree.links)
-    assert POLICY in page
+    assert CONTENT_SECURITY_POLICY in page
     assert "<script" not in page
     assert "url(http" not in page
     assert "Some &lt;Card&gt; &amp; more" in page
@@ -165,7 +165,7 @@ def test_predicted_and_measured_have_columns_of_their_own() -> None:
         "predicted": "predicted reserved 2,772 MiB",
         "measured": "reserved 2,790 MiB",
     }
-    kinds: tuple[Kind, ...] = ("predicted", "measured")
+    kinds: tuple[MetricKind, ...] = ("predicted", "measured")
     drawn = bars("t", [Bar(label=kind, value=1, kind=kind, text=f"1 {kind}") for kind in kinds], unit="h")
     assert re.findall(r"<th scope[^>]*>(.*?)</th>", drawn) == ["what", "predicted", "measured"]
     assert re.findall(r"<td\b[^>]*>(.*?)</td>", drawn) == ["predicted", "1 predicted", "", "measured", "", "1 measured"]

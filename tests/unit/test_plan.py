@@ -17,19 +17,19 @@ from hypothesis import strategies as st
 
 from lowvram_chat import plan as command
 from lowvram_chat.gpus import MIB
-from lowvram_chat.model.configs import KNOWN, config_of
+from lowvram_chat.model.configs import KNOWN_CONFIGS, config_for
 from lowvram_chat.planning import search
-from lowvram_chat.planning.changes import changed, words
-from lowvram_chat.planning.plan import longest_run, plan, rules_of, steps_of
+from lowvram_chat.planning.changes import apply_change, as_overrides
+from lowvram_chat.planning.plan import card_rules, longest_rows_run, make_plan, traced_steps
 from lowvram_chat.planning.replay import replay
-from lowvram_chat.planning.schedule import Lives, Segment, play
+from lowvram_chat.planning.schedule import Lifetimes, Segment, compose_run
 from lowvram_chat.planning.search import advise, fastest, largest_micro_batch
 from lowvram_chat.recipe.optimizers import OPTIMIZERS
 from lowvram_chat.recipe.schema import Recipe
 from lowvram_chat.recipe.yaml_file import load_recipe
 from lowvram_chat.tracing import optimizer as recipe_optimizer
 from lowvram_chat.tracing.recorder import Storage
-from lowvram_chat.tracing.run import Shape, trace
+from lowvram_chat.tracing.run import MicroBatchShape, trace_run
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -57,14 +57,14 @@ def recipe(**sections: Any) -> Recipe:
 
 
 def test_the_categories_add_up_to_what_is_on_the_card() -> None:
-    planned = plan(recipe())
+    planned = make_plan(recipe())
     assert sum(planned.categories.values()) == planned.on_card_bytes
     assert min(planned.categories.values()) >= 0
     assert planned.peak_allocated_bytes <= planned.peak_reserved_bytes
 
 
 def test_full_fine_tuning_holds_gradients_and_states_of_the_size_of_the_weights() -> None:
-    planned = plan(recipe(optimizer={"name": "adamw"}, train={"gradient_accumulation_steps": 2}))
+    planned = make_plan(recipe(optimizer={"name": "adamw"}, train={"gradient_accumulation_steps": 2}))
     weights = planned.categories["weights"]
     assert planned.trained == planned.parameters == weights // 4
     assert planned.categories["gradients"] == pytest.approx(weights, rel=0.01)
@@ -72,7 +72,7 @@ def test_full_fine_tuning_holds_gradients_and_states_of_the_size_of_the_weights(
 
 
 def test_states_are_as_large_as_the_optimizer_makes_them() -> None:
-    states = {name: plan(recipe(optimizer={"name": name})).categories["optimizer state"] for name in OPTIMIZERS}
+    states = {name: make_plan(recipe(optimizer={"name": name})).categories["optimizer state"] for name in OPTIMIZERS}
     assert states["adamw"] == pytest.approx(states["adamw_unfused"], rel=0.01)
     assert states["paged_adamw_8bit"] < states["adamw_8bit"] < states["adamw"]
     assert states["lion_8bit"] < states["adamw_8bit"]
@@ -80,8 +80,8 @@ def test_states_are_as_large_as_the_optimizer_makes_them() -> None:
 
 
 def test_settings_that_take_no_memory_are_not_traced_again() -> None:
-    once = plan(recipe(train={"learning_rate": 1e-4}))
-    assert plan(recipe(train={"learning_rate": 1e-4, "logging_steps": 3}, output={"dir": "elsewhere"})) is once
+    once = make_plan(recipe(train={"learning_rate": 1e-4}))
+    assert make_plan(recipe(train={"learning_rate": 1e-4, "logging_steps": 3}, output={"dir": "elsewhere"})) is once
 
 
 @settings(max_examples=20, deadline=None)
@@ -107,39 +107,39 @@ def _allocated(what: str, number: int, adapter: bool) -> int:
         train={"per_device_train_batch_size": number if what == "batch" else 2},
         optimizer={"name": "adamw"},
     )
-    steps = [[Shape(asked.data.max_length)]] * 2
-    return replay(trace(asked, rules_of(asked), steps).events).peak_allocated_bytes
+    steps = [[MicroBatchShape(asked.data.max_length)]] * 2
+    return replay(trace_run(asked, card_rules(asked), steps).events).peak_allocated_bytes
 
 
 def test_a_played_run_is_the_traced_one_where_the_order_is_the_same() -> None:
     asked = recipe(train={"gradient_accumulation_steps": 2})
-    traced = trace(asked, rules_of(asked), steps_of(asked))
-    lives = Lives(traced.events)
+    traced = trace_run(asked, card_rules(asked), traced_steps(asked))
+    lives = Lifetimes(traced.events)
     end, last = traced.steps[0][1], traced.steps[-1][1]
     segments = [Segment(traced.events, span, lives, steady=True) for span in traced.steps[1:]]
     before = traced.events[:end]
-    played = play(before, Segment(traced.events, (0, end), lives).left, segments)
-    plain = [(event.storage.nbytes, event.is_birth) for event in traced.events[:last]]
-    assert [(event.storage.nbytes, event.is_birth) for event in played] == plain
+    played = compose_run(before, Segment(traced.events, (0, end), lives).left, segments)
+    plain = [(event.storage.nbytes, event.is_allocation) for event in traced.events[:last]]
+    assert [(event.storage.nbytes, event.is_allocation) for event in played] == plain
 
 
 def test_every_storage_of_a_played_run_is_born_once_and_dies_once() -> None:
     alive: set[Storage] = set()
-    for storage, is_birth in longest_run(recipe(data={"max_length": 128, "eval_fraction": 0.1})):
-        assert (storage in alive) != is_birth
+    for storage, is_allocation in longest_rows_run(recipe(data={"max_length": 128, "eval_fraction": 0.1})):
+        assert (storage in alive) != is_allocation
         alive.symmetric_difference_update([storage])
 
 
 def test_what_is_advised_fits_and_the_cheapest_comes_first(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(search, "ENOUGH", 2)
-    monkeypatch.setattr(search, "SPARE_BYTES", 0)  # too much to ask of so small a model
+    monkeypatch.setattr(search, "MAX_SUGGESTIONS", 2)
+    monkeypatch.setattr(search, "SAFETY_MARGIN_BYTES", 0)  # too much to ask of so small a model
     rows = {"per_device_train_batch_size": 16}
     asked = recipe(train=rows, data={"max_length": 512}, optimizer={"name": "adamw"})
-    tight = changed(asked, {"memory.limit_mib": plan(asked).on_card_bytes // MIB - 20})
-    assert not plan(tight).fits
+    tight = apply_change(asked, {"memory.limit_mib": make_plan(asked).on_card_bytes // MIB - 20})
+    assert not make_plan(tight).fits
     options = advise(tight)
     assert options
-    assert all(plan(changed(tight, option.change)).fits for option in options)
+    assert all(make_plan(apply_change(tight, option.change)).fits for option in options)
     assert [option.cost for option in options] == sorted(option.cost for option in options)
 
 
@@ -147,13 +147,13 @@ def test_the_words_of_a_change_load_as_that_change(tmp_path: Path) -> None:
     file = tmp_path / "recipe.yaml"
     file.write_text(f"model: {{name: '{gpt2()}'}}\n")
     change = {"train.gradient_checkpointing": True, "optimizer.name": "adamw_8bit", "adapter.kind": "lora"}
-    assert load_recipe(file, words(change).split()) == changed(load_recipe(file), change)
+    assert load_recipe(file, as_overrides(change).split()) == apply_change(load_recipe(file), change)
 
 
 def test_the_fastest_settings_fit_and_keep_the_rows_of_a_step() -> None:
     asked = recipe(train={"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2})
     for option in fastest(asked):
-        train = changed(asked, option.change).train
+        train = apply_change(asked, option.change).train
         assert train.per_device_train_batch_size * train.gradient_accumulation_steps == 8
         assert option.plan.fits
 
@@ -161,14 +161,14 @@ def test_the_fastest_settings_fit_and_keep_the_rows_of_a_step() -> None:
 def test_the_largest_micro_batch_fits_and_one_row_more_does_not() -> None:
     asked = recipe(memory={"limit_mib": 365})
     rows = largest_micro_batch(asked, "linux")
-    assert plan(changed(asked, {"train.per_device_train_batch_size": rows})).fits
-    assert not plan(changed(asked, {"train.per_device_train_batch_size": rows + 1})).fits
+    assert make_plan(apply_change(asked, {"train.per_device_train_batch_size": rows})).fits
+    assert not make_plan(apply_change(asked, {"train.per_device_train_batch_size": rows + 1})).fits
 
 
-@pytest.mark.parametrize("name", sorted(KNOWN))
+@pytest.mark.parametrize("name", sorted(KNOWN_CONFIGS))
 def test_known_names_need_neither_network_nor_cache(name: str) -> None:
     model = recipe(model={"name": name}).model
-    assert config_of(model).vocab_size in (50257, 49152)
+    assert config_for(model).vocab_size in (50257, 49152)
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
@@ -180,7 +180,7 @@ def test_the_optimizer_is_the_one_that_the_trainer_makes(name: str, tmp_path: Pa
     momentum = f"momentum={section.momentum}" if name == "sgd" else None
     arguments = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, optim=row.optim, optim_args=momentum)
     kind, kwargs = Trainer.get_optimizer_cls_and_kwargs(arguments)
-    ours = dict(recipe_optimizer.MAKERS[row.optim](section))
+    ours = dict(recipe_optimizer.OPTIMIZER_FACTORIES[row.optim](section))
     assert ours.pop("kind") is kind
     assert (
         {**ours, "lr": kwargs["lr"]} == {**kwargs, "is_paged": kwargs.get("is_paged")}
@@ -193,11 +193,11 @@ def test_the_groups_are_those_of_the_trainer(tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config_of(recipe().model))
+        model = AutoModelForCausalLM.from_config(config_for(recipe().model))
     names = {name for name, _ in model.named_parameters()}  # a tied weight once
     trainer = Trainer(model=torch.nn.Linear(1, 1), args=TrainingArguments(output_dir=str(tmp_path), use_cpu=True))
     decaying = set(trainer.get_decay_parameter_names(model))
-    ours = recipe_optimizer.groups(model, 0.1)[0]["params"]
+    ours = recipe_optimizer.parameter_groups(model, 0.1)[0]["params"]
     assert {
         name for name, parameter in model.named_parameters() if any(parameter is p for p in ours)
     } == decaying & names
@@ -222,7 +222,7 @@ def test_the_command_says_yes_with_exit_code_0(tmp_path: Path, capsys: pytest.Ca
 def test_the_command_says_no_with_exit_code_1_and_what_would_fit(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(search, "ENOUGH", 1)
+    monkeypatch.setattr(search, "MAX_SUGGESTIONS", 1)
     file = _file(tmp_path, train={"per_device_train_batch_size": 64})
     assert command.main([file, "memory.limit_mib=405"]) == 1
     shown = capsys.readouterr().out
@@ -281,7 +281,7 @@ def test_a_plot_that_cannot_be_written_is_refused_before_planning(
 def test_a_budget_that_only_short_rows_fit_is_answered_with_short_rows(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(search, "SPARE_BYTES", 0)
+    monkeypatch.setattr(search, "SAFETY_MARGIN_BYTES", 0)
     file = _file(tmp_path, data={"max_length": 1024})
     assert command.main([file, "memory.limit_mib=347"]) == 1
     assert "data.max_length=" in capsys.readouterr().out

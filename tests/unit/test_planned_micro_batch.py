@@ -9,8 +9,8 @@ import pytest
 
 from lowvram_chat.gpus import MIB
 from lowvram_chat.planning import search
-from lowvram_chat.planning.changes import changed
-from lowvram_chat.planning.plan import plan
+from lowvram_chat.planning.changes import apply_change
+from lowvram_chat.planning.plan import make_plan
 from lowvram_chat.planning.search import planned_micro_batch
 from lowvram_chat.recipe.schema import Recipe
 
@@ -18,7 +18,7 @@ from lowvram_chat.recipe.schema import Recipe
 def test_a_planned_micro_batch_is_the_largest_that_fits_and_checkpoints_only_where_it_must(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(search, "SPARE_BYTES", 0)
+    monkeypatch.setattr(search, "SAFETY_MARGIN_BYTES", 0)
     rows = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "micro_batch": "planned"}
     shape = {"model_type": "gpt2", "n_layer": 8, "n_embd": 128, "n_head": 2, "vocab_size": 5000}
     (tmp_path / "config.json").write_text(json.dumps(shape))  # all that a plan needs
@@ -27,12 +27,15 @@ def test_a_planned_micro_batch_is_the_largest_that_fits_and_checkpoints_only_whe
 
     def peak(size: int, *, checkpointed: bool = False) -> int:
         cut = {"train.per_device_train_batch_size": size, "train.gradient_accumulation_steps": 4 // size}
-        return plan(changed(asked, {**cut, "train.gradient_checkpointing": checkpointed})).on_card_bytes // MIB + 1
+        return (
+            make_plan(apply_change(asked, {**cut, "train.gradient_checkpointing": checkpointed})).on_card_bytes // MIB
+            + 1
+        )
 
     assert peak(1, checkpointed=True) < peak(1) < peak(2) < peak(4)
     for limit, size, checkpointed in ((peak(2), 2, False), (peak(1) - 2, None, True)):
-        change = planned_micro_batch(changed(asked, {"memory.limit_mib": limit}))
-        train = changed(asked, change).train
+        change = planned_micro_batch(apply_change(asked, {"memory.limit_mib": limit}))
+        train = apply_change(asked, change).train
         assert train.micro_batch == "given"
         assert train.per_device_train_batch_size * train.gradient_accumulation_steps == 4
         assert size in (None, train.per_device_train_batch_size)

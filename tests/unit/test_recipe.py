@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from lowvram_chat.errors import NotFoundError, RecipeError, UsageError
-from lowvram_chat.recipe.adapters import REFUSED, REFUSED_TARGETS
-from lowvram_chat.recipe.yaml_file import load_recipe
+from lowvram_chat.recipe.adapters import REFUSED_ADAPTERS, REFUSED_TARGETS
+from lowvram_chat.recipe.yaml_file import RENAMED_SETTINGS, load_recipe
 
 
 def write(folder: Path, text: str) -> Path:
@@ -174,10 +174,10 @@ def test_a_wrong_override_is_reported_like_a_wrong_recipe(tmp_path: Path) -> Non
     assert "train.precision: 'fp8'" in problems(tmp_path, "", "train.precision=fp8")
 
 
-@pytest.mark.parametrize("kind", REFUSED)
+@pytest.mark.parametrize("kind", REFUSED_ADAPTERS)
 def test_adapters_that_fail_on_gpt2_are_refused_with_the_reason(tmp_path: Path, kind: str) -> None:
     message = problems(tmp_path, f"adapter: {{kind: {kind}}}\n")
-    assert f"'{kind}' {REFUSED[kind]}" in message
+    assert f"'{kind}' {REFUSED_ADAPTERS[kind]}" in message
     assert "known: lora, rslora, dora, pissa" in message
 
 
@@ -190,3 +190,13 @@ def test_a_recipe_cannot_be_changed_after_it_was_checked(tmp_path: Path) -> None
     recipe = load_recipe(write(tmp_path, ""))
     with pytest.raises(ValueError, match="frozen"):
         recipe.train.seed = 1  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(("old", "new"), RENAMED_SETTINGS.items())
+def test_a_renamed_setting_is_answered_with_its_new_name(old: str, new: str, tmp_path: Path) -> None:
+    path = tmp_path / "r.yaml"
+    path.write_text("adapter: {kind: lora}\n", encoding="utf-8")
+    with pytest.raises(RecipeError, match=f"{old}: this setting is called {new} now"):
+        load_recipe(path, [f"{old}=true"])
+    section, _, key = new.partition(".")
+    assert getattr(load_recipe(path, [f"{new}=false"]), section).model_dump()[key] is False

@@ -6,19 +6,19 @@ from typing import Any
 
 import pytest
 
-from lowvram_chat.timing.fusion import compiled
+from lowvram_chat.timing.fusion import fuse
 from lowvram_chat.timing.roofline import (
     SECONDS_PER_KERNEL,
     SECONDS_PER_LAUNCH,
     SHARE_OF_BANDWIDTH,
     SHARE_OF_PEAK,
-    SHARE_UNALIGNED,
+    SHARE_OF_PEAK_UNALIGNED,
     Rates,
-    over_a_step,
     seconds_on_card,
     seconds_per_step,
+    sum_over_step,
 )
-from lowvram_chat.tracing.operations import Operation, Piece
+from lowvram_chat.tracing.operations import Access, Operation
 
 RATES = Rates(half_tflops=10.0, single_tflops=5.0, gb_per_second=100.0)
 LAUNCH = SECONDS_PER_LAUNCH["linux"]
@@ -34,8 +34,8 @@ def operation(
         "flops": flops,
         "precision": "half" if flops else "none",
         "unaligned": (),
-        "reads": tuple(Piece(*item) for item in (reads or {}).items()),
-        "writes": tuple(Piece(*item) for item in (writes or {}).items()),
+        "reads": tuple(Access(*item) for item in (reads or {}).items()),
+        "writes": tuple(Access(*item) for item in (writes or {}).items()),
         "launches": 1,
         "waits": False,
     }
@@ -54,10 +54,10 @@ def test_an_operation_takes_the_longer_of_its_products_and_its_bytes() -> None:
 
 
 def test_unaligned_rows_slow_products_on_tensor_cores_only() -> None:
-    half = operation(flops=10**10, unaligned=(Piece("a", 1),))
+    half = operation(flops=10**10, unaligned=(Access("a", 1),))
     single = half._replace(precision="single")
     on_shaders = Rates(half_tflops=10.0, single_tflops=5.0, gb_per_second=100.0, half_on_tensor_cores=False)
-    assert seconds_on_card(half, RATES) == pytest.approx(1e-3 / SHARE_UNALIGNED + SECONDS_PER_KERNEL)
+    assert seconds_on_card(half, RATES) == pytest.approx(1e-3 / SHARE_OF_PEAK_UNALIGNED + SECONDS_PER_KERNEL)
     assert seconds_on_card(half, on_shaders) == pytest.approx(1e-3 / SHARE_OF_PEAK + SECONDS_PER_KERNEL)
     assert seconds_on_card(single, RATES) == pytest.approx(2e-3 / SHARE_OF_PEAK + SECONDS_PER_KERNEL)
 
@@ -82,7 +82,7 @@ def test_an_accumulated_step_is_one_first_micro_batch_the_later_ones_and_an_upda
     unit = 1e-3 / SHARE_OF_BANDWIDTH
     taken = seconds_per_step([first, later, update], RATES, 5)
     assert taken == pytest.approx(unit * (1 + 4 * 2 + 4) + 6 * SECONDS_PER_KERNEL)
-    assert over_a_step([first, later, update], 5, lambda op: op.nbytes) == MB * (100 + 4 * 200 + 400)
+    assert sum_over_step([first, later, update], 5, lambda op: op.nbytes) == MB * (100 + 4 * 200 + 400)
 
 
 def test_what_is_made_and_used_up_between_two_products_costs_a_compiled_step_nothing() -> None:
@@ -92,7 +92,7 @@ def test_what_is_made_and_used_up_between_two_products_costs_a_compiled_step_not
         operation({"b": MB}, {"y": MB}),
         operation({"y": MB}, {"z": MB}, flops=1),
     ]
-    (fused, product), _ = compiled([chain, []])
+    (fused, product), _ = fuse([chain, []])
     assert {piece.storage for piece in fused.reads} == {"x"}
     assert {piece.storage for piece in fused.writes} == {"y"}
     assert product == chain[-1]
@@ -105,7 +105,7 @@ def test_a_result_that_no_product_reads_is_made_anew_where_its_sources_are_no_la
             operation({"narrow": 2 * MB}, {"z": MB}, flops=1),
             operation({"wide": 4 * MB}, {"g": MB}),
         ]
-        return moved(compiled([part, []])[0])
+        return moved(fuse([part, []])[0])
 
     product = 2 * MB + MB
     small, large = 2 * MB, 6 * MB
@@ -114,13 +114,13 @@ def test_a_result_that_no_product_reads_is_made_anew_where_its_sources_are_no_la
 
 
 def test_a_compiler_copies_an_unaligned_matrix_once_and_then_multiplies_at_full_speed() -> None:
-    product = operation({"logits": MB, "w": MB}, {"y": MB}, flops=10**9, unaligned=(Piece("logits", MB),))
-    padded = compiled([[product, product], []])[0]
+    product = operation({"logits": MB, "w": MB}, {"y": MB}, flops=10**9, unaligned=(Access("logits", MB),))
+    padded = fuse([[product, product], []])[0]
     assert [op.name for op in padded] == ["pad", "by hand", "by hand"]
     assert not any(op.unaligned for op in padded)
-    assert compiled([[product, product], []], pads=False)[0] == [product, product]
+    assert fuse([[product, product], []], pads=False)[0] == [product, product]
 
 
 def test_the_optimizer_is_not_compiled() -> None:
-    update = [operation({"p": MB}, {"p": MB}, moment="optimizer")] * 3
-    assert compiled([[], update])[1] == update
+    update = [operation({"p": MB}, {"p": MB}, phase="optimizer")] * 3
+    assert fuse([[], update])[1] == update

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lowvram_chat.data.dataset import Rows, load_rows
-from lowvram_chat.data.rows import IGNORED, Collator, Row, cut
+from lowvram_chat.data.dataset import PreparedRows, load_rows
+from lowvram_chat.data.rows import IGNORED_LABEL, Collator, TokenRow, cut_to_length
 from lowvram_chat.recipe.schema import Data
 from tests.samples import conversations, write_jsonl
 
@@ -23,12 +23,12 @@ LABELLED = st.lists(st.tuples(st.integers(1, 10**6), st.booleans()), min_size=1,
 @given(LABELLED, st.integers(8, 32))
 def test_split_loses_no_text_and_no_labelled_token(tokens: list[tuple[int, bool]], max_length: int) -> None:
     ids = [number * 100 + place for place, (number, _) in enumerate(tokens)]
-    labels = [token if carries else IGNORED for token, (_, carries) in zip(ids, tokens, strict=True)]
-    rows = list(cut(ids, labels, max_length, "split"))
+    labels = [token if carries else IGNORED_LABEL for token, (_, carries) in zip(ids, tokens, strict=True)]
+    rows = list(cut_to_length(ids, labels, max_length, "split"))
     assert all(1 <= len(row.input_ids) == len(row.labels) <= max_length for row in rows)
     assert rows[0].input_ids + [token for row in rows[1:] for token in row.input_ids[1:]] == ids
-    assert [label for row in rows for label in row.labels if label != IGNORED] == [
-        label for label in labels[1:] if label != IGNORED
+    assert [label for row in rows for label in row.labels if label != IGNORED_LABEL] == [
+        label for label in labels[1:] if label != IGNORED_LABEL
     ]
 
 
@@ -37,20 +37,20 @@ def test_a_labelled_token_is_always_predicted_from_the_one_before_it(
     tokens: list[tuple[int, bool]], max_length: int
 ) -> None:
     ids = list(range(len(tokens)))
-    labels = [token if carries else IGNORED for token, (_, carries) in zip(ids, tokens, strict=True)]
-    for row in cut(ids, labels, max_length, "split"):
-        assert row.labels[0] == IGNORED
-        assert all(label in (IGNORED, token) for token, label in zip(row.input_ids, row.labels, strict=True))
+    labels = [token if carries else IGNORED_LABEL for token, (_, carries) in zip(ids, tokens, strict=True)]
+    for row in cut_to_length(ids, labels, max_length, "split"):
+        assert row.labels[0] == IGNORED_LABEL
+        assert all(label in (IGNORED_LABEL, token) for token, label in zip(row.input_ids, row.labels, strict=True))
 
 
 @given(LABELLED, st.integers(8, 32))
 def test_truncate_gives_one_row_that_is_the_head(tokens: list[tuple[int, bool]], max_length: int) -> None:
     ids = [number for number, _ in tokens]
-    [row] = cut(ids, ids, max_length, "truncate")
-    assert row == Row(ids[:max_length], [IGNORED, *ids[1:max_length]])
+    [row] = cut_to_length(ids, ids, max_length, "truncate")
+    assert row == TokenRow(ids[:max_length], [IGNORED_LABEL, *ids[1:max_length]])
 
 
-def rows_of(path: Path, tokenizer: PreTrainedTokenizerBase, seed: int = 1, **settings: Any) -> Rows:
+def rows_of(path: Path, tokenizer: PreTrainedTokenizerBase, seed: int = 1, **settings: Any) -> PreparedRows:
     return load_rows(Data(source=str(path), max_length=16, overflow="split", **settings), tokenizer, seed)
 
 
@@ -127,12 +127,14 @@ def test_loss_positions_are_the_places_before_the_labelled_tokens(rows: list[lis
     raw = [
         {
             "input_ids": [100 * number + place for place in range(len(row))],
-            "labels": [100 * number + place if carries and place else IGNORED for place, carries in enumerate(row)],
+            "labels": [
+                100 * number + place if carries and place else IGNORED_LABEL for place, carries in enumerate(row)
+            ],
         }
         for number, row in enumerate(rows)
     ]
     batch = Collator(0)(raw)
     ids, labels = batch["input_ids"].flatten(), batch["labels"].flatten()
-    assert batch["loss_positions"].numel() == sum(label != IGNORED for row in raw for label in row["labels"])
+    assert batch["loss_positions"].numel() == sum(label != IGNORED_LABEL for row in raw for label in row["labels"])
     for position in batch["loss_positions"].tolist():
         assert ids[position].item() + 1 == labels[position + 1].item()

@@ -11,10 +11,10 @@ import pytest
 
 from benchmarks.validation.speed import LADDER, compare, largest_error, median_error, table
 from lowvram_chat.gpus import GPUS
-from lowvram_chat.planning.plan import plan
+from lowvram_chat.planning.plan import make_plan
 from lowvram_chat.recipe.schema import Recipe
 from lowvram_chat.recipe.yaml_file import load_recipe
-from lowvram_chat.timing.speed import Speed, predict, speeds
+from lowvram_chat.timing.speed import Speed, predict_speed, speeds_by_power_limit
 from tests.samples import ROOT
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -41,7 +41,9 @@ def recipe(folder: str, **sections: Any) -> Recipe:
 
 def speed(folder: str, *, compiled: bool = False, fp16_accumulation: bool = False, **sections: Any) -> Speed:
     asked = recipe(folder, **sections)
-    return predict(asked, plan(asked).work, compiled=compiled, fp16_accumulation=fp16_accumulation, system="linux")
+    return predict_speed(
+        asked, make_plan(asked).work, compiled=compiled, fp16_accumulation=fp16_accumulation, system="linux"
+    )
 
 
 def test_the_published_speeds_are_met_within_the_error_that_is_claimed() -> None:
@@ -68,11 +70,11 @@ def test_a_prediction_outside_a_published_range_is_an_error_from_its_nearer_end(
 @cache
 def shipped(name: str) -> tuple[Recipe, Any]:
     loaded = load_recipe(Path(ROOT) / "recipes" / f"{name}.yaml")
-    return loaded, plan(loaded).work
+    return loaded, make_plan(loaded).work
 
 
 def test_the_baseline_s_recipe_is_predicted_to_take_what_the_baseline_took() -> None:
-    predicted = predict(*shipped("baseline_7h27m"), watts=80, system="windows")
+    predicted = predict_speed(*shipped("baseline_7h27m"), watts=80, system="windows")
     assert predicted.seconds_per_three_baseline_epochs == pytest.approx(PUBLISHED_SECONDS, rel=0.05)
     assert predicted.tokens_per_step == 2048
 
@@ -82,8 +84,8 @@ def test_the_fast_recipe_does_the_baseline_s_work_sooner() -> None:
     assert fast.data == slow.data.model_copy(update={"attention_mask": False})
     kept = {"num_train_epochs", "learning_rate", "lr_scheduler_type", "warmup_ratio", "max_grad_norm", "precision"}
     assert fast.train.model_dump(include=kept) == slow.train.model_dump(include=kept)
-    eager = predict(fast, operations, watts=80, compiled=False)
-    compiled = predict(fast, operations, watts=80, compiled=True)
+    eager = predict_speed(fast, operations, watts=80, compiled=False)
+    compiled = predict_speed(fast, operations, watts=80, compiled=True)
     assert eager.tokens_per_step == 2048
     assert eager.seconds_per_three_baseline_epochs < 3.75 * 3600
     assert compiled.seconds_per_three_baseline_epochs < 3 * 3600
@@ -91,16 +93,16 @@ def test_the_fast_recipe_does_the_baseline_s_work_sooner() -> None:
 
 
 def test_every_power_limit_of_a_card_has_its_speed_and_less_power_is_slower() -> None:
-    predicted = speeds(*shipped("fast_fp16"))
+    predicted = speeds_by_power_limit(*shipped("fast_fp16"))
     assert [one.watts for one in predicted] == [80, 55, 50, 40]
     seconds = [one.seconds_per_step for one in predicted]
     assert seconds == sorted(seconds)
-    assert predict(*shipped("fast_fp16")).watts == 80
-    assert predict(*shipped("fast_fp16"), gpu="t4-16gb").seconds_per_step < seconds[0]
+    assert predict_speed(*shipped("fast_fp16")).watts == 80
+    assert predict_speed(*shipped("fast_fp16"), gpu="t4-16gb").seconds_per_step < seconds[0]
 
 
 def test_a_speed_s_figures_agree_with_each_other() -> None:
-    one = predict(*shipped("fast_fp16"))
+    one = predict_speed(*shipped("fast_fp16"))
     assert one.tokens_per_second * one.seconds_per_step == pytest.approx(one.tokens_per_step)
     assert one.seconds_per_baseline_epoch == pytest.approx(16_002 * one.seconds_per_step)
     assert 0 < one.utilisation < 1
@@ -113,7 +115,7 @@ def test_less_work_is_predicted_faster(wide: str) -> None:
     plain = speed(wide)
     assert speed(wide, adapter={"kind": "lora"}).flops_per_step < 0.75 * plain.flops_per_step
     assert speed(wide, adapter={"kind": "lora"}).seconds_per_step < plain.seconds_per_step
-    assert speed(wide, model={"lean_gelu": False}).seconds_per_step > plain.seconds_per_step
+    assert speed(wide, model={"fused_gelu": False}).seconds_per_step > plain.seconds_per_step
     assert speed(wide, model={"attention": "eager"}).seconds_per_step > plain.seconds_per_step
     assert speed(wide, optimizer={"name": "adamw_unfused"}).seconds_per_step > plain.seconds_per_step
     assert speed(wide, optimizer={"name": "adamw_8bit"}).seconds_per_step < plain.seconds_per_step

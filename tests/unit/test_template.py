@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lowvram_chat.data.template import SHIPPED, read_template, set_template
+from lowvram_chat.data.template import SHIPPED_TEMPLATES, read_template, set_template
 from lowvram_chat.errors import DataError, NotFoundError
 from lowvram_chat.model.pretrained import load_tokenizer
 from tests.samples import BUILTIN
@@ -73,7 +73,7 @@ def test_training_tokens_begin_with_the_prompt_that_generation_gets(user: str, a
         assert whole[-1] == tokenizer.eos_token_id
 
 
-@pytest.mark.parametrize("name", SHIPPED)
+@pytest.mark.parametrize("name", SHIPPED_TEMPLATES)
 def test_a_shipped_template_marks_the_assistants_words(name: str) -> None:
     assert "{%- generation -%}" in read_template(name)
 

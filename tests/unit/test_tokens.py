@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from lowvram_chat.data.rows import IGNORED, Collator
+from lowvram_chat.data.rows import IGNORED_LABEL, Collator
 from lowvram_chat.data.sources import open_source
 from lowvram_chat.data.template import set_template
 from lowvram_chat.data.tokenize import Tokenized, tokenize
@@ -45,7 +45,7 @@ def by_hand(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
     for text, carries_loss in PIECES:
         piece = tokenizer.encode(text, add_special_tokens=False)
         ids += piece
-        labels += piece if carries_loss else [IGNORED] * len(piece)
+        labels += piece if carries_loss else [IGNORED_LABEL] * len(piece)
     return ids, labels
 
 
@@ -63,13 +63,13 @@ def test_eos_after_each_answer_carries_loss(tmp_path: Path, tokenizer: PreTraine
 
 def test_only_the_assistants_words_and_its_eos_carry_loss(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     [row] = rows_of(tmp_path, tokenizer, [{"messages": MESSAGES}], max_length=256).rows
-    learned = tokenizer.decode([label for label in row["labels"] if label != IGNORED])
+    learned = tokenizer.decode([label for label in row["labels"] if label != IGNORED_LABEL])
     assert learned == f" I am a small model.{EOS} One day.{EOS}"
 
 
 def test_loss_on_all_leaves_out_only_the_first_token(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     [row] = rows_of(tmp_path, tokenizer, [{"messages": MESSAGES}], max_length=256, loss_on="all").rows
-    assert row["labels"] == [IGNORED, *row["input_ids"][1:]]
+    assert row["labels"] == [IGNORED_LABEL, *row["input_ids"][1:]]
 
 
 def test_padding_carries_no_loss_though_it_is_the_eos_token(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -79,7 +79,7 @@ def test_padding_carries_no_loss_though_it_is_the_eos_token(tmp_path: Path, toke
     batch = Collator(int(tokenizer.pad_token_id))(rows)  # type: ignore[arg-type]
     length = len(rows[1]["input_ids"])
     assert batch["labels"][1, length - 1] == tokenizer.eos_token_id  # the real one is learned
-    assert (batch["labels"][1, length:] == IGNORED).all()
+    assert (batch["labels"][1, length:] == IGNORED_LABEL).all()
     assert (batch["input_ids"][1, length:] == tokenizer.pad_token_id).all()
 
 
@@ -99,7 +99,7 @@ def test_facts_count_what_the_rows_hold(tmp_path: Path, tokenizer: PreTrainedTok
     kept = rows_of(tmp_path, tokenizer, [{"messages": MESSAGES}] * 3, max_length=256)
     ids, labels = by_hand(tokenizer)
     assert kept.facts.tokens == 3 * len(ids)
-    assert kept.facts.loss_tokens == 3 * sum(label != IGNORED for label in labels)
+    assert kept.facts.loss_tokens == 3 * sum(label != IGNORED_LABEL for label in labels)
     assert kept.facts.longest == len(ids)
 
 

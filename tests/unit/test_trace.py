@@ -15,8 +15,8 @@ from benchmarks.validation.witness import profiled_peak_bytes, traced_peak_bytes
 from lowvram_chat.planning.replay import replay
 from lowvram_chat.tracing.cuda_rules import CudaRules
 from lowvram_chat.tracing.materialise import materialise, repoint
-from lowvram_chat.tracing.recorder import Event, Recorder, Storage
-from lowvram_chat.tracing.rules import Rules
+from lowvram_chat.tracing.recorder import Event, Storage, TraceRecorder
+from lowvram_chat.tracing.rules import DeviceRules
 
 VOCABULARY, WIDTH, LAYERS = 1003, 64, 2
 
@@ -73,7 +73,7 @@ def _real_and_traced(build: Callable[[], Any], rows: int, micro_batches: int) ->
 
     real = profiled_peak_bytes(two_steps)
     traced = _meta(build)
-    with Recorder(Rules(plain_rows=True)) as recorder:
+    with TraceRecorder(DeviceRules(plain_rows=True)) as recorder:
         materialise(traced, recorder)
         optimizer, ids = _adamw(traced), torch.empty(rows, 32, dtype=torch.int64)
         start = len(recorder.events)
@@ -110,14 +110,14 @@ def test_a_trace_by_the_cpu_s_rules_has_the_peak_that_the_profiler_counts(
     assert traced == pytest.approx(real, rel=0.01)
 
 
-def _trace(step: Callable[[], object], rules: Rules | None = None) -> list[Event]:
-    with Recorder(rules) as recorder:
+def _trace(step: Callable[[], object], rules: DeviceRules | None = None) -> list[Event]:
+    with TraceRecorder(rules) as recorder:
         step()
     return recorder.events
 
 
 def _born(events: list[Event], operation: str) -> list[int]:
-    return [event.storage.nbytes for event in events if event.is_birth and event.storage.operation == operation]
+    return [event.storage.nbytes for event in events if event.is_allocation and event.storage.operation == operation]
 
 
 def test_gradients_that_only_the_engine_holds_are_added_in_place() -> None:
@@ -147,19 +147,19 @@ def test_a_custom_backward_that_adds_makes_a_new_tensor() -> None:
 
 
 def test_every_storage_dies_after_it_was_born_and_once() -> None:
-    with Recorder() as recorder:
+    with TraceRecorder() as recorder:
         model = _meta(_model)
         materialise(model, recorder)
         _step(model, _adamw(model), torch.empty(2, 32, dtype=torch.int64))
     alive: set[Storage] = set()
-    for storage, is_birth in recorder.events:
-        assert (storage in alive) is not is_birth
-        (alive.add if is_birth else alive.remove)(storage)
+    for storage, is_allocation in recorder.events:
+        assert (storage in alive) is not is_allocation
+        (alive.add if is_allocation else alive.remove)(storage)
 
 
 def test_a_tied_weight_is_moved_once_and_stays_tied() -> None:
     model = _meta(_model)
-    with Recorder() as recorder:
+    with TraceRecorder() as recorder:
         materialise(model, recorder)
     assert model.lm_head.weight is model.transformer.wte.weight
     assert sum(event.storage.nbytes for event in recorder.events) == _bytes(model)
@@ -169,7 +169,7 @@ def test_a_tied_weight_is_moved_once_and_stays_tied() -> None:
 def test_an_optimizer_built_before_steps_on_the_traced_weights() -> None:
     model = _meta(lambda: torch.nn.Linear(8, 8))
     optimizer = _adamw(model)
-    with Recorder() as recorder:
+    with TraceRecorder() as recorder:
         repoint(optimizer, materialise(model, recorder))
         model(torch.empty(2, 8)).sum().backward()
         optimizer.step()

@@ -71,22 +71,22 @@ def test_the_table_shows_both_numbers_and_the_sums(tmp_path: Path, capsys: pytes
 
 
 def test_a_prediction_does_not_look_at_the_measurement() -> None:
-    near, far = validate.predict(ROW), validate.predict({**ROW, "measured_mib": "9999"})
+    near, far = validate.predict_peak(ROW), validate.predict_peak({**ROW, "measured_mib": "9999"})
     assert near.predicted_mib == far.predicted_mib
     assert near.error_percent == pytest.approx(100 * (near.predicted_mib / 22 - 1), abs=0.01)
 
 
 def test_a_run_that_cannot_fit_is_predicted_not_to() -> None:
     row = {**ROW, "gpu_total_mib": "310", "measured_mib": "", "out_of_memory": "yes"}
-    prediction = validate.predict(row)
+    prediction = validate.predict_peak(row)
     assert prediction.out_of_memory
     assert prediction.error_percent is None
-    assert not validate.predict(ROW).out_of_memory
+    assert not validate.predict_peak(ROW).out_of_memory
 
 
 def test_device_memory_adds_the_kernels_that_the_row_s_note_states_for_its_card() -> None:
     row = {**ROW, "metric": "device_delta", "note": "late kernels: about +50 MiB on the 4060, +54 on the 3060"}
-    assert validate.predict(row).predicted_mib == validate.predict(ROW).predicted_mib + 54
+    assert validate.predict_peak(row).predicted_mib == validate.predict_peak(ROW).predicted_mib + 54
     assert measured.late_kernels_mib({**row, "gpu": "RTX 4060"}) == 50
     assert measured.late_kernels_mib({**row, "note": ""}) == measured.LATE_KERNELS_MIB
 

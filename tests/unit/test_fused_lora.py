@@ -11,7 +11,7 @@ import torch
 from peft.tuners.lora.layer import Linear
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from lowvram_chat.model import fused_lora as lean_lora
+from lowvram_chat.model import fused_lora as fused_lora
 from lowvram_chat.model.adapters import add_adapter
 from lowvram_chat.model.pretrained import load_model
 from lowvram_chat.recipe.schema import Adapter, Model
@@ -19,10 +19,10 @@ from lowvram_chat.recipe.schema import Adapter, Model
 TOKENS = torch.arange(24).view(2, 12)
 
 
-def adapted(folder: Path, *, lean: bool, on_a_cpu: bool = False, **settings: Any) -> Any:
+def adapted(folder: Path, *, fused: bool, on_cpu: bool = False, **settings: Any) -> Any:
     torch.manual_seed(3)
     model = AutoModelForCausalLM.from_pretrained(folder)
-    made: Any = add_adapter(model, Adapter(r=4, lean=lean, **settings), on_a_cpu=on_a_cpu)
+    made: Any = add_adapter(model, Adapter(r=4, fused=fused, **settings), on_cpu=on_cpu)
     for name, parameter in made.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.1)
@@ -37,7 +37,9 @@ def loss_and_gradients(model: Any) -> tuple[float, list[torch.Tensor]]:
 
 @pytest.mark.parametrize("kind", ["lora", "rslora", "pissa", "dora"])
 def test_loss_and_gradients_are_peft_s(kind: str, tiny: Path) -> None:
-    (one, ours), (other, theirs) = (loss_and_gradients(adapted(tiny, lean=lean, kind=kind)) for lean in (True, False))
+    (one, ours), (other, theirs) = (
+        loss_and_gradients(adapted(tiny, fused=fused, kind=kind)) for fused in (True, False)
+    )
     assert one == pytest.approx(other, rel=1e-6)
     assert len(ours) == len(theirs) > 0
     for a, b in zip(ours, theirs, strict=True):
@@ -53,14 +55,14 @@ def always_folded(monkeypatch: pytest.MonkeyPatch) -> list[torch.Size]:
         folded.append(base.weight.shape)
         return True
 
-    monkeypatch.setattr(lean_lora, "_folding_pays", pays)
+    monkeypatch.setattr(fused_lora, "_folding_pays", pays)
     return folded
 
 
 @pytest.mark.parametrize("kind", ["lora", "rslora", "pissa"])
 def test_folded_loss_and_gradients_are_peft_s(kind: str, tiny: Path, always_folded: list[torch.Size]) -> None:
-    one, ours = loss_and_gradients(adapted(tiny, lean=True, on_a_cpu=True, kind=kind))
-    other, theirs = loss_and_gradients(adapted(tiny, lean=False, kind=kind))
+    one, ours = loss_and_gradients(adapted(tiny, fused=True, on_cpu=True, kind=kind))
+    other, theirs = loss_and_gradients(adapted(tiny, fused=False, kind=kind))
     assert len(always_folded) == 8
     assert one == pytest.approx(other, rel=1e-6)
     for a, b in zip(ours, theirs, strict=True):  # measured against float64: 1.5e-5 off folded, 1.3e-5 as PEFT has it
@@ -76,7 +78,7 @@ def test_linear_layers_without_a_bias_are_folded_too(always_folded: list[torch.S
     results = []
     for fold in (True, False):
         torch.manual_seed(4)
-        model: Any = add_adapter(copy.deepcopy(base), Adapter(r=4, lean=fold), on_a_cpu=fold)
+        model: Any = add_adapter(copy.deepcopy(base), Adapter(r=4, fused=fold), on_cpu=fold)
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
                 torch.nn.init.normal_(parameter, std=0.1)
@@ -88,17 +90,17 @@ def test_linear_layers_without_a_bias_are_folded_too(always_folded: list[torch.S
 
 
 def test_folding_waits_for_a_training_step_in_fp32_with_states_enough(tiny: Path) -> None:
-    layer = adapted(tiny, lean=True, on_a_cpu=True).base_model.model.transformer.h[0].mlp.c_fc
+    layer = adapted(tiny, fused=True, on_cpu=True).base_model.model.transformer.h[0].mlp.c_fc
     width = min(layer.base_layer.weight.shape)
-    states = lean_lora.STATES_PER_WIDTH * width
+    states = fused_lora.MIN_TOKENS_PER_WIDTH * width
     few, enough = torch.zeros(1, states - 1, width), torch.zeros(1, states, width)
-    assert lean_lora._folding_pays(enough, layer.base_layer)
-    assert not lean_lora._folding_pays(few, layer.base_layer)
-    assert not lean_lora._folding_pays(enough.bfloat16(), layer.base_layer)
+    assert fused_lora._folding_pays(enough, layer.base_layer)
+    assert not fused_lora._folding_pays(few, layer.base_layer)
+    assert not fused_lora._folding_pays(enough.bfloat16(), layer.base_layer)
     with torch.no_grad():
-        assert not lean_lora._folding_pays(enough, layer.base_layer)
+        assert not fused_lora._folding_pays(enough, layer.base_layer)
     with torch.autocast("cpu", torch.bfloat16):
-        assert not lean_lora._folding_pays(enough, layer.base_layer)
+        assert not fused_lora._folding_pays(enough, layer.base_layer)
 
 
 @pytest.mark.parametrize(("settings", "is_plain"), [({}, True), ({"dropout": 0.5}, False), ({"kind": "dora"}, False)])
@@ -112,29 +114,29 @@ def test_only_a_plain_adapter_is_summed_in_one_kernel(
         return self.base_layer(x)
 
     monkeypatch.setattr(Linear, "forward", own)
-    model = adapted(tiny, lean=True, **settings)
+    model = adapted(tiny, fused=True, **settings)
     model.train()(input_ids=TOKENS)
     assert (calls == []) is is_plain
 
 
 def test_switched_off_adapters_and_half_precision_run_as_peft_has_them(tiny: Path) -> None:
-    model = adapted(tiny, lean=True)
+    model = adapted(tiny, fused=True)
     base = AutoModelForCausalLM.from_pretrained(tiny)
     with model.disable_adapter(), torch.no_grad():
         assert torch.equal(model.eval()(input_ids=TOKENS).logits, base.eval()(input_ids=TOKENS).logits)
-    lean, own = (adapted(tiny, lean=lean).eval() for lean in (True, False))
+    fused, own = (adapted(tiny, fused=fused).eval() for fused in (True, False))
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        difference = (lean(input_ids=TOKENS).logits - own(input_ids=TOKENS).logits).abs().max()
+        difference = (fused(input_ids=TOKENS).logits - own(input_ids=TOKENS).logits).abs().max()
         moved = (own(input_ids=TOKENS).logits - base(input_ids=TOKENS).logits).abs().max()
     assert difference < 0.1 * moved  # bf16 holds 8 bits
 
 
 def test_a_4_bit_base_is_summed_too(tiny: Path) -> None:
     logits = []
-    for lean in (True, False):
+    for fused in (True, False):
         torch.manual_seed(3)
         model = load_model(Model(name=str(tiny), load_in="4bit"))
-        made: Any = add_adapter(model, Adapter(r=4, lean=lean))
+        made: Any = add_adapter(model, Adapter(r=4, fused=fused))
         for name, parameter in made.named_parameters():
             if "lora_B" in name:
                 torch.nn.init.normal_(parameter, std=0.1)

@@ -33,15 +33,15 @@ def test_the_fused_gelu_is_the_same_function_with_the_same_gradient() -> None:
 
 
 def test_a_model_with_fused_gelus_has_the_same_logits_and_gradients(tiny: Path) -> None:
-    plain, lean = AutoModelForCausalLM.from_pretrained(tiny), AutoModelForCausalLM.from_pretrained(tiny)
-    assert fuse_gelu(lean) == 2
+    plain, fused = AutoModelForCausalLM.from_pretrained(tiny), AutoModelForCausalLM.from_pretrained(tiny)
+    assert fuse_gelu(fused) == 2
     assert gelus(plain) == (2, 0)
-    assert gelus(lean) == (0, 2)
+    assert gelus(fused) == (0, 2)
     ids = torch.randint(0, 8192, (2, 30), generator=torch.Generator().manual_seed(0))
-    for model in (plain, lean):
+    for model in (plain, fused):
         model(input_ids=ids, labels=ids).loss.backward()
-    assert torch.allclose(plain(input_ids=ids).logits, lean(input_ids=ids).logits, atol=1e-5)
-    for a, b in zip(plain.parameters(), lean.parameters(), strict=True):
+    assert torch.allclose(plain(input_ids=ids).logits, fused(input_ids=ids).logits, atol=1e-5)
+    for a, b in zip(plain.parameters(), fused.parameters(), strict=True):
         assert torch.allclose(a.grad, b.grad, atol=1e-5)
 
 
@@ -53,7 +53,7 @@ def test_what_is_saved_is_an_ordinary_gpt2(tiny: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("switch", "expected"), [(True, (0, 2)), (False, (2, 0))])
 def test_the_recipe_switches_the_fused_gelu(tiny: Path, switch: bool, expected: tuple[int, int]) -> None:
-    assert gelus(load_model(Model(name=str(tiny), lean_gelu=switch))) == expected
+    assert gelus(load_model(Model(name=str(tiny), fused_gelu=switch))) == expected
 
 
 @pytest.mark.parametrize(("asked", "probability"), [(None, 0.1), (0.0, 0.0), (0.3, 0.3)])
