@@ -82,12 +82,13 @@ def planned(name: str, overrides: tuple[str, ...] = ()) -> Planned:
 
 def plan_of(recipe: Recipe) -> Planned:
     """Return the plan of a recipe."""
-    from lowvram_chat.gpus import CONTEXT_MIB, MIB
+    from lowvram_chat.gpus import CONTEXT_MIB
     from lowvram_chat.planning.changes import apply_change
     from lowvram_chat.planning.plan import make_plan
     from lowvram_chat.planning.search import planned_micro_batch
     from lowvram_chat.reporting.memory_plot import memory_series
     from lowvram_chat.timing.speed import speeds_by_power_limit
+    from lowvram_chat.units import MIB
 
     recipe = apply_change(recipe, planned_micro_batch(recipe))
     made = make_plan(recipe)

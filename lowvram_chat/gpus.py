@@ -11,8 +11,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-MIB = 1024 * 1024
-
 CONTEXT_MIB = 300
 """What a CUDA context takes outside the allocator, MiB: 300 MB on current stacks, 150 to 350 seen; not published for
 the RTX 3050."""

@@ -14,9 +14,8 @@ import transformers
 
 from benchmarks.validation.stock_run import PLACES_OF_ZERO_GRAD, StockRun
 from lowvram_chat.errors import NotFoundError, UsageError, did_you_mean
+from lowvram_chat.gpus import CONTEXT_MIB
 
-CONTEXT_MIB = 300
-"""What a CUDA context takes of a card before the allocator gets the rest (project facts: about 300 MB)."""
 LATE_KERNELS_MIB = 16
 """Kernels loaded during a run, outside the allocator, where a row's note does not say (project facts: 14 to 18 MiB)."""
 REQUIRED_COLUMNS = (

@@ -27,8 +27,7 @@ from benchmarks.validation.measured_runs import (
 from benchmarks.validation.stock_run import trace_stock_run
 from lowvram_chat.planning.replay import replay
 from lowvram_chat.tracing.cuda_rules import CudaRules
-
-MIB = 1 << 20
+from lowvram_chat.units import MIB
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -64,7 +64,8 @@ def _open_one(name: str, split: str, subset: str | None) -> Source:
     if name.startswith("builtin:"):
         if name not in BUILTIN_DATASETS:
             raise NotFoundError(
-                f"{name}: there is no such built-in dataset.{did_you_mean(name, BUILTIN_DATASETS)} Known: {', '.join(BUILTIN_DATASETS)}."
+                f"{name}: there is no such built-in dataset.{did_you_mean(name, BUILTIN_DATASETS)} "
+                f"Known: {', '.join(BUILTIN_DATASETS)}."
             )
         return _files(name, [BUILTIN_DATASETS[name]])
     matches = [name] if Path(name).is_file() else sorted(glob.glob(name, recursive=True))

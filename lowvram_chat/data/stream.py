@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lowvram_chat.files import write_text
+
 if TYPE_CHECKING:
     import pyarrow
 
@@ -65,11 +67,7 @@ class RowStream:
         self._append(batch.serialize().to_pybytes())
         self.state = state
         beside = self.path.with_suffix(STATE_SUFFIX)
-        partial = beside.with_suffix(STATE_SUFFIX + ".partial")
-        partial.write_text(
-            json.dumps({"length": self.length, "checksum": self.checksum, "state": state}), encoding="utf-8"
-        )
-        partial.replace(beside)
+        write_text(beside, json.dumps({"length": self.length, "checksum": self.checksum, "state": state}))
 
     def finish(self, final: Path) -> int:
         """End the stream under its final name; returns its checksum."""

@@ -29,7 +29,8 @@ def resolve(name: str, marker: str = "config.json") -> str:
     if name.startswith("builtin:"):
         if name not in BUILTIN_MODELS:
             raise NotFoundError(
-                f"{name}: there is no such built-in model.{did_you_mean(name, BUILTIN_MODELS)} Known: {', '.join(BUILTIN_MODELS)}."
+                f"{name}: there is no such built-in model.{did_you_mean(name, BUILTIN_MODELS)} "
+                f"Known: {', '.join(BUILTIN_MODELS)}."
             )
         return str(BUILTIN_MODELS[name])
     path = Path(name)

@@ -37,14 +37,6 @@ class OpenedModel:
         return positions_of(self.model.config) or DEFAULT_POSITIONS
 
 
-def base_names(name: str) -> list[str]:
-    """Return the models that must be found, without loading any: what may need the hub."""
-    folder, _ = _locate(name)
-    if folder is None:
-        return [name]
-    return [_base(folder).name] if (folder / ADAPTER_FILE).is_file() else []
-
-
 def open_model(name: str) -> OpenedModel:
     """Return what a name stands for, in float32 on a CPU and float16 on CUDA.
 

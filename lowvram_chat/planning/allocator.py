@@ -13,7 +13,8 @@ from __future__ import annotations
 from bisect import bisect_left, insort
 from dataclasses import dataclass, field
 
-MIB = 1 << 20
+from lowvram_chat.units import MIB
+
 ROUND_BYTES = 512
 """Every request is rounded up to this, and no block is smaller (kMinBlockSize)."""
 SMALL_REQUEST_BYTES = 1 * MIB

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 
-from lowvram_chat.gpus import CONTEXT_MIB, GPUS, MIB
+from lowvram_chat.gpus import CONTEXT_MIB, GPUS
 from lowvram_chat.planning.replay import Replay, live_storages_at, replay
 from lowvram_chat.planning.schedule import Lifetimes, Segment, compose_run
 from lowvram_chat.recipe.schema import Recipe
@@ -24,6 +24,7 @@ from lowvram_chat.tracing.cuda_rules import CudaRules
 from lowvram_chat.tracing.operations import Work
 from lowvram_chat.tracing.recorder import Event, Storage
 from lowvram_chat.tracing.run import MicroBatchShape, RunTrace, trace_run
+from lowvram_chat.units import MIB
 
 CUBLAS_WORKSPACE_BYTES = 8519680
 """Of one thread, below compute capability 9.0. Source: aten/src/ATen/cuda/CublasHandlePool.cpp, `:4096:2:16:8`."""

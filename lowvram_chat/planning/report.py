@@ -8,13 +8,14 @@ from typing import Any
 from rich.console import Console
 from rich.table import Column, Table
 
-from lowvram_chat.gpus import GPUS, MIB
+from lowvram_chat.gpus import GPUS
 from lowvram_chat.planning.changes import apply_change, as_overrides
 from lowvram_chat.planning.plan import Plan
 from lowvram_chat.planning.search import Suggestion
 from lowvram_chat.recipe.baseline import BASELINE_SECONDS
 from lowvram_chat.recipe.schema import Recipe
 from lowvram_chat.timing.speed import Speed, predict_speed, speeds_by_power_limit
+from lowvram_chat.units import MIB
 
 SPEED_ERROR_PERCENT = 12
 """Largest error of the time model on the published speeds (`published_speeds`; a test holds it)."""

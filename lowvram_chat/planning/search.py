@@ -11,11 +11,11 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from lowvram_chat.gpus import MIB
 from lowvram_chat.planning.changes import Change, apply_change, free_savings, lighter_optimizers, micro_batch_changes
 from lowvram_chat.planning.plan import Plan, make_plan
 from lowvram_chat.recipe.schema import Recipe
 from lowvram_chat.timing.speed import predict_speed
+from lowvram_chat.units import MIB
 
 MAX_MICRO_BATCH_ROWS = 1024
 """Of a micro-batch, that are looked at."""

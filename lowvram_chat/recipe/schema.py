@@ -13,7 +13,6 @@ from lowvram_chat.recipe.adapters import ADAPTERS, REFUSED_ADAPTERS, REFUSED_TAR
 from lowvram_chat.recipe.optimizers import OPTIMIZERS
 
 FORMATS = ("messages", "sharegpt", "alpaca", "prompt_completion", "text", "baseline")
-TEMPLATES = ("plain", "chatml", "own")
 POSITIONS_OF_GPT2 = 1024
 
 

@@ -9,12 +9,12 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from lowvram_chat.gpus import MIB
 from lowvram_chat.recipe.yaml_file import dump_recipe
 from lowvram_chat.reporting.charts import Bar, bars, curves
 from lowvram_chat.reporting.html import fill_legend, page, table
 from lowvram_chat.training.run_dir import RunDir, read_result
 from lowvram_chat.training.samples import read_samples
+from lowvram_chat.units import MIB
 
 
 def write_run_page(run: RunDir) -> Path:

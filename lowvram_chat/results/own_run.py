@@ -6,12 +6,13 @@ from concurrent.futures.process import BrokenProcessPool
 from typing import Any, Literal
 
 from lowvram_chat import __version__
-from lowvram_chat.gpus import GPUS, MIB
+from lowvram_chat.gpus import GPUS
 from lowvram_chat.quiet import quiet_libraries, quiet_transformers
 from lowvram_chat.recipe.baseline import BASELINE_TOKENS_PER_SECOND
 from lowvram_chat.recipe.schema import Memory, Recipe
 from lowvram_chat.results import machine
 from lowvram_chat.results.record import Machine, Metric, Record, spread
+from lowvram_chat.units import MIB
 
 BENCHMARK = "run"
 GPU_VARIANT_SUFFIXES = {"ti", "super", "max", "ada"}

@@ -14,6 +14,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from lowvram_chat.errors import NotFoundError, UsageError
+from lowvram_chat.files import write_text
 
 SCHEMA_VERSION = 1
 """Of the files; `Record.schema_version` takes no other."""
@@ -107,9 +108,7 @@ def store(record: Record, root: Path) -> Path:
     """Write a record whole and return its path; an earlier one of the case is replaced."""
     path = path_of(record, root)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    partial.write_text(record.model_dump_json(indent=1, exclude_defaults=False) + "\n", encoding="utf-8")
-    partial.replace(path)
+    write_text(path, record.model_dump_json(indent=1, exclude_defaults=False) + "\n")
     return path
 
 

@@ -23,15 +23,13 @@ from torch.nn import functional
 from torch.utils import _foreach_utils
 
 from lowvram_chat.tracing.cuda_autocast import autocast_type, cuda_autocast
+from lowvram_chat.tracing.operations import ALIGNMENT_BYTES, HALF_TYPES
 from lowvram_chat.tracing.rules import DeviceRules
 
 aten = torch.ops.aten
 
 FLASH_CAPABILITY = (8, 0)
 """FlashAttention-2 needs Ampere."""
-HALF_TYPES = (torch.float16, torch.bfloat16)
-ALIGNMENT_BYTES = 16
-"""The memory-efficient kernel reads rows of a head in pieces of this size."""
 CUBLASLT_WORKSPACE_BYTES = 1 << 20
 MATRIX_PRODUCTS = frozenset({aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default})
 
@@ -143,7 +141,7 @@ def cuda_attention(  # noqa: PLR0917  (the signature that it stands in for)
         return cast(torch.Tensor, aten._scaled_dot_product_flash_attention(query, key, value, **options)[0])
     if enable_gqa:
         key, value = (heads.repeat_interleave(query.shape[1] // heads.shape[1], 1) for heads in (key, value))
-    if query.shape[-1] * query.element_size() % ALIGNMENT_BYTES == 0:
+    if query.shape[-1] * query.element_size() % ALIGNMENT_BYTES == 0:  # the memory-efficient kernel reads such pieces
         saves = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (query, key, value))
         results = aten._scaled_dot_product_efficient_attention(query, key, value, mask, saves, **options)
         return cast(torch.Tensor, results[0])

@@ -9,13 +9,14 @@ from typing import Any
 import torch
 
 from lowvram_chat.errors import DoesNotFit
-from lowvram_chat.gpus import CONTEXT_MIB, GPUS, MIB
+from lowvram_chat.gpus import CONTEXT_MIB, GPUS
 from lowvram_chat.planning import report
 from lowvram_chat.planning.changes import apply_change, as_overrides
 from lowvram_chat.planning.plan import Plan, make_plan
 from lowvram_chat.planning.search import advise, planned_micro_batch
 from lowvram_chat.recipe.schema import Recipe
 from lowvram_chat.training.oom import micro_batch_overrides
+from lowvram_chat.units import MIB
 
 log = logging.getLogger(__name__)
 

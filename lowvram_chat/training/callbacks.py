@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from lowvram_chat.files import write_json
 from lowvram_chat.training.display import Display
 from lowvram_chat.training.resident import peak_resident_bytes
-from lowvram_chat.training.run_dir import COUNTS_FILE, RunDir, write_json
+from lowvram_chat.training.run_dir import COUNTS_FILE, RunDir
 
 
 @dataclass

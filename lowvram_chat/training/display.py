@@ -11,8 +11,8 @@ from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 from rich.text import Text
 
-from lowvram_chat.gpus import MIB
 from lowvram_chat.recipe.baseline import BASELINE_TOKENS
+from lowvram_chat.units import MIB
 
 log = logging.getLogger(__name__)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from lowvram_chat.files import write_text
 from lowvram_chat.training.run_dir import RunDir, step_of
 
 
@@ -22,6 +23,4 @@ def drop_later_lines(run: RunDir, checkpoint: Path) -> None:
     if run.metrics_file.is_file():
         lines = run.metrics_file.read_text(encoding="utf-8").splitlines(keepends=True)
         kept = [line for line in lines if json.loads(line)["step"] <= step]
-        partial = run.metrics_file.with_suffix(".partial")
-        partial.write_text("".join(kept), encoding="utf-8")
-        partial.replace(run.metrics_file)
+        write_text(run.metrics_file, "".join(kept))

@@ -10,7 +10,6 @@ import json
 import os
 import platform
 import shutil
-from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import Any
 
 from lowvram_chat import __version__
 from lowvram_chat.errors import NotFoundError, UsageError
+from lowvram_chat.files import write_json
 from lowvram_chat.recipe.schema import Recipe
 from lowvram_chat.recipe.yaml_file import dump_recipe, load_recipe
 
@@ -163,11 +163,6 @@ def read_result(run: RunDir) -> dict[str, Any]:
     return result
 
 
-def is_run(path: str | Path) -> bool:
-    """Return whether a path is a run folder."""
-    return RunDir(Path(path)).recipe_file.is_file()
-
-
 def environment() -> dict[str, Any]:
     """Return what ran: package versions, Python, machine, devices. No path, user or host name."""
     import torch
@@ -184,10 +179,3 @@ def environment() -> dict[str, Any]:
         "device_total_bytes": torch.cuda.get_device_properties(0).total_memory if cuda else None,
         "cuda": torch.version.cuda,
     }
-
-
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write a JSON file whole: under another name first, so that a crash leaves the old one."""
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    partial.replace(path)

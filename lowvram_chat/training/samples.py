@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import torch
 
+from lowvram_chat.files import write_json
 from lowvram_chat.model.compilation import uncompiled
 from lowvram_chat.model.pretrained import positions_of
 from lowvram_chat.model.saved import DEFAULT_POSITIONS
@@ -86,9 +87,7 @@ def take_samples(run: RunDir, when: Literal["before", "after"], prompts: list[st
     samples = {sample.prompt: sample for sample in read_samples(run)}
     answers = {prompt: speaker.answer(prompt) for prompt in prompts}
     kept = [replace(samples.get(prompt, Sample(prompt)), **{when: text}) for prompt, text in answers.items()]
-    run.samples_file.write_text(
-        json.dumps([asdict(sample) for sample in kept], indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
-    )
+    write_json(run.samples_file, [asdict(sample) for sample in kept])
 
 
 def read_samples(run: RunDir) -> list[Sample]:

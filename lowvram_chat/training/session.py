@@ -19,6 +19,7 @@ from lowvram_chat.data.dataset import PreparedRows, load_rows
 from lowvram_chat.data.rows import Collator
 from lowvram_chat.data.template import set_template
 from lowvram_chat.errors import DeviceError, OutOfMemory
+from lowvram_chat.files import write_json
 from lowvram_chat.model.adapters import add_adapter, save_adapter
 from lowvram_chat.model.compilation import compile_blocks, should_compile
 from lowvram_chat.model.device import keep_freed_pages, set_fp16_accumulation
@@ -205,7 +206,7 @@ class Session:
         if trainer.is_world_process_zero():
             save(self.model, self.tokenizer, folder, self.recipe)
             (folder / "README.md").write_text(card.model_card(self.recipe, result), encoding="utf-8")
-            run_dir.write_json(run.result_file, result)
+            write_json(run.result_file, result)
             self._take_samples(run, "after")
             _tell(run, result)
         return result

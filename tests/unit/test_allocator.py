@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lowvram_chat.planning.allocator import MIB, Block, CachingAllocator, segment_bytes
+from lowvram_chat.planning.allocator import Block, CachingAllocator, segment_bytes
+from lowvram_chat.units import MIB
 
 SIZES = st.one_of(st.integers(1, 4096), st.integers(1, 3 * MIB), st.integers(1, 64 * MIB))
 TRAFFIC = st.lists(st.one_of(SIZES, st.integers(-40, -1)), max_size=120)

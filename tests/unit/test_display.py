@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from lowvram_chat.gpus import MIB
 from lowvram_chat.training.display import Display, format_duration
+from lowvram_chat.units import MIB
 
 LINE: dict[str, Any] = {"step": 10, "loss": 4.5, "real_tokens_per_second": 9000.0, "peak_reserved_bytes": 2910 * MIB}
 

@@ -12,7 +12,7 @@ from tests.samples import ROOT
 
 PACKAGE = ROOT / "lowvram_chat"
 LAYERS = ("recipe", "data", "model", "tracing", "timing", "planning", "training", "results", "reporting")
-FOR_ALL = ("errors", "quiet", "hub", "gpus", "__version__")
+FOR_ALL = ("errors", "quiet", "hub", "gpus", "units", "files", "private_names", "__version__")
 FILES = sorted(path for path in PACKAGE.rglob("*.py"))
 
 

@@ -28,7 +28,6 @@ def test_an_optimizer_lowers_the_loss(name: str, bench: Bench) -> None:
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_an_optimizer_reads_only_settings_that_exist(name: str) -> None:
     assert OPTIMIZERS[name].reads <= set(OptimizerSection.model_fields)
-    assert OPTIMIZERS[name].bits in (8, 32)
 
 
 @pytest.mark.parametrize(
@@ -67,7 +66,7 @@ def eight_bit_states(folder: Path) -> int:
     )
 
 
-@pytest.mark.parametrize("name", [name for name, row in OPTIMIZERS.items() if row.bits == 8])
-def test_an_8bit_optimizer_holds_8bit_states(name: str, bench: Bench) -> None:
+@pytest.mark.parametrize(("name", "states"), [("adamw_8bit", 2), ("paged_adamw_8bit", 2), ("lion_8bit", 1)])
+def test_an_8bit_optimizer_holds_8bit_states(name: str, states: int, bench: Bench) -> None:
     run = bench.run(name, optimizer={"name": name}, train__max_steps=2, train__save_steps=2)
-    assert eight_bit_states(run / "checkpoints" / "checkpoint-2") >= 8 * OPTIMIZERS[name].states
+    assert eight_bit_states(run / "checkpoints" / "checkpoint-2") >= 8 * states

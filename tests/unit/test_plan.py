@@ -16,7 +16,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lowvram_chat import plan as command
-from lowvram_chat.gpus import MIB
 from lowvram_chat.model.configs import KNOWN_CONFIGS, config_for
 from lowvram_chat.planning import search
 from lowvram_chat.planning.changes import apply_change, as_overrides
@@ -30,6 +29,7 @@ from lowvram_chat.recipe.yaml_file import load_recipe
 from lowvram_chat.tracing import optimizer as recipe_optimizer
 from lowvram_chat.tracing.recorder import Storage
 from lowvram_chat.tracing.run import MicroBatchShape, trace_run
+from lowvram_chat.units import MIB
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

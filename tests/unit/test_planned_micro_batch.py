@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from lowvram_chat.gpus import MIB
 from lowvram_chat.planning import search
 from lowvram_chat.planning.changes import apply_change
 from lowvram_chat.planning.plan import make_plan
 from lowvram_chat.planning.search import planned_micro_batch
 from lowvram_chat.recipe.schema import Recipe
+from lowvram_chat.units import MIB
 
 
 def test_a_planned_micro_batch_is_the_largest_that_fits_and_checkpoints_only_where_it_must(

@@ -1,0 +1,18 @@
+"""Bytes and seconds as people read them."""
+
+from __future__ import annotations
+
+MIB = 1024 * 1024
+
+
+def format_mib(nbytes: float) -> str:
+    """Return bytes in MiB, without the unit: "3,891"."""
+    return f"{nbytes / MIB:,.0f}"
+
+
+def format_duration(seconds: float) -> str:
+    """Return a time in words: "45 s", "12 m", "1 h 20 m"."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} m" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} m"
