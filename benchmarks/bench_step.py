@@ -50,7 +50,7 @@ def steps() -> tuple[list[float], list[float], list[float]]:
         folder = Path(name)
         recipe = measure.training_steps_only(load_recipe(RECIPES["full_fp16"], WORDS), folder, STEPS)
         session = measure.prepare_session(recipe, torch.device("cpu"), folder, STEPS)
-        session.steps(run_dir.create(recipe, resume=False), watch)
+        session.run_steps(run_dir.create(recipe, resume=False), watch)
     kept = slice(measure.WARM_UP_STEPS, None)
     return watch.shares[kept], watch.rates[kept], watch.seconds[kept]
 

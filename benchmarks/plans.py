@@ -64,11 +64,11 @@ def _without_a_card() -> None:
 
 
 def _largest_micro_batches(name: str) -> dict[str, int]:
-    from lowvram_chat.planning.plan import card_limits
+    from lowvram_chat.planning.prediction import card_limits, make_plan
     from lowvram_chat.planning.search import largest_micro_batch
 
     recipe = load_recipe(RECIPES[name])
-    return {system: largest_micro_batch(recipe, system) for system in card_limits(recipe)}
+    return {system: largest_micro_batch(recipe, system, make_plan) for system in card_limits(recipe)}
 
 
 def planned(name: str, overrides: tuple[str, ...] = ()) -> Planned:
@@ -84,13 +84,13 @@ def plan_of(recipe: Recipe) -> Planned:
     """Return the plan of a recipe."""
     from lowvram_chat.gpus import CONTEXT_MIB
     from lowvram_chat.planning.changes import apply_change
-    from lowvram_chat.planning.plan import make_plan
+    from lowvram_chat.planning.prediction import make_plan
     from lowvram_chat.planning.search import planned_micro_batch
     from lowvram_chat.reporting.memory_plot import memory_series
     from lowvram_chat.timing.speed import speeds_by_power_limit
     from lowvram_chat.units import MIB
 
-    recipe = apply_change(recipe, planned_micro_batch(recipe))
+    recipe = apply_change(recipe, planned_micro_batch(recipe, make_plan))
     made = make_plan(recipe)
     memory = {
         "on_card": made.on_card_bytes / MIB,

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import psutil
 
-from lowvram_chat.training.resident import high_water_bytes
+from lowvram_chat.training.process_memory import high_water_bytes
 
 POLL_SECONDS = 0.1
 

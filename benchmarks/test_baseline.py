@@ -6,12 +6,12 @@ On a CUDA machine the same recipes are measured by test_vram.py, and their rate 
 from __future__ import annotations
 
 import pytest
+from lowvram_chat.planning.report import SPEED_ERROR_PERCENT
 
 from benchmarks.plans import Plans, metrics
 from benchmarks.suite import RECIPES, Keeper
-from lowvram_chat.planning.report import SPEED_ERROR_PERCENT
-from lowvram_chat.recipe.baseline import BASELINE_SECONDS
 from lowvram_chat.recipe.yaml_file import load_recipe
+from lowvram_chat.results.baseline import BASELINE_SECONDS
 
 PUBLISHED_HOURS = BASELINE_SECONDS / 3600
 LORA = ("adapter.kind=lora",)

@@ -12,7 +12,7 @@ import pytest
 from benchmarks.plans import Plans, metrics
 from benchmarks.suite import RECIPES, Keeper
 from lowvram_chat.gpus import CONTEXT_MIB
-from lowvram_chat.planning.plan import card_limits
+from lowvram_chat.planning.prediction import card_limits
 from lowvram_chat.recipe.yaml_file import load_recipe
 from lowvram_chat.results import own_run
 from lowvram_chat.results.record import Metric, Record

@@ -8,9 +8,9 @@ from typing import Any
 
 import yaml
 
+from lowvram_chat.api import train as run
 from lowvram_chat.recipe.schema import Recipe
 from lowvram_chat.recipe.yaml_file import load_recipe
-from lowvram_chat.sft import run
 
 
 class Bench:

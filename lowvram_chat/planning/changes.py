@@ -1,42 +1,48 @@
-"""Changes to a recipe, as `section.key=value` words that a user can paste."""
+"""Changes to a recipe, as `section.key=value` overrides that a user can paste."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any
 
 from lowvram_chat.recipe.schema import Adapter, Recipe
 
-Change = Mapping[str, Any]
+Change = Mapping[str, str | int | bool]
 """`section.key` -> value."""
+
+LIGHTER_OPTIMIZERS: Mapping[str, tuple[str, ...]] = {
+    "adamw_unfused": ("adamw", "adamw_8bit", "paged_adamw_8bit"),
+    "adamw": ("adamw_8bit", "paged_adamw_8bit"),
+    "adamw_8bit": ("paged_adamw_8bit",),
+}
+"""Optimizer -> those with smaller states that take the same kind of step."""
 
 
 def apply_change(recipe: Recipe, change: Change) -> Recipe:
-    """Returns the recipe with a change made."""
+    """Return the recipe with a change applied."""
     for path, value in change.items():
         name, _, key = path.partition(".")
         section = getattr(recipe, name)
-        new = Adapter(**{key: value}) if section is None else section.model_copy(update={key: value})
+        new = Adapter.model_validate({key: value}) if section is None else section.model_copy(update={key: value})
         recipe = recipe.model_copy(update={name: new})
     return recipe
 
 
 def as_overrides(change: Change) -> str:
-    """Returns a change as words for the command line."""
+    """Return a change as words for the command line."""
     return " ".join(f"{path}={_override_value(value)}" for path, value in change.items())
 
 
 def micro_batch_changes(recipe: Recipe) -> Iterator[Change]:
-    """Yields the ways to cut an optimizer step into fewer or more micro-batches, the fewest first."""
-    train = recipe.train
-    rows = train.effective_batch_size
-    for size in (size for size in range(rows, 0, -1) if rows % size == 0):
-        yield {"train.per_device_train_batch_size": size, "train.gradient_accumulation_steps": rows // size}
+    """Yield the ways to cut an optimizer step into micro-batches of equal size, the largest micro-batch first."""
+    rows = recipe.train.effective_batch_size
+    for size in range(rows, 0, -1):
+        if rows % size == 0:
+            yield {"train.per_device_train_batch_size": size, "train.gradient_accumulation_steps": rows // size}
 
 
 def free_savings(recipe: Recipe) -> Change:
-    """Returns the substitutions that save memory and take no time: they are the same function."""
-    change: dict[str, Any] = {}
+    """Return the substitutions that save memory at no cost in time; they compute the same function."""
+    change: dict[str, str | bool] = {}
     if not recipe.model.fused_gelu:
         change["model.fused_gelu"] = True
     if recipe.model.attention == "eager":
@@ -45,13 +51,8 @@ def free_savings(recipe: Recipe) -> Change:
 
 
 def lighter_optimizers(recipe: Recipe) -> list[Change]:
-    """Returns the optimizers with smaller states that do the same kind of step."""
-    lighter = {
-        "adamw_unfused": ("adamw", "adamw_8bit", "paged_adamw_8bit"),
-        "adamw": ("adamw_8bit", "paged_adamw_8bit"),
-        "adamw_8bit": ("paged_adamw_8bit",),
-    }
-    return [{"optimizer.name": name} for name in lighter.get(recipe.optimizer.name, ())]
+    """Return the optimizers with smaller states that take the same kind of step."""
+    return [{"optimizer.name": name} for name in LIGHTER_OPTIMIZERS.get(recipe.optimizer.name, ())]
 
 
 def _override_value(value: object) -> str:

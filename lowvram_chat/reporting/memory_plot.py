@@ -11,7 +11,7 @@ from typing import Any
 from lowvram_chat.errors import DeviceError, UsageError
 from lowvram_chat.gpus import CONTEXT_MIB, GPUS
 from lowvram_chat.planning.allocator import CachingAllocator
-from lowvram_chat.planning.plan import card_limits, longest_rows_run, plan_category
+from lowvram_chat.planning.prediction import card_limits, longest_rows_run, plan_category
 from lowvram_chat.recipe.schema import Recipe
 from lowvram_chat.units import MIB
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import get_args
 
-from lowvram_chat.recipe.baseline import BASELINE_SECONDS, BASELINE_TOKENS_PER_SECOND
 from lowvram_chat.recipe.schema import Memory
 from lowvram_chat.reporting.charts import Bar, areas, bars
 from lowvram_chat.reporting.html import fill_legend, folded, page, paragraph, table
+from lowvram_chat.results.baseline import BASELINE_SECONDS, BASELINE_TOKENS_PER_SECOND
 from lowvram_chat.results.record import Metric, MetricKind, Record, records_by_case
 
 BASELINE_HOURS = BASELINE_SECONDS / 3600

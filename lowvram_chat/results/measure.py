@@ -72,7 +72,7 @@ def measure_steps(recipe: Recipe, steps: int, of: Literal["memory", "speed"]) ->
         budget.cap_process_memory(recipe, device)
         clock = StepTimer()
         try:
-            prepare_session(recipe, device, folder, steps).steps(run_dir.create(recipe, resume=False), clock)
+            prepare_session(recipe, device, folder, steps).run_steps(run_dir.create(recipe, resume=False), clock)
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise

@@ -8,9 +8,9 @@ from typing import Any, Literal
 from lowvram_chat import __version__
 from lowvram_chat.gpus import GPUS
 from lowvram_chat.quiet import quiet_libraries, quiet_transformers
-from lowvram_chat.recipe.baseline import BASELINE_TOKENS_PER_SECOND
 from lowvram_chat.recipe.schema import Memory, Recipe
 from lowvram_chat.results import machine
+from lowvram_chat.results.baseline import BASELINE_TOKENS_PER_SECOND
 from lowvram_chat.results.record import Machine, Metric, Record, spread
 from lowvram_chat.units import MIB
 
@@ -137,7 +137,7 @@ def _speed(figures: dict[str, Any]) -> dict[str, Metric]:
 
 def _predictions(recipe: Recipe, here: Machine) -> dict[str, Metric]:
     """Return what is predicted of the recipe on this card; of its speed only where the card is in the table."""
-    from lowvram_chat.planning.plan import make_plan
+    from lowvram_chat.planning.prediction import make_plan
     from lowvram_chat.timing.speed import predict_speed
 
     known = known_gpu(here.card or "", here.card_mib or 0)

@@ -12,7 +12,6 @@ import sys
 from dataclasses import dataclass
 
 from lowvram_chat.gpus import GPUS, Gpu
-from lowvram_chat.recipe.baseline import BASELINE_TOKENS
 from lowvram_chat.recipe.schema import Recipe
 from lowvram_chat.timing import fusion, roofline
 from lowvram_chat.timing.roofline import Rates
@@ -48,21 +47,6 @@ class Speed:
     def utilisation(self) -> float:
         """Share of the card's peak rate that the matrix products reach over the whole step."""
         return self.physical_limit_seconds_per_step / self.seconds_per_step
-
-    @property
-    def seconds_per_baseline_epoch(self) -> float:
-        """For the work of one epoch of the published baseline: 256,032 rows of 128 tokens."""
-        return BASELINE_TOKENS / self.tokens_per_second
-
-    @property
-    def seconds_per_three_baseline_epochs(self) -> float:
-        """For the work of the published run, which took 26,820 s."""
-        return 3 * self.seconds_per_baseline_epoch
-
-    @property
-    def physical_limit_seconds_per_three_baseline_epochs(self) -> float:
-        """What is left of that at the card's peak rate."""
-        return self.seconds_per_three_baseline_epochs * self.utilisation
 
 
 def predict_speed(

@@ -1,4 +1,4 @@
-"""What is written while a run goes on: metrics.jsonl and the token counts; `display` shows the same."""
+"""Writes metrics.jsonl and the token counts while a run trains, and feeds the display."""
 
 from __future__ import annotations
 
@@ -6,27 +6,29 @@ import json
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from lowvram_chat.files import write_json
 from lowvram_chat.training.display import Display
-from lowvram_chat.training.resident import peak_resident_bytes
+from lowvram_chat.training.process_memory import peak_resident_bytes
 from lowvram_chat.training.run_dir import COUNTS_FILE, RunDir
+
+LOGGED_KEYS = ("loss", "learning_rate", "grad_norm", "eval_loss")
+"""Figures of the Trainer's logs that are written."""
 
 
 @dataclass
 class TokenCounts:
-    """What the run has worked through so far; survives `--resume`."""
+    """What a run has processed so far; kept in each checkpoint, so that a resumed run continues the counts."""
 
     real_tokens: int = 0
     """Tokens of the data."""
     padded_tokens: int = 0
-    """Tokens of the batches: the data's and the padding's."""
+    """Tokens of the batches, padding included."""
     seconds: float = 0.0
-    """Time spent in training, evaluations and checkpoints included."""
+    """Time spent training, with evaluations and checkpoints."""
 
     def add(self, real: int, padded: int) -> None:
         """Count one micro-batch."""
@@ -35,15 +37,15 @@ class TokenCounts:
 
     @classmethod
     def of_checkpoint(cls, checkpoint: Path) -> TokenCounts:
-        """Return the counts kept with a checkpoint."""
+        """Return the counts kept in a checkpoint."""
         return cls(**json.loads((checkpoint / COUNTS_FILE).read_text(encoding="utf-8")))
 
 
 class MetricsCallback(TrainerCallback):
-    """Writes a line of metrics.jsonl at every logged step, keeps the clock, and shows where the run is."""
+    """Writes a line of metrics.jsonl at every logged step, measures time, and shows progress."""
 
     def __init__(self, run: RunDir, counts: TokenCounts, limit_bytes: int | None = None) -> None:
-        """`limit_bytes`: what the allocator may take of the card, to be shown."""
+        """Create the callback; `limit_bytes` is what the allocator may reserve, to be shown."""
         self.run = run
         self.counts = counts
         self.started = self.logged_at = time.monotonic()
@@ -52,12 +54,16 @@ class MetricsCallback(TrainerCallback):
         self.display = Display(limit_bytes)
 
     def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
+        """Start the clock and the display."""
         self.started = self.logged_at = time.monotonic()
         self.display.start(state.global_step, state.max_steps)
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
+        """Count the time and move the bar."""
         self.counts.seconds = self.seconds_before + time.monotonic() - self.started
         self.display.advance(state.global_step)
 
@@ -66,14 +72,15 @@ class MetricsCallback(TrainerCallback):
         args: TrainingArguments,
         state: TrainerState,
         control: TrainerControl,
-        logs: dict[str, Any] | None = None,
-        **kwargs: Any,
+        logs: dict[str, float] | None = None,
+        **kwargs: object,
     ) -> None:
+        """Write and show a line; logs without a loss are the Trainer's own summary, which result.json replaces."""
         logs = dict(logs or {})
         if not state.is_world_process_zero or not (logs.keys() & {"loss", "eval_loss"}):
             return
-        line: dict[str, Any] = {"step": state.global_step, "epoch": round(state.epoch or 0.0, 4)}
-        line |= {name: logs[name] for name in ("loss", "learning_rate", "grad_norm", "eval_loss") if name in logs}
+        line: dict[str, float] = {"step": state.global_step, "epoch": round(state.epoch or 0.0, 4)}
+        line |= {name: logs[name] for name in LOGGED_KEYS if name in logs}
         if "loss" in logs:
             line |= self._rates() | peak_memory()
         with self.run.metrics_file.open("a", encoding="utf-8") as file:
@@ -93,19 +100,21 @@ class MetricsCallback(TrainerCallback):
         self.logged_at, self.logged = now, TokenCounts(**asdict(self.counts))
         return rates
 
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object) -> None:
+        """Keep the counts in the checkpoint that was just written; with them it is complete."""
         folder = self.run.checkpoints / f"checkpoint-{state.global_step}"
         if state.is_world_process_zero and folder.is_dir():
             write_json(folder / COUNTS_FILE, asdict(self.counts))
 
     def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
+        """Stop the display."""
         self.display.close()
 
 
 def peak_memory() -> dict[str, int]:
-    """Return the peak memory of this process: on CUDA what the allocator took, elsewhere the resident set."""
+    """Return the peak memory of this process: the allocator's on CUDA, elsewhere the resident set."""
     if torch.cuda.is_available():
         return {
             "peak_allocated_bytes": torch.cuda.max_memory_allocated(),

@@ -1,89 +1,87 @@
-"""Where a run is, while it goes on: a live bar on a terminal, plain log lines elsewhere; the same quantities in both."""
+"""Shows the progress of a run: a live bar on a terminal, log lines elsewhere, with the same figures in both."""
 
 from __future__ import annotations
 
 import logging
 import time
-from typing import Any
+from collections.abc import Mapping
+from datetime import datetime, timedelta
 
 from rich.console import Console, Group
 from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 from rich.text import Text
 
-from lowvram_chat.recipe.baseline import BASELINE_TOKENS
-from lowvram_chat.units import MIB
+from lowvram_chat.units import format_duration, format_mib
 
 log = logging.getLogger(__name__)
 
 MEMORY_KEYS = ("peak_reserved_bytes", "peak_resident_bytes")
-"""What a logged line tells of the memory: the card's where there is one."""
+"""Memory figures of a logged line that are shown: the card's on CUDA, else the process's."""
+LOSS_TITLES = {"loss": "loss", "eval_loss": "held-out loss"}
 
 
 class Display:
-    """Shows loss, real tokens a second, memory against the limit, and the time left for this run and a baseline epoch."""
+    """Shows loss, tokens per second (padding excluded), memory against its limit, time left and finish time."""
 
     def __init__(self, limit_bytes: int | None = None, console: Console | None = None) -> None:
-        """`limit_bytes`: what the allocator may take of the card; None where there is no limit."""
+        """Create a display; `limit_bytes` is what the allocator may reserve, None if there is no limit."""
         self.limit_bytes = limit_bytes
         self.console = console or Console(stderr=True)
         self.progress = Progress(TextColumn("training"), BarColumn(), MofNCompleteColumn(), console=self.console)
-        self.words = Text()
+        self.text = Text()
         self.live: Live | None = None
         self.task = TaskID(0)
-        self.started, self.first, self.total = time.monotonic(), 0, 0
+        self.started, self.first_step, self.total_steps = time.monotonic(), 0, 0
 
     def start(self, done: int, total: int) -> None:
-        """Begin to show a run of `total` optimizer steps, `done` of which were done before."""
-        self.started, self.first, self.total = time.monotonic(), done, total
+        """Start to show a run of `total` optimizer steps, `done` of which an earlier process took."""
+        self.started, self.first_step, self.total_steps = time.monotonic(), done, total
         if self.console.is_terminal:
             self.task = self.progress.add_task("", total=total, completed=done)
-            self.live = Live(Group(self.progress, self.words), console=self.console, refresh_per_second=4)
+            self.live = Live(Group(self.progress, self.text), console=self.console, refresh_per_second=4)
             self.live.start()
 
     def advance(self, step: int) -> None:
-        """Move the bar."""
+        """Move the bar to an optimizer step."""
         if self.live is not None:
             self.progress.update(self.task, completed=step)
 
-    def show(self, line: dict[str, Any]) -> None:
-        """Tell a logged step, a line of metrics.jsonl."""
-        text = ", ".join(self._words(line))
+    def show(self, line: Mapping[str, float]) -> None:
+        """Show a logged step, which is a line of metrics.jsonl."""
+        text = ", ".join(self._figures(line))
         if self.live is not None:
-            self.words.plain = text
+            self.text.plain = text
         else:
-            log.info("step %d of %d: %s", line["step"], self.total, text)
+            log.info("step %d of %d: %s", line["step"], self.total_steps, text)
 
     def close(self) -> None:
-        """Leave the display as it stands."""
+        """Stop the live display and leave its last state on the screen."""
         if self.live is not None:
             self.live.stop()
             self.live = None
 
-    def _words(self, line: dict[str, Any]) -> list[str]:
-        named = {"loss": "loss", "eval_loss": "held-out loss"}
-        words = [f"{name} {line[key]:.4f}" for key, name in named.items() if key in line]
+    def _figures(self, line: Mapping[str, float]) -> list[str]:
+        figures = [f"{title} {line[key]:.4f}" for key, title in LOSS_TITLES.items() if key in line]
         rate = line.get("real_tokens_per_second")
         if rate is None:
-            return words
-        words.append(f"{rate:,.0f} tokens/s")
-        words += [self._memory(line[name]) for name in MEMORY_KEYS if name in line]
-        done = line["step"] - self.first
-        if done > 0 and line["step"] < self.total:
-            left = (time.monotonic() - self.started) / done * (self.total - line["step"])
-            words.append(f"{format_duration(left)} left")
-        if rate:
-            words.append(f"a baseline epoch {format_duration(BASELINE_TOKENS / rate)}")
-        return words
+            return figures
+        figures.append(f"{rate:,.0f} tokens/s")
+        figures += [self._memory(line[name]) for name in MEMORY_KEYS if name in line]
+        done = line["step"] - self.first_step
+        if done > 0 and line["step"] < self.total_steps:
+            left = (time.monotonic() - self.started) / done * (self.total_steps - line["step"])
+            figures.append(f"{format_duration(left)} left, finishes {_finish_time(left)}")
+        return figures
 
-    def _memory(self, nbytes: int) -> str:
-        limit = "" if self.limit_bytes is None else f" of {self.limit_bytes / MIB:,.0f}"
-        return f"{nbytes / MIB:,.0f}{limit} MiB"
+    def _memory(self, nbytes: float) -> str:
+        limit = "" if self.limit_bytes is None else f" of {format_mib(self.limit_bytes)}"
+        return f"{format_mib(nbytes)}{limit} MiB"
 
 
-def format_duration(seconds: float) -> str:
-    """Return a time in words: "45 s", "12 m", "1 h 20 m"."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} m" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} m"
+def _finish_time(seconds_left: float) -> str:
+    """Return when the run finishes by the local clock: "at 14:32", or "on Fri 27 Nov at 03:10" if not today."""
+    now = datetime.now().astimezone()
+    finish = now + timedelta(seconds=seconds_left)
+    day = "" if finish.date() == now.date() else f"{finish:on %a %d %b }"
+    return f"{day}at {finish:%H:%M}"

@@ -1,4 +1,4 @@
-"""metrics.jsonl, read again: the last loss, and the lines that a resumed run will write anew."""
+"""Reads metrics.jsonl: the last loss, and the lines that a resumed run writes again."""
 
 from __future__ import annotations
 
@@ -10,17 +10,16 @@ from lowvram_chat.training.run_dir import RunDir, step_of
 
 
 def last_loss(run: RunDir) -> float | None:
-    """Return the training loss of the last logged line."""
+    """Return the training loss that was logged last."""
     lines = run.metrics_file.read_text(encoding="utf-8").splitlines() if run.metrics_file.is_file() else []
-    losses = [entry["loss"] for entry in map(json.loads, lines) if "loss" in entry]
+    losses: list[float] = [entry["loss"] for entry in map(json.loads, lines) if "loss" in entry]
     return losses[-1] if losses else None
 
 
 def drop_later_lines(run: RunDir, checkpoint: Path) -> None:
-    """Drop the metrics of steps after the checkpoint: they will be run, and written, again."""
+    """Drop the lines of steps after the checkpoint, which will be run and logged again."""
     step = step_of(checkpoint)
-    assert step is not None, "not a whole checkpoint"
+    assert step is not None, "not a complete checkpoint"
     if run.metrics_file.is_file():
         lines = run.metrics_file.read_text(encoding="utf-8").splitlines(keepends=True)
-        kept = [line for line in lines if json.loads(line)["step"] <= step]
-        write_text(run.metrics_file, "".join(kept))
+        write_text(run.metrics_file, "".join(line for line in lines if json.loads(line)["step"] <= step))

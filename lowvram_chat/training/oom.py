@@ -1,4 +1,4 @@
-"""What to do about a device that is full: the same optimizer step in smaller pieces, or advice."""
+"""Handles a device that runs out of memory: the same optimizer step in smaller micro-batches, or advice."""
 
 from __future__ import annotations
 
@@ -12,33 +12,33 @@ OUT_OF_MEMORY_MESSAGES = (
     "CUBLAS_STATUS_NOT_INITIALIZED",
     "can't allocate memory",
 )
-"""What errors say that a full device raises beside torch.OutOfMemoryError: the driver's, cuBLAS', and a CPU's allocator."""
+"""Parts of the messages of RuntimeErrors that the driver, cuBLAS and the CPU's allocator raise besides OutOfMemoryError."""
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Return whether an error says that the device is full."""
+    """Return whether an error means that the device ran out of memory."""
     return isinstance(error, torch.OutOfMemoryError) or (
-        isinstance(error, RuntimeError) and any(words in str(error) for words in OUT_OF_MEMORY_MESSAGES)
+        isinstance(error, RuntimeError) and any(message in str(error) for message in OUT_OF_MEMORY_MESSAGES)
     )
 
 
 def halve(recipe: Recipe) -> Recipe | None:
-    """Return the recipe with half the micro-batch and twice the accumulation; None where a micro-batch is one row.
+    """Return the recipe with half the micro-batch and twice the accumulation; None if a micro-batch is a single row.
 
-    An odd micro-batch goes down to the next divisor of the effective batch, so that the steps stay the same rows.
+    An odd micro-batch goes down to the next divisor of the effective batch size, so that the steps keep their rows.
     """
     train = recipe.train
-    batch = train.per_device_train_batch_size
-    effective = train.effective_batch_size
-    smaller = next((size for size in range(batch // 2, 0, -1) if effective % size == 0), None)
+    rows = train.effective_batch_size
+    sizes = range(train.per_device_train_batch_size // 2, 0, -1)
+    smaller = next((size for size in sizes if rows % size == 0), None)
     if smaller is None:
         return None
-    update = {"per_device_train_batch_size": smaller, "gradient_accumulation_steps": effective // smaller}
+    update = {"per_device_train_batch_size": smaller, "gradient_accumulation_steps": rows // smaller}
     return recipe.model_copy(update={"train": train.model_copy(update=update)})
 
 
 def micro_batch_overrides(recipe: Recipe) -> str:
-    """Return a recipe's micro-batch and accumulation as words for the command line."""
+    """Return a recipe's micro-batch and accumulation as overrides for the command line."""
     train = recipe.train
     return (
         f"train.per_device_train_batch_size={train.per_device_train_batch_size} "
@@ -47,12 +47,14 @@ def micro_batch_overrides(recipe: Recipe) -> str:
 
 
 def advice(recipe: Recipe, error: Exception) -> str:
-    """Return what happened and what to change."""
+    """Return the error message for a run that ran out of memory, with the settings to change."""
     smaller = halve(recipe)
     changes = [] if recipe.train.gradient_checkpointing else ["train.gradient_checkpointing=true"]
     changes += [] if smaller is None else [micro_batch_overrides(smaller), "memory.on_oom=halve"]
-    change = f"Add {' or '.join(changes)}" if changes else "Use a smaller model, data.max_length or an adapter"
+    change = (
+        f"Add {' or '.join(changes)}" if changes else "Use a smaller model, a shorter data.max_length or an adapter"
+    )
     return (
-        f"{recipe.output.dir}: out of memory on the device ({str(error).splitlines()[0].rstrip('.')}). "
-        f"The run folder is intact. {change}; --resume goes on from the last checkpoint."
+        f"{recipe.output.dir}: the device ran out of memory ({str(error).splitlines()[0].rstrip('.')}). "
+        f"The run folder is intact. {change}; --resume continues from the last checkpoint."
     )

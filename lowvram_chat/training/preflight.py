@@ -1,17 +1,23 @@
-"""The longest batch first: what will not fit should fail now, not at hour five."""
+"""Runs the longest batch first: what does not fit should fail now, not at hour five."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 
 from lowvram_chat.data.rows import MODEL_INPUTS, Collator
 from lowvram_chat.model.scoring import autocast, row_lengths
 
+if TYPE_CHECKING:
+    import datasets
+    from torch import nn
 
-def run_longest_batch(model: Any, rows: Any, collate: Collator, batch_size: int, precision: str) -> int:
-    """Run forward and backward of the batch of the longest rows, let the gradients go, and return its row length.
+
+def run_longest_batch(
+    model: nn.Module, rows: datasets.Dataset, collate: Collator, batch_size: int, precision: str
+) -> int:
+    """Run forward and backward on the batch of the longest rows, free its gradients, and return its row length.
 
     Weights, gradients and random states are as before.
 

@@ -1,10 +1,9 @@
-"""What a resumed run may change: all but what its checkpoint is a state of."""
+"""Settings fixed by the checkpoint, and those that a resumed run may change."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping
-from typing import Any
 
 from lowvram_chat.errors import UsageError
 from lowvram_chat.recipe.schema import Data, OptimizerSection, Recipe
@@ -18,25 +17,30 @@ FIXED_BY_CHECKPOINT: Mapping[str, set[str]] = {
     "adapter": {"kind", "r", "alpha", "target_modules"},
     # the rows and their order
     "data": {*Data.model_fields} - {"eval_source", "eval_split", "eval_limit", "max_bad_rows", "attention_mask"},
-    "train": {"seed", "learning_rate"},  # the optimizer's and the schedule's state hold the rate
+    "train": {"seed", "learning_rate"},  # the states of the optimizer and the schedule hold the rate
     "optimizer": {*OptimizerSection.model_fields},
 }
-"""Settings that must be those of the run that is gone on with; so must the rows of an optimizer step."""
+"""Settings that a resumed run must share with the run it continues, besides the effective batch size."""
 
-SET_BY_PLANNER = ("micro_batch", "per_device_train_batch_size", "gradient_accumulation_steps", "gradient_checkpointing")
-"""What `train.micro_batch: planned` decides."""
+SET_BY_PLANNER = (
+    "micro_batch",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "gradient_checkpointing",
+)
+"""Settings of `train` that `train.micro_batch: planned` decides."""
 
 
 def check_resumed(run: RunDir, recipe: Recipe) -> None:
-    """Refuse to go on with a run as something that its last checkpoint is no state of.
+    """Refuse to resume a run with settings that its last checkpoint does not belong to.
 
     Raises:
-        UsageError: with every such setting, and what it was; nothing is changed.
+        UsageError: with every such setting and its former value; nothing is changed.
     """
     before = run.recipe()
     problems = [
-        f"  {name}={_yaml_value(now)} (was {_yaml_value(was)})"
-        for name, was, now in changes(before, recipe)
+        f"  {name}={_yaml_value(new)} (was {_yaml_value(old)})"
+        for name, old, new in changed_settings(before, recipe)
         if _is_fixed(name)
     ]
     rows, rows_before = recipe.train.effective_batch_size, before.train.effective_batch_size
@@ -46,43 +50,43 @@ def check_resumed(run: RunDir, recipe: Recipe) -> None:
         )
     if problems:
         raise UsageError(
-            f"{run.path}: --resume goes on with the same model, rows and optimizer, and this recipe has others:\n"
+            f"{run.path}: --resume needs the model, rows and optimizer of the checkpoint, but this recipe changes:\n"
             + "\n".join(problems)
-            + f"\nLeave them as they were (all of them: {run.recipe_file}), or start anew: --overwrite, or another output.dir."
+            + f"\nRestore these settings (all of them: {run.recipe_file}), or start again with --overwrite or another output.dir."
         )
     checkpoint, last = run.last_checkpoint(), recipe.train.max_steps
     step = (checkpoint and step_of(checkpoint)) or 0
     if last is not None and step > last:
         raise UsageError(
-            f"train.max_steps: {last}, but the last checkpoint of {run.path} is of step {step}. Set it to {step} or more."
+            f"train.max_steps: {last}, but the last checkpoint of {run.path} is from step {step}. Set it to {step} or more."
         )
 
 
 def is_same(before: Recipe, recipe: Recipe) -> bool:
-    """Return whether a run's resolved recipe came from this one."""
+    """Return whether a run's resolved recipe came from this recipe."""
     if recipe.train.micro_batch == "planned" and recipe.train.effective_batch_size == before.train.effective_batch_size:
         decided = {name: getattr(before.train, name) for name in SET_BY_PLANNER}
         recipe = recipe.model_copy(update={"train": recipe.train.model_copy(update=decided)})
     return before == recipe
 
 
-def changes(before: Recipe, now: Recipe) -> Iterator[tuple[str, Any, Any]]:
-    """Yield (section.setting, what it was, what it is) of each setting that two recipes differ in."""
-    old, new = before.model_dump(), now.model_dump()
+def changed_settings(before: Recipe, after: Recipe) -> Iterator[tuple[str, object, object]]:
+    """Yield (section.setting, old value, new value) of each setting in which two recipes differ."""
+    old, new = before.model_dump(), after.model_dump()
     for section in new:
-        was, is_now = old[section], new[section]
-        if (was is None) != (is_now is None):  # a whole adapter came or went
-            yield section, was and was["kind"], is_now and is_now["kind"]
+        old_section, new_section = old[section], new[section]
+        if (old_section is None) != (new_section is None):  # the adapter was added or removed
+            yield section, old_section and old_section["kind"], new_section and new_section["kind"]
             continue
-        yield from (
-            (f"{section}.{name}", was[name], value) for name, value in (is_now or {}).items() if was[name] != value
-        )
+        for name, value in (new_section or {}).items():
+            if old_section[name] != value:
+                yield f"{section}.{name}", old_section[name], value
 
 
-def tell_changes(run: RunDir, recipe: Recipe) -> None:
-    """Say which settings of a resumed run differ from those it began with."""
-    for name, was, now in changes(run.recipe(), recipe):
-        log.info("resuming with %s = %s (was %s)", name, _yaml_value(now), _yaml_value(was))
+def log_changes(run: RunDir, recipe: Recipe) -> None:
+    """Log the settings in which a resumed run differs from the run it continues."""
+    for name, old, new in changed_settings(run.recipe(), recipe):
+        log.info("resuming with %s = %s (was %s)", name, _yaml_value(new), _yaml_value(old))
 
 
 def _is_fixed(name: str) -> bool:
@@ -90,6 +94,8 @@ def _is_fixed(name: str) -> bool:
     return not setting or setting in FIXED_BY_CHECKPOINT.get(section, set())
 
 
-def _yaml_value(value: Any) -> str:
-    """Return a value as a recipe says it."""
-    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+def _yaml_value(value: object) -> str:
+    """Return a value as it is written in a recipe."""
+    if value is None:
+        return "null"
+    return str(value).lower() if isinstance(value, bool) else str(value)

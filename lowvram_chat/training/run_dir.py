@@ -1,4 +1,4 @@
-"""The run folder: everything that later commands need, and nothing written before the run can start.
+"""The run folder: everything that later commands need. Nothing is written before the run can start.
 
 recipe.yaml  environment.json  metrics.jsonl  samples.json  result.json  report.html  checkpoints/  adapter/ or model/
 """
@@ -22,51 +22,63 @@ from lowvram_chat.recipe.schema import Recipe
 from lowvram_chat.recipe.yaml_file import dump_recipe, load_recipe
 
 COUNTS_FILE = "token_counts.json"
-"""In each checkpoint: what the run had worked through when it was written."""
+"""File in each checkpoint with what the run had processed when it was written."""
 
 LIBRARIES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate", "datasets", "tokenizers")
+
+Result = dict[str, Any]
+"""What result.json holds."""
 
 
 @dataclass(frozen=True)
 class RunDir:
-    """A run folder; paths are names, no file need be there yet."""
+    """A run folder and the paths in it, none of which need exist."""
 
     path: Path
 
     @property
     def recipe_file(self) -> Path:
+        """The resolved recipe."""
         return self.path / "recipe.yaml"
 
     @property
     def metrics_file(self) -> Path:
+        """One JSON line per logged step."""
         return self.path / "metrics.jsonl"
 
     @property
     def result_file(self) -> Path:
+        """The result of a finished run."""
         return self.path / "result.json"
 
     @property
     def samples_file(self) -> Path:
+        """Answers to the sample prompts."""
         return self.path / "samples.json"
 
     @property
     def report_file(self) -> Path:
+        """The page with curves, settings and answers."""
         return self.path / "report.html"
 
     @property
     def checkpoints(self) -> Path:
+        """Folder of `checkpoint-<step>` folders."""
         return self.path / "checkpoints"
 
     @property
     def adapter(self) -> Path:
+        """The trained adapter."""
         return self.path / "adapter"
 
     @property
     def model(self) -> Path:
+        """The trained model of a full fine-tune."""
         return self.path / "model"
 
     @property
     def merged(self) -> Path:
+        """The model that `merge` writes."""
         return self.path / "merged"
 
     def recipe(self) -> Recipe:
@@ -74,16 +86,16 @@ class RunDir:
         return load_recipe(self.recipe_file)
 
     def last_checkpoint(self) -> Path | None:
-        """Return the newest checkpoint that was written to its end.
+        """Return the newest complete checkpoint.
 
-        The trainer writes `trainer_state.json` last and our callback the token counts after it: with both it is whole.
+        The Trainer writes `trainer_state.json` last, and our callback writes the token counts after it.
         """
-        whole = [folder for folder in self.checkpoints.glob("checkpoint-*") if step_of(folder) is not None]
-        return max(whole, key=lambda folder: step_of(folder) or 0, default=None)
+        complete = [folder for folder in self.checkpoints.glob("checkpoint-*") if step_of(folder) is not None]
+        return max(complete, key=lambda folder: step_of(folder) or 0, default=None)
 
 
 def step_of(checkpoint: Path) -> int | None:
-    """Return the optimizer step that a checkpoint is of; None where it was not written to its end."""
+    """Return the optimizer step of a checkpoint; None if the checkpoint is not complete."""
     if not (checkpoint / COUNTS_FILE).is_file():
         return None
     try:
@@ -93,7 +105,7 @@ def step_of(checkpoint: Path) -> int | None:
 
 
 def is_main_process() -> bool:
-    """Return whether this is the process that writes: the only one, or rank 0 under torchrun."""
+    """Return whether this process writes files: the only process, or rank 0 under torchrun."""
     return os.environ.get("RANK", "0") == "0"
 
 
@@ -101,19 +113,19 @@ def check_new(path: Path, *, overwrite: bool, resume: bool) -> None:
     """Refuse to write over an earlier run.
 
     Raises:
-        UsageError: the folder is in use and neither `--overwrite` nor `--resume` was given; or it is no run folder.
-        NotFoundError: `--resume` without a whole checkpoint.
+        UsageError: the folder is in use and neither `overwrite` nor `resume` was given, or it is not a run folder.
+        NotFoundError: `resume` without a complete checkpoint.
     """
-    goes_on = RunDir(path).last_checkpoint() is not None
+    has_checkpoint = RunDir(path).last_checkpoint() is not None
     if resume:
-        if not goes_on:
+        if not has_checkpoint:
             start = "with --overwrite" if RunDir(path).recipe_file.is_file() else "without --resume"
-            raise NotFoundError(f"{path}: no whole checkpoint to resume from. Start the run {start}.")
+            raise NotFoundError(f"{path}: there is no complete checkpoint to resume from. Start the run {start}.")
         return
     nearest = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
     if not nearest.is_dir():
         raise UsageError(
-            f"output.dir: {path} cannot be made, since {nearest} is a file. Set output.dir to another folder."
+            f"output.dir: {path} cannot be created, because {nearest} is a file. Set output.dir to another folder."
         )
     if not path.exists() or not any(path.iterdir()):
         return
@@ -122,14 +134,14 @@ def check_new(path: Path, *, overwrite: bool, resume: bool) -> None:
             f"{path}: exists and is not a run folder, so it is left alone. Set output.dir to another folder."
         )
     if not overwrite:
-        go_on = " --resume to go on," if goes_on else ""
+        resume_hint = " --resume to continue it," if has_checkpoint else ""
         raise UsageError(
-            f"{path}: holds an earlier run. Add --overwrite to replace it,{go_on} or set output.dir to a new folder."
+            f"{path}: holds an earlier run. Add --overwrite to replace it,{resume_hint} or set output.dir to a new folder."
         )
 
 
 def create(recipe: Recipe, *, resume: bool) -> RunDir:
-    """Return a new run folder with its recipe and environment in it (`resume`: the old one, with the recipe renewed)."""
+    """Create the run folder of a recipe and write its recipe and environment; `resume` keeps what the folder holds."""
     run = RunDir(Path(recipe.output.dir))
     if not is_main_process():
         return run
@@ -151,20 +163,20 @@ def open_run(path: str | Path) -> RunDir:
     if not run.path.is_dir():
         raise NotFoundError(f"{path}: there is no such folder. Give the run folder that sft printed.")
     if not run.recipe_file.is_file():
-        raise NotFoundError(f"{path}: no recipe.yaml in it, so it is no run folder. Give the folder that sft printed.")
+        raise NotFoundError(f"{path}: has no recipe.yaml, so it is not a run folder. Give the folder that sft printed.")
     return run
 
 
-def read_result(run: RunDir) -> dict[str, Any]:
-    """Return what `result.json` holds; empty where the run has not ended."""
+def read_result(run: RunDir) -> Result:
+    """Return what `result.json` holds; empty if the run has not finished."""
     if not run.result_file.is_file():
         return {}
-    result: dict[str, Any] = json.loads(run.result_file.read_text(encoding="utf-8"))
+    result: Result = json.loads(run.result_file.read_text(encoding="utf-8"))
     return result
 
 
 def environment() -> dict[str, Any]:
-    """Return what ran: package versions, Python, machine, devices. No path, user or host name."""
+    """Return what ran: package versions, Python, machine, device. It holds no path, user or host name."""
     import torch
 
     cuda = torch.cuda.is_available()

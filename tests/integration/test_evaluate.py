@@ -12,7 +12,7 @@ import torch
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lowvram_chat import evaluate
+from lowvram_chat import api, evaluate
 from tests.runs import Bench, result
 from tests.samples import write_jsonl
 
@@ -37,23 +37,23 @@ def by_hand(model_folder: Path, file: Path, *, max_length: int) -> dict[str, tup
 
 
 def test_scores_agree_with_plain_transformers(full_run: Path, held_out_file: Path) -> None:
-    scores = evaluate.run(str(full_run), [str(held_out_file)])
+    scores = api.evaluate(str(full_run), [str(held_out_file)])
     for name, (loss, tokens) in by_hand(full_run / "model", held_out_file, max_length=64).items():
-        assert scores[name]["tokens"] == tokens
-        assert scores[name]["loss"] == pytest.approx(loss, abs=1e-5)
-        assert scores[name]["perplexity"] == pytest.approx(math.exp(loss), rel=1e-4)
+        assert scores[name].tokens == tokens
+        assert scores[name].loss == pytest.approx(loss, abs=1e-5)
+        assert scores[name].perplexity == pytest.approx(math.exp(loss), rel=1e-4)
 
 
 @pytest.mark.parametrize("run", ["full_run", "lora_run"])
 def test_a_run_is_scored_on_its_own_held_out_part(run: str, request: pytest.FixtureRequest) -> None:
     folder = request.getfixturevalue(run)
-    loss = evaluate.run(str(folder), [])["assistant"]["loss"]
+    loss = api.evaluate(str(folder), [])["assistant"].loss
     assert loss == pytest.approx(result(folder)["held_out_loss_after"], abs=1e-5)
 
 
 def test_a_run_with_a_held_out_fraction_is_scored_on_it(bench: Bench) -> None:
     run = bench.run("r", data__eval_source=None, data__eval_fraction=0.25, train__max_steps=3)
-    loss = evaluate.run(str(run), [])["assistant"]["loss"]
+    loss = api.evaluate(str(run), [])["assistant"].loss
     assert loss == pytest.approx(result(run)["held_out_loss_after"], abs=1e-5)
 
 
@@ -67,21 +67,21 @@ def test_the_table_and_the_json_say_the_same(full_run: Path, capsys: pytest.Capt
 
 
 def test_a_model_folder_is_scored_on_files(tiny: Path, held_out_file: Path) -> None:
-    scores = evaluate.run(str(tiny), [str(held_out_file)])
-    assert scores["assistant"]["loss"] == pytest.approx(math.log(8192), abs=0.2)
-    assert 0 < scores["assistant"]["tokens"] < scores["all"]["tokens"]
+    scores = api.evaluate(str(tiny), [str(held_out_file)])
+    assert scores["assistant"].loss == pytest.approx(math.log(8192), abs=0.2)
+    assert 0 < scores["assistant"].tokens < scores["all"].tokens
 
 
 def test_a_limit_counts_conversations(tiny: Path, held_out_file: Path) -> None:
-    few = evaluate.run(str(tiny), [str(held_out_file)], eval_limit=4)
-    whole = evaluate.run(str(tiny), [str(held_out_file)])
-    assert few["all"]["tokens"] < whole["all"]["tokens"]
+    few = api.evaluate(str(tiny), [str(held_out_file)], limit=4)
+    whole = api.evaluate(str(tiny), [str(held_out_file)])
+    assert few["all"].tokens < whole["all"].tokens
 
 
 @pytest.mark.parametrize("size", [1, 5])
 def test_scores_do_not_depend_on_the_batch(size: int, tiny: Path, held_out_file: Path) -> None:
-    one = evaluate.run(str(tiny), [str(held_out_file)], batch_size=size)["all"]["loss"]
-    assert one == pytest.approx(evaluate.run(str(tiny), [str(held_out_file)])["all"]["loss"], abs=1e-5)
+    one = api.evaluate(str(tiny), [str(held_out_file)], batch_size=size)["all"].loss
+    assert one == pytest.approx(api.evaluate(str(tiny), [str(held_out_file)])["all"].loss, abs=1e-5)
 
 
 @pytest.mark.parametrize("words", [[], ["--format", "text"]], ids=["detected", "named"])
@@ -123,4 +123,4 @@ def test_a_wrong_setting_is_a_sentence_with_exit_code_2(
 def test_without_a_length_rows_are_held_to_the_models_positions(tiny: Path, tmp_path: Path) -> None:
     long = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes " * 400}]}
     path = write_jsonl(tmp_path / "chats.jsonl", [long])
-    assert evaluate.run(str(tiny), [str(path)])["all"]["tokens"] == 255
+    assert api.evaluate(str(tiny), [str(path)])["all"].tokens == 255

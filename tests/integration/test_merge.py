@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 import torch
 
-from lowvram_chat import merge
+from lowvram_chat import api, merge
 from lowvram_chat.errors import ProofError
+from lowvram_chat.exporting.merge import Proof
 from tests.runs import Bench
 from tests.samples import save_tiny_gpt2
 
@@ -59,7 +60,7 @@ def merged(session_bench: Bench, tiny: Path) -> dict[str, dict[str, Any]]:
     """What a process without this package finds about a merged run of each kind."""
     runs = {kind: session_bench.run(f"merge-{kind}", train__learning_rate=2e-2, **KINDS[kind]) for kind in KINDS}
     for run in runs.values():
-        merge.run(run)
+        api.merge(run)
     done = subprocess.run(
         [sys.executable, "-c", ALONE, str(tiny), *map(str, runs.values())],
         capture_output=True, text=True, check=True, cwd=session_bench.folder, env=os.environ | {"PYTHONPATH": ""},
@@ -87,11 +88,11 @@ def test_tied_weights_stay_tied_and_the_template_goes_along(kind: str, merged: d
 def test_merging_onto_the_full_base_keeps_what_was_learned(
     kind: str, merged: dict[str, dict[str, Any]], session_bench: Bench
 ) -> None:
-    from lowvram_chat.evaluate import run as evaluate
+    from lowvram_chat.api import evaluate
     from tests.runs import result
 
     run = merged[kind]["run"]
-    loss = evaluate(str(run / "merged"), [str(session_bench.held_out_file)], max_length=64)["assistant"]["loss"]
+    loss = evaluate(str(run / "merged"), [str(session_bench.held_out_file)], max_length=64)["assistant"].loss
     assert loss == pytest.approx(result(run)["held_out_loss_after"], abs=0.05 if kind == "qlora" else 1e-4)
 
 
@@ -111,9 +112,9 @@ def test_a_merge_has_a_card_and_says_where_it_is(
 def test_a_merge_can_be_saved_smaller(dtype: str, lora_run: Path, tmp_path: Path) -> None:
     from safetensors.torch import load_file
 
-    proof, out = merge.run(lora_run, out=tmp_path / "m", dtype=dtype)
-    assert {tensor.dtype for tensor in load_file(out / "model.safetensors").values()} == {getattr(torch, dtype)}
-    assert proof.adapter_to_merged < 1e-4
+    made = api.merge(lora_run, out=tmp_path / "m", dtype=dtype)
+    assert {tensor.dtype for tensor in load_file(made.path / "model.safetensors").values()} == {getattr(torch, dtype)}
+    assert made.proof.adapter_to_merged < 1e-4
 
 
 def test_an_earlier_merge_is_not_overwritten(
@@ -143,7 +144,7 @@ def test_overwrite_replaces_an_earlier_merge(lora_run: Path, tmp_path: Path) -> 
 
 def test_a_full_run_has_nothing_to_merge(full_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert merge.main([str(full_run)]) == 2
-    assert "already a whole model" in capsys.readouterr().err
+    assert "already a complete model" in capsys.readouterr().err
 
 
 def test_a_base_of_another_shape_is_refused(lora_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -187,18 +188,17 @@ def test_a_save_that_loses_weights_is_refused(lora_run: Path, tmp_path: Path, mo
 
     monkeypatch.setattr(GPT2LMHeadModel, "save_pretrained", save)
     with pytest.raises(ProofError, match="reloaded"):
-        merge.run(lora_run, out=tmp_path / "m")
+        api.merge(lora_run, out=tmp_path / "m")
     assert not list(tmp_path.glob("m*"))
 
 
 def test_numbers_that_are_not_numbers_prove_nothing() -> None:
-    assert not merge.Proof(float("nan"), 0.0, 1.0).holds(exact=True)
-    assert not merge.Proof(0.0, float("nan"), 1.0).holds(exact=True)
-    assert merge.Proof(0.0, 1e-6, 1.0).holds(exact=True)
+    assert not Proof(float("nan"), 0.0, 1.0).holds(exact=True)
+    assert not Proof(0.0, float("nan"), 1.0).holds(exact=True)
+    assert Proof(0.0, 1e-6, 1.0).holds(exact=True)
 
 
 def test_a_run_moved_elsewhere_still_merges(lora_run: Path, tmp_path: Path) -> None:
     moved = tmp_path / "moved"
     shutil.copytree(lora_run, moved)
-    _, out = merge.run(moved)
-    assert out == moved / "merged"
+    assert api.merge(moved).path == moved / "merged"

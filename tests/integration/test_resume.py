@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from lowvram_chat import sft
+from lowvram_chat import api, sft
 from lowvram_chat.errors import NotFoundError, UsageError
 from lowvram_chat.training.run_dir import RunDir
 from lowvram_chat.training.trainer import ChatTrainer
@@ -67,10 +67,10 @@ def test_a_resumed_run_equals_the_uninterrupted_one(kind: str, bench: Bench, mon
     with monkeypatch.context() as patch:
         interrupt(patch, micro_batch=2 * 7 + 2)  # in the eighth step: the checkpoint of step 5 is the last
         with pytest.raises(KeyboardInterrupt):
-            sft.run(recipe)
+            api.train(recipe)
     broken = Path(recipe.output.dir)
     assert not (broken / "result.json").exists()
-    sft.run(recipe, resume=True)
+    api.train(recipe, resume=True)
 
     assert without(metrics(broken), RATES) == without(metrics(whole), RATES)  # no step twice, none missing
     for name, tensor in weights(whole).items():
@@ -101,7 +101,7 @@ def test_a_half_written_checkpoint_is_passed_over(full_run: Path, bench: Bench, 
     (newest / lacking).unlink()
     (run / "result.json").unlink()
     recipe = bench.recipe("copy", train__save_steps=5, train__eval_steps=5)
-    sft.run(recipe, resume=True)
+    api.train(recipe, resume=True)
     assert without(metrics(run), RATES) == without(metrics(full_run), RATES)
     assert without([result(run)], MEASURED) == without([result(full_run)], MEASURED)
 
@@ -127,7 +127,7 @@ def test_the_newest_checkpoint_is_the_one_of_the_highest_step(tmp_path: Path) ->
 
 def test_resume_without_a_checkpoint_is_refused(bench: Bench) -> None:
     with pytest.raises(NotFoundError, match="no whole checkpoint"):
-        sft.run(bench.recipe("r"), resume=True)
+        api.train(bench.recipe("r"), resume=True)
     assert not (bench.folder / "r").exists()
 
 
@@ -139,7 +139,7 @@ def test_a_finished_run_can_be_resumed_to_more_steps(bench: Bench) -> None:
         "r", train__max_steps=8, train__save_steps=4, train__lr_scheduler_type="constant", train__warmup_ratio=0.0
     )
     before = result(run)["held_out_loss_before"]
-    sft.run(longer, resume=True)
+    api.train(longer, resume=True)
     assert result(run)["steps"] == 8
     assert result(run)["held_out_loss_before"] == pytest.approx(before, abs=1e-6)
     assert [line["step"] for line in metrics(run)] == list(range(1, 9))
@@ -150,7 +150,7 @@ def test_a_finished_run_can_be_resumed_to_more_steps(bench: Bench) -> None:
 def test_resuming_a_run_that_has_ended_changes_nothing(bench: Bench) -> None:
     run = bench.run("r", train__max_steps=4, train__save_steps=4)
     lines, said = metrics(run), result(run)
-    sft.run(bench.recipe("r", train__max_steps=4, train__save_steps=4), resume=True)
+    api.train(bench.recipe("r", train__max_steps=4, train__save_steps=4), resume=True)
     assert metrics(run) == lines
     assert without([result(run)], MEASURED) == without([said], MEASURED)
 
@@ -174,14 +174,14 @@ def test_what_the_checkpoint_is_no_state_of_is_refused_with_nothing_written(benc
     before = {file: file.read_bytes() for file in run.rglob("*") if file.is_file()}
     for change, said in CHANGES:
         with pytest.raises(UsageError) as error:
-            sft.run(bench.recipe("r", **(lora | change)), resume=True)
+            api.train(bench.recipe("r", **(lora | change)), resume=True)
         assert said in str(error.value)
     assert {file: file.read_bytes() for file in run.rglob("*") if file.is_file()} == before
 
 
 def test_settings_that_may_change_are_told_and_trained_with(bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:
     lora = {"adapter": {"kind": "lora"}, "train__save_steps": 3}
-    sft.run(bench.recipe("r", **lora, train__max_steps=3))
+    api.train(bench.recipe("r", **lora, train__max_steps=3))
     file = bench.file("r", **(lora | {"adapter": {"kind": "lora", "fused": False}}), train__max_steps=5)
     capsys.readouterr()
     assert (
@@ -198,7 +198,7 @@ def test_settings_that_may_change_are_told_and_trained_with(bench: Bench, capsys
 def test_a_run_whose_last_checkpoint_is_of_its_last_step_trains_no_further(bench: Bench) -> None:
     run = bench.run("r", train__max_steps=4, train__save_steps=4)
     lines, trained = metrics(run), weights(run)
-    sft.run(bench.recipe("r", train__max_steps=4, train__save_steps=2), resume=True)
+    api.train(bench.recipe("r", train__max_steps=4, train__save_steps=2), resume=True)
     assert metrics(run) == lines
     assert result(run)["steps"] == 4
     for name, tensor in weights(run).items():
@@ -215,8 +215,8 @@ def test_a_run_that_has_ended_says_so(bench: Bench, capsys: pytest.CaptureFixtur
 
 def test_a_run_without_a_checkpoint_is_to_be_overwritten(bench: Bench) -> None:
     recipe = bench.recipe("r", train__max_steps=1)
-    sft.run(recipe)
+    api.train(recipe)
     with pytest.raises(UsageError, match=r"--overwrite to replace it, or set output\.dir"):
-        sft.run(recipe)
+        api.train(recipe)
     with pytest.raises(NotFoundError, match="Start the run with --overwrite"):
-        sft.run(recipe, resume=True)
+        api.train(recipe, resume=True)

@@ -6,9 +6,11 @@ import io
 from pathlib import Path
 
 import pytest
-from transformers import AutoTokenizer
+import torch
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from lowvram_chat import chat, merge
+from lowvram_chat import api, chat
+from lowvram_chat.model import chat_session
 
 
 def said(words: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[int, str, str]:
@@ -54,7 +56,7 @@ def test_a_greedy_answer_is_the_most_likely_text(full_run: Path, capsys: pytest.
                 break
             wanted.append(token)
             tokens = torch.cat([tokens, torch.tensor([[token]])], dim=1)
-    assert answer.strip() == tokenizer.decode(wanted).strip()
+    assert answer.strip() == str(tokenizer.decode(wanted)).strip()
 
 
 def converse(
@@ -83,15 +85,17 @@ def test_a_conversation_ends_with_its_input(
     assert answers.strip()
 
 
-def heard(monkeypatch: pytest.MonkeyPatch) -> list[chat.Messages]:
-    """Record the messages of each turn, and answer `yes` to all."""
-    turns: list[chat.Messages] = []
+def heard(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """Record the messages of each turn as `role: content`, and answer `yes` to all."""
+    turns: list[list[str]] = []
 
-    def answer(opened: object, messages: chat.Messages, args: object) -> tuple[chat.Messages, str]:
-        turns.append(list(messages))
-        return messages, "yes"
+    def generate(model: object, tokenizer: PreTrainedTokenizerBase, prompt: torch.Tensor, *_: object) -> str:
+        turns.append(str(tokenizer.decode(prompt[0], skip_special_tokens=True)).strip().splitlines()[:-1])
+        if turns[-1][-1] == "user: long":
+            raise KeyboardInterrupt
+        return "yes"
 
-    monkeypatch.setattr(chat, "answer", answer)
+    monkeypatch.setattr(chat_session, "generate", generate)
     return turns
 
 
@@ -101,22 +105,17 @@ def test_what_was_said_is_remembered_until_reset(
     turns = heard(monkeypatch)
     monkeypatch.setattr("sys.stdin", io.StringIO("one\ntwo\n/reset\nthree\n"))
     assert said([str(full_run), "--system", "Be kind."], capsys)[0] == 0
-    roles = [[message["role"] for message in turn] for turn in turns]
-    assert roles == [["system", "user"], ["system", "user", "assistant", "user"], ["system", "user"]]
-    assert turns[1][2]["content"] == "yes"
+    assert turns == [
+        ["system: Be kind.", "user: one"],
+        ["system: Be kind.", "user: one", "assistant: yes", "user: two"],
+        ["system: Be kind.", "user: three"],
+    ]
 
 
 def test_ctrl_c_ends_an_answer_and_then_the_conversation(
     full_run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     turns = heard(monkeypatch)
-    quick = chat.answer
-
-    def answer(opened: object, messages: chat.Messages, args: object) -> tuple[chat.Messages, str]:
-        if messages[-1]["content"] == "long":
-            raise KeyboardInterrupt
-        return quick(opened, messages, args)  # type: ignore[arg-type]
-
     words = iter(["long", "short"])
 
     def read(prompt: str = "") -> str:
@@ -125,13 +124,12 @@ def test_ctrl_c_ends_an_answer_and_then_the_conversation(
         except StopIteration:
             raise KeyboardInterrupt from None
 
-    monkeypatch.setattr(chat, "answer", answer)
     monkeypatch.setattr("builtins.input", read)
     code, printed, told = said([str(full_run)], capsys)
     assert code == 0
     assert "(stopped)" in printed
     assert "Traceback" not in told
-    assert turns == [[{"role": "user", "content": "short"}]]  # what was stopped is forgotten
+    assert turns[-1] == ["user: short"]  # the message whose answer was stopped is forgotten
 
 
 def test_a_message_that_is_too_long_does_not_end_the_conversation(
@@ -139,7 +137,7 @@ def test_a_message_that_is_too_long_does_not_end_the_conversation(
 ) -> None:
     code, answers, told = converse(["no " * 400, "the cat sat"], monkeypatch, full_run, capsys)
     assert code == 0
-    assert "Say less" in told
+    assert "Send a shorter one" in told
     assert answers.strip()
 
 
@@ -164,7 +162,7 @@ def test_the_template_is_saved_with_every_result(place: str, full_run: Path, lor
         "checkpoint": full_run / "checkpoints" / "checkpoint-10",
     }[place]
     if place == "merged":
-        merge.run(lora_run, out=folder)
+        api.merge(lora_run, out=folder)
     messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]
     text = AutoTokenizer.from_pretrained(folder).apply_chat_template(messages, tokenize=False)
     assert text == "user: Hi\nassistant: Ho<|endoftext|>"

@@ -98,14 +98,14 @@ def test_the_seed_decides_the_run(bench: Bench) -> None:
 
 
 def test_dropout_changes_the_training_and_not_the_evaluation(bench: Bench) -> None:
-    from lowvram_chat.evaluate import run as evaluate
+    from lowvram_chat.api import evaluate
 
     without = bench.run("without", train__max_steps=2)
     dropped = bench.run("with", model__dropout=0.5, train__max_steps=2, train__eval_steps=2)
     assert curve(without)[0] != curve(dropped)[0]
     assert result(without)["held_out_loss_before"] == result(dropped)["held_out_loss_before"]
     after = result(dropped)["held_out_loss_after"]
-    assert evaluate(str(dropped), [])["assistant"]["loss"] == pytest.approx(after, abs=1e-5)
+    assert evaluate(str(dropped), [])["assistant"].loss == pytest.approx(after, abs=1e-5)
     assert [line["eval_loss"] for line in metrics(dropped) if "eval_loss" in line] == [pytest.approx(after, abs=1e-5)]
 
 

@@ -23,7 +23,8 @@ from lowvram_chat.tracing.rules import DeviceRules
 from lowvram_chat.tracing.run import MicroBatchShape, TracedRun, trace_run
 from lowvram_chat.training import run_dir, session
 from lowvram_chat.training.callbacks import TokenCounts
-from lowvram_chat.training.session import Session, build_model
+from lowvram_chat.training.model_setup import build_model
+from lowvram_chat.training.session import Session
 from tests.runs import Bench
 from tests.samples import save_tiny_gpt2, write_jsonl
 

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import argparse
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
 from lowvram_chat import chat
-from lowvram_chat.chat import Messages, fit
 from lowvram_chat.errors import UsageError
+from lowvram_chat.model.chat_session import ChatSession, fit_to_positions
+from lowvram_chat.model.generation import Messages, encode_messages
+from lowvram_chat.model.sampling import Sampling
 from lowvram_chat.model.saved import OpenedModel, open_model
 
 if TYPE_CHECKING:
@@ -42,53 +44,70 @@ def test_positions_are_the_models(opened: OpenedModel) -> None:
     assert opened.positions == 256
 
 
-def test_a_short_conversation_is_kept_whole(opened: OpenedModel, capsys: pytest.CaptureFixture[str]) -> None:
-    kept, tokens = fit(opened, turns(2), 20)
+@pytest.fixture
+def logged(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
+    """What the package logs."""
+    monkeypatch.setattr(logging.getLogger("lowvram_chat"), "propagate", True)
+    caplog.set_level(logging.INFO, "lowvram_chat")
+    return caplog
+
+
+def test_a_short_conversation_is_kept_whole(opened: OpenedModel, logged: pytest.LogCaptureFixture) -> None:
+    kept, tokens = fit_to_positions(opened, turns(2), 20)
     assert kept == turns(2)
     text = opened.tokenizer.decode(tokens)
     assert isinstance(text, str)
     assert text.endswith("user: and now?\nassistant:")
-    assert not capsys.readouterr().err
+    assert not logged.messages
 
 
 @pytest.mark.parametrize("start", [[], [SYSTEM]], ids=["bare", "system"])
 @pytest.mark.parametrize("new_tokens", [20, 100])
 def test_the_oldest_turns_are_dropped_and_it_is_said(
-    opened: OpenedModel, start: Messages, new_tokens: int, capsys: pytest.CaptureFixture[str]
+    opened: OpenedModel, start: Messages, new_tokens: int, logged: pytest.LogCaptureFixture
 ) -> None:
     said = [*start, *turns(12)]
-    kept, tokens = fit(opened, said, new_tokens)
+    kept, tokens = fit_to_positions(opened, said, new_tokens)
     assert len(tokens) + new_tokens <= opened.positions
     assert kept[: len(start)] == start
     rest = kept[len(start) :]
     assert rest == said[-len(rest) :]
     assert rest[0]["role"] == "user"
-    assert f"the oldest {len(said) - len(kept)} messages" in capsys.readouterr().err
+    assert f"the {len(said) - len(kept)} oldest messages" in logged.text
 
 
 def test_no_more_is_dropped_than_needed(opened: OpenedModel) -> None:
-    kept, _ = fit(opened, turns(12), 20)
+    kept, _ = fit_to_positions(opened, turns(12), 20)
     one_more = [*turns(12)[-len(kept) - 2 :]]
-    encoded = opened.tokenizer.apply_chat_template(one_more, add_generation_prompt=True, return_dict=True)
-    assert len(encoded["input_ids"]) + 20 > opened.positions  # type: ignore[index, arg-type]
+    assert len(encode_messages(opened.tokenizer, one_more)) + 20 > opened.positions
 
 
 @pytest.mark.parametrize("start", [[], [SYSTEM]], ids=["bare", "system"])
 def test_a_message_that_does_not_fit_by_itself_is_refused(opened: OpenedModel, start: Messages) -> None:
-    with pytest.raises(UsageError, match="Say less"):
-        fit(opened, [*start, *turns(2), {"role": "user", "content": "no " * 400}], 20)
+    with pytest.raises(UsageError, match="Send a shorter one"):
+        fit_to_positions(opened, [*start, *turns(2), {"role": "user", "content": "no " * 400}], 20)
 
 
 def test_an_answer_longer_than_the_positions_leaves_half_for_the_question(opened: OpenedModel) -> None:
-    _, tokens = fit(opened, turns(12), 5000)
+    _, tokens = fit_to_positions(opened, turns(12), 5000)
     assert len(tokens) <= opened.positions // 2
 
 
 @pytest.mark.parametrize(
-    ("setting", "value"),
-    [("temperature", -1.0), ("top_p", 0.0), ("top_p", 1.5), ("max_new_tokens", 0), ("prompt", "  ")],
+    ("setting", "value"), [("temperature", -1.0), ("top_p", 0.0), ("top_p", 1.5), ("max_new_tokens", 0)]
 )
-def test_sampling_settings_out_of_range_are_refused(setting: str, value: object) -> None:
-    arguments = {"model": "m", "prompt": "Hi", "temperature": 1.0, "top_p": 1.0, "max_new_tokens": 5}
-    with pytest.raises(UsageError, match=f"--{setting.replace('_', '-')}"):
-        chat._check(argparse.Namespace(**(arguments | {setting: value})))
+def test_sampling_settings_out_of_range_are_refused(setting: str, value: float) -> None:
+    with pytest.raises(UsageError, match=setting):
+        Sampling(**{setting: value})  # type: ignore[arg-type]
+
+
+def test_an_empty_prompt_is_refused_before_a_model_is_loaded(capsys: pytest.CaptureFixture[str]) -> None:
+    assert chat.main(["no-such-model", "--prompt", "  "]) == 2
+    assert "--prompt: the text is empty" in capsys.readouterr().err
+
+
+def test_an_empty_message_is_refused_and_the_conversation_is_kept(opened: OpenedModel) -> None:
+    session = ChatSession(opened, system="Be kind.")
+    with pytest.raises(UsageError, match="empty"):
+        session.ask("  ")
+    assert session.messages == [SYSTEM]

@@ -4,18 +4,32 @@ from __future__ import annotations
 
 import io
 import logging
+import time
+from datetime import UTC, datetime, tzinfo
 from typing import Any
 
 import pytest
 from rich.console import Console
 
-from lowvram_chat.training.display import Display, format_duration
-from lowvram_chat.units import MIB
+from lowvram_chat.training import display as display_module
+from lowvram_chat.training.display import Display
+from lowvram_chat.units import MIB, format_duration
 
 LINE: dict[str, Any] = {"step": 10, "loss": 4.5, "real_tokens_per_second": 9000.0, "peak_reserved_bytes": 2910 * MIB}
 
 
-def test_a_log_line_tells_loss_speed_memory_and_the_time_left(caplog: pytest.LogCaptureFixture) -> None:
+class Noon(datetime):
+    """A clock that stands at noon."""
+
+    @classmethod
+    def now(cls, tz: tzinfo | None = None) -> Noon:
+        return cls(2026, 11, 26, 12, 0, tzinfo=tz or UTC)
+
+
+def test_a_log_line_tells_loss_speed_memory_and_the_time_left(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(display_module, "datetime", Noon)
     logger = logging.getLogger("lowvram_chat")
     was, logger.propagate = logger.propagate, True
     try:
@@ -28,9 +42,7 @@ def test_a_log_line_tells_loss_speed_memory_and_the_time_left(caplog: pytest.Log
     finally:
         logger.propagate = was
     (told,) = caplog.messages
-    assert told == (
-        "step 10 of 40: loss 4.5000, 9,000 tokens/s, 2,910 of 3,591 MiB, 5 m left, a baseline epoch 1 h 01 m"
-    )
+    assert told == ("step 10 of 40: loss 4.5000, 9,000 tokens/s, 2,910 of 3,591 MiB, 5 m left, finishes at 12:05")
 
 
 def test_a_terminal_shows_the_same_below_a_bar() -> None:
@@ -41,7 +53,7 @@ def test_a_terminal_shows_the_same_below_a_bar() -> None:
     display.show(LINE)
     display.close()
     told = screen.getvalue()
-    for words in ("10/40", "loss 4.5000", "9,000 tokens/s", "2,910 MiB", "left", "a baseline epoch"):
+    for words in ("10/40", "loss 4.5000", "9,000 tokens/s", "2,910 MiB", "left", "finishes at"):
         assert words in told
 
 
@@ -50,3 +62,11 @@ def test_a_terminal_shows_the_same_below_a_bar() -> None:
 )
 def test_a_duration_in_words(seconds: float, words: str) -> None:
     assert format_duration(seconds) == words
+
+
+@pytest.mark.parametrize(("hours", "words"), [(2, "at 14:00"), (15, "on Fri 27 Nov at 03:00")])
+def test_the_finish_time_names_another_day(hours: int, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TZ", "UTC")
+    time.tzset()
+    monkeypatch.setattr(display_module, "datetime", Noon)
+    assert display_module._finish_time(3600 * hours) == words

@@ -19,13 +19,15 @@ from lowvram_chat import plan as command
 from lowvram_chat.model.configs import KNOWN_CONFIGS, config_for
 from lowvram_chat.planning import search
 from lowvram_chat.planning.changes import apply_change, as_overrides
-from lowvram_chat.planning.plan import card_rules, longest_rows_run, make_plan, traced_steps
+from lowvram_chat.planning.prediction import card_rules, longest_rows_run, make_plan
 from lowvram_chat.planning.replay import replay
+from lowvram_chat.planning.runs import traced_steps
 from lowvram_chat.planning.schedule import Lifetimes, Segment, compose_run
 from lowvram_chat.planning.search import advise, fastest, largest_micro_batch
 from lowvram_chat.recipe.optimizers import OPTIMIZERS
 from lowvram_chat.recipe.schema import Recipe
 from lowvram_chat.recipe.yaml_file import load_recipe
+from lowvram_chat.timing.planner import PLANNER
 from lowvram_chat.tracing import optimizer as recipe_optimizer
 from lowvram_chat.tracing.recorder import Storage
 from lowvram_chat.tracing.run import MicroBatchShape, trace_run
@@ -137,7 +139,7 @@ def test_what_is_advised_fits_and_the_cheapest_comes_first(monkeypatch: pytest.M
     asked = recipe(train=rows, data={"max_length": 512}, optimizer={"name": "adamw"})
     tight = apply_change(asked, {"memory.limit_mib": make_plan(asked).on_card_bytes // MIB - 20})
     assert not make_plan(tight).fits
-    options = advise(tight)
+    options = advise(tight, PLANNER)
     assert options
     assert all(make_plan(apply_change(tight, option.change)).fits for option in options)
     assert [option.cost for option in options] == sorted(option.cost for option in options)
@@ -152,7 +154,7 @@ def test_the_words_of_a_change_load_as_that_change(tmp_path: Path) -> None:
 
 def test_the_fastest_settings_fit_and_keep_the_rows_of_a_step() -> None:
     asked = recipe(train={"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2})
-    for option in fastest(asked):
+    for option in fastest(asked, PLANNER):
         train = apply_change(asked, option.change).train
         assert train.per_device_train_batch_size * train.gradient_accumulation_steps == 8
         assert option.plan.fits
@@ -160,7 +162,7 @@ def test_the_fastest_settings_fit_and_keep_the_rows_of_a_step() -> None:
 
 def test_the_largest_micro_batch_fits_and_one_row_more_does_not() -> None:
     asked = recipe(memory={"limit_mib": 365})
-    rows = largest_micro_batch(asked, "linux")
+    rows = largest_micro_batch(asked, "linux", make_plan)
     assert make_plan(apply_change(asked, {"train.per_device_train_batch_size": rows})).fits
     assert not make_plan(apply_change(asked, {"train.per_device_train_batch_size": rows + 1})).fits
 

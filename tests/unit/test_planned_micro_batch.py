@@ -9,7 +9,7 @@ import pytest
 
 from lowvram_chat.planning import search
 from lowvram_chat.planning.changes import apply_change
-from lowvram_chat.planning.plan import make_plan
+from lowvram_chat.planning.prediction import make_plan
 from lowvram_chat.planning.search import planned_micro_batch
 from lowvram_chat.recipe.schema import Recipe
 from lowvram_chat.units import MIB
@@ -34,10 +34,10 @@ def test_a_planned_micro_batch_is_the_largest_that_fits_and_checkpoints_only_whe
 
     assert peak(1, checkpointed=True) < peak(1) < peak(2) < peak(4)
     for limit, size, checkpointed in ((peak(2), 2, False), (peak(1) - 2, None, True)):
-        change = planned_micro_batch(apply_change(asked, {"memory.limit_mib": limit}))
+        change = planned_micro_batch(apply_change(asked, {"memory.limit_mib": limit}), make_plan)
         train = apply_change(asked, change).train
         assert train.micro_batch == "given"
         assert train.per_device_train_batch_size * train.gradient_accumulation_steps == 4
         assert size in (None, train.per_device_train_batch_size)
         assert train.gradient_checkpointing is checkpointed
-    assert planned_micro_batch(Recipe()) == {}
+    assert planned_micro_batch(Recipe(), make_plan) == {}

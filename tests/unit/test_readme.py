@@ -64,8 +64,8 @@ def test_the_wrong_recipe_in_readme_gives_the_message_shown(monkeypatch: pytest.
 def test_the_plan_in_readme_is_the_one_that_is_printed(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from lowvram_chat.planning import report
-    from lowvram_chat.planning.plan import make_plan
+    from lowvram_chat.planning.prediction import make_plan
+    from lowvram_chat.reporting.plan_tables import show_plan
 
     # The advice below it is planned in the same way, and takes half a minute.
     shown = re.search(
@@ -75,5 +75,5 @@ def test_the_plan_in_readme_is_the_one_that_is_printed(
     monkeypatch.setenv("COLUMNS", "80")
     path, *overrides = shlex.split(shown[1])
     recipe = load_recipe(ROOT / path, overrides)
-    report.show(recipe, make_plan(recipe))
+    show_plan(recipe, make_plan(recipe))
     assert capsys.readouterr().out.rstrip() == shown[2].rstrip()

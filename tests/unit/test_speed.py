@@ -11,7 +11,7 @@ import pytest
 
 from benchmarks.validation.speed import LADDER, compare, largest_error, median_error, table
 from lowvram_chat.gpus import GPUS
-from lowvram_chat.planning.plan import make_plan
+from lowvram_chat.planning.prediction import make_plan
 from lowvram_chat.recipe.schema import Recipe
 from lowvram_chat.recipe.yaml_file import load_recipe
 from lowvram_chat.timing.speed import Speed, predict_speed, speeds_by_power_limit

@@ -1,4 +1,4 @@
-"""The most memory that a process has held: its resident set at the peak."""
+"""Peak resident memory of a process."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from pathlib import Path
 
 
 def high_water_bytes(process: int | str = "self") -> int | None:
-    """Return the most memory that a process has held, where Linux tells it.
+    """Return the peak resident set of a process, where Linux reports it.
 
-    The usual `ru_maxrss` begins with what the process's parent held. Source: proc_pid_status(5), `VmHWM`.
+    The usual `ru_maxrss` starts at what the parent process held. Source: proc_pid_status(5), `VmHWM`.
     """
     try:
         text = Path("/proc", str(process), "status").read_text(encoding="utf-8")
@@ -21,13 +21,13 @@ def high_water_bytes(process: int | str = "self") -> int | None:
 
 
 def peak_resident_bytes() -> int:
-    """Return the most memory that this process has held."""
+    """Return the peak resident set of this process."""
     own = high_water_bytes()
     if own is not None:
         return own
     try:
         import resource
-    except ImportError:  # Windows, where psutil tells the peak
+    except ImportError:  # Windows, where psutil reports the peak
         import psutil
 
         return int(psutil.Process().memory_info().peak_wset)  # type: ignore[attr-defined, unused-ignore]

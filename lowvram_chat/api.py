@@ -1,0 +1,227 @@
+"""The package from Python: what a notebook or a script imports.
+
+    from lowvram_chat import api
+
+    recipe = api.load_recipe("recipes/quickstart.yaml", "train.max_steps=100")
+    api.plan(recipe)                    # predicted GPU memory; shown as a table in a notebook
+    api.train(recipe)
+    api.merge("runs/quickstart")
+    api.open_chat("runs/quickstart").ask("Hello, how are you?")
+
+Importing this module is cheap: torch and the other libraries are imported by the first call that needs them. Progress goes
+to the logger "lowvram_chat"; `logging.basicConfig(level=logging.INFO, format="%(message)s")` shows it.
+
+Every function raises a subclass of `lowvram_chat.errors.LowVramError` for whatever its caller can correct.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from lowvram_chat.exporting.merge import Merged
+    from lowvram_chat.model.chat_session import ChatSession
+    from lowvram_chat.model.scoring import Score
+    from lowvram_chat.planning.plan import Plan
+    from lowvram_chat.planning.search import Suggestion
+    from lowvram_chat.recipe.schema import Recipe
+
+__all__ = ["evaluate", "load_recipe", "merge", "open_chat", "plan", "search", "train"]
+
+
+def load_recipe(path: str | Path, *overrides: str) -> Recipe:
+    """Return the recipe in a YAML file, with `section.key=value` overrides applied.
+
+    Raises:
+        NotFoundError: there is no such file.
+        UsageError: an override is not of that form.
+        RecipeError: a setting is wrong; the message lists every problem.
+    """
+    from lowvram_chat.recipe.yaml_file import load_recipe
+
+    return load_recipe(path, overrides)
+
+
+def plan(recipe: Recipe) -> Plan:
+    """Return the predicted peak GPU memory of a recipe, without GPU, weights or data. It takes seconds.
+
+    `Plan.fits` is the verdict for this operating system, `Plan.on_card_bytes` the peak; a notebook shows a plan as HTML.
+    Where the recipe says `train.micro_batch: planned`, the plan is that of the micro-batch decided on.
+
+    Raises:
+        NotFoundError, ModelError: the model's configuration or its adapter cannot be loaded.
+    """
+    from lowvram_chat.planning.changes import apply_change
+    from lowvram_chat.planning.prediction import make_plan
+    from lowvram_chat.planning.search import planned_micro_batch
+
+    return make_plan(apply_change(recipe, planned_micro_batch(recipe, make_plan)))
+
+
+def search(recipe: Recipe, *, goal: Literal["fit", "speed"] = "fit") -> list[Suggestion]:
+    """Return changes to a recipe whose result is predicted to fit, fastest first; about 3 s per candidate.
+
+    `goal="fit"`: changes that make the recipe fit, the smallest ones; empty if nothing does. `goal="speed"`: all ways to
+    take the same optimizer step, with the largest micro-batch that fits.
+
+    Raises:
+        NotFoundError, ModelError: the model's configuration or its adapter cannot be loaded.
+    """
+    from lowvram_chat.planning.changes import apply_change
+    from lowvram_chat.planning.search import advise, fastest, planned_micro_batch
+    from lowvram_chat.timing.planner import PLANNER
+
+    recipe = apply_change(recipe, planned_micro_batch(recipe, PLANNER.plan))
+    return advise(recipe, PLANNER) if goal == "fit" else fastest(recipe, PLANNER)
+
+
+def train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False, force: bool = False) -> dict[str, Any]:
+    """Train by a recipe, write the run folder `recipe.output.dir`, and return what its `result.json` holds.
+
+    `resume` continues from the last complete checkpoint, `overwrite` replaces an earlier run, and `force` starts a run that
+    is predicted not to fit.
+
+    Raises:
+        LowVramError: for everything that can be known before the first step, with nothing written.
+        OutOfMemory: the device ran out of memory; the run folder is as it was at the last checkpoint.
+    """
+    from lowvram_chat.training.run_dir import is_main_process
+    from lowvram_chat.training.start import check_start, finished_result
+
+    run = check_start(recipe, resume=resume, overwrite=overwrite)
+    if resume and (finished := finished_result(run, recipe)):
+        return finished
+    _look_for_hub(recipe.model.name, *_as_list(recipe.data.source), *_as_list(recipe.data.eval_source))
+
+    from lowvram_chat.model.device import check_device
+    from lowvram_chat.quiet import quiet_transformers
+
+    device = check_device(recipe)
+    quiet_transformers()
+
+    from lowvram_chat.exporting.model_card import write_model_card
+    from lowvram_chat.reporting.run_page import write_run_page
+    from lowvram_chat.training.run import train
+
+    try:
+        result = train(recipe, device=device, resume=resume, force=force)
+    except KeyboardInterrupt:
+        if run.metrics_file.is_file() and is_main_process():
+            write_run_page(run)
+        raise
+    if is_main_process():
+        write_model_card(run, result)
+        write_run_page(run)
+    return result
+
+
+def merge(
+    run: str | Path,
+    *,
+    out: str | Path | None = None,
+    base: str | None = None,
+    dtype: str = "float32",
+    overwrite: bool = False,
+) -> Merged:
+    """Merge a run's adapter into its base model; return the model's folder and the proof that it is the same function.
+
+    `out` is the target folder (default: `merged` in the run folder), `base` another place of the same base model, `dtype`
+    the type to save in, and `overwrite` replaces an earlier merge.
+
+    Raises:
+        NotFoundError, ModelError, UsageError: no run, no adapter, another base, or a target in use.
+        ProofError: the logits differ; nothing is kept.
+    """
+    from lowvram_chat.exporting.merge_target import check_merge
+    from lowvram_chat.quiet import quiet_transformers
+
+    folder, target = check_merge(run, None if out is None else Path(out), overwrite=overwrite)
+    _look_for_hub(base or folder.recipe().model.name)
+    quiet_transformers()
+
+    from lowvram_chat.exporting.merge import merge_run
+
+    return merge_run(folder, target, base=base, dtype=dtype)
+
+
+def evaluate(
+    model: str | Path,
+    data: str | Sequence[str] = (),
+    *,
+    split: str = "train",
+    format: str | None = None,
+    limit: int | None = None,
+    max_length: int | None = None,
+    max_bad_rows: int = 0,
+    batch_size: int = 8,
+) -> dict[str, Score]:
+    """Return the held-out loss of a run or model under "assistant" and "all"; data without roles has "all" only.
+
+    `data` names files, globs or a hub dataset (default: what the run held out), `split` a hub dataset's split, `format` the
+    row format (default: detected), `limit` the conversations to use, and `max_length` the tokens per row.
+
+    Raises:
+        UsageError: there is nothing to score on, or a setting is wrong.
+        NotFoundError, ModelError, DataError: the model or the data cannot be loaded.
+    """
+    from lowvram_chat.errors import UsageError
+    from lowvram_chat.quiet import quiet_transformers
+    from lowvram_chat.training.evaluation_data import evaluation_data
+
+    names = _as_list(data)
+    given = {"split": split, "format": format, "eval_limit": limit, "max_length": max_length}
+    settings = {name: value for name, value in given.items() if value is not None}
+    section, fit_length = evaluation_data(str(model), names, settings | {"max_bad_rows": max_bad_rows})
+    if batch_size < 1:
+        raise UsageError(f"batch_size: {batch_size} is below 1. Give the rows per batch.")
+    _look_for_hub(str(model), *names)
+    quiet_transformers()
+
+    from lowvram_chat.training.evaluation import evaluate_model
+
+    return evaluate_model(str(model), section, batch_size=batch_size, fit_length=fit_length)
+
+
+def open_chat(
+    model: str | Path,
+    *,
+    system: str | None = None,
+    temperature: float = 0.7,
+    top_p: float = 0.9,
+    max_new_tokens: int = 200,
+    seed: int | None = None,
+) -> ChatSession:
+    """Return a conversation with a run, a model folder, a hub model or `builtin:tiny-gpt2`.
+
+    `ChatSession.ask` returns an answer and `ChatSession.reset` starts again. `system` is a system message, `temperature` 0
+    is greedy decoding, and `seed` makes the answers repeatable.
+
+    Raises:
+        UsageError: a sampling setting is out of range.
+        NotFoundError, ModelError: the model cannot be loaded.
+    """
+    from lowvram_chat.model.sampling import Sampling
+    from lowvram_chat.quiet import quiet_transformers
+
+    sampling = Sampling(temperature=temperature, top_p=top_p, max_new_tokens=max_new_tokens)
+    _look_for_hub(str(model))
+    quiet_transformers()
+
+    from lowvram_chat.model.chat_session import ChatSession, open_for_chat
+
+    return ChatSession(open_for_chat(str(model)), system=system, sampling=sampling, seed=seed)
+
+
+def _look_for_hub(*names: str) -> None:
+    """Switch to the hub's cache if any of these names needs the hub and it cannot be reached."""
+    from lowvram_chat.data.sources import is_remote
+    from lowvram_chat.hub import work_offline_if_unreachable
+
+    if any(is_remote(name) for name in names):
+        work_offline_if_unreachable()
+
+
+def _as_list(names: str | Iterable[str] | None) -> list[str]:
+    return [names] if isinstance(names, str) else list(names or ())

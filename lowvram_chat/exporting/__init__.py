@@ -1,0 +1,1 @@
+"""What a run is turned into: a merged model, a model card."""

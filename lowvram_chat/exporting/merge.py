@@ -1,0 +1,99 @@
+"""Merges a run's adapter into its base model, and proves by logits that the result is the same function."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from lowvram_chat.errors import ProofError
+from lowvram_chat.exporting.model_card import model_card
+from lowvram_chat.model.adapters import load_adapter, probe_logits
+from lowvram_chat.model.pretrained import load_model, load_tokenizer
+from lowvram_chat.recipe.schema import Model
+from lowvram_chat.training.run_dir import RunDir, read_result
+
+MAX_LOGIT_DIFFERENCE = 1e-3
+"""Largest absolute difference in fp32 logits at which two models count as the same function."""
+
+
+@dataclass(frozen=True)
+class Proof:
+    """Largest absolute differences in fp32 logits on fixed random tokens."""
+
+    adapter_to_merged: float
+    adapter_to_reloaded: float
+    adapter_to_base: float
+    """How far the adapter moves the base: a proof about an adapter that does nothing would prove nothing."""
+
+    def holds(self, *, exact: bool) -> bool:
+        """Return whether the merged model is the same function as base and adapter.
+
+        `exact`: the saved and reloaded model must be, too, since it was saved in float32.
+        """
+        same = self.adapter_to_merged <= MAX_LOGIT_DIFFERENCE  # False for NaN
+        return same and (self.adapter_to_reloaded <= MAX_LOGIT_DIFFERENCE or not exact)
+
+
+@dataclass(frozen=True)
+class Merged:
+    """A merged model and the proof that it is right."""
+
+    path: Path
+    proof: Proof
+
+
+def merge_run(run: RunDir, out: Path, *, base: str | None = None, dtype: str = "float32") -> Merged:
+    """Merge the run's adapter into its base model, or into another copy of it named by `base`.
+
+    Raises:
+        NotFoundError, ModelError: the base cannot be loaded, or is not the one that the adapter was trained on.
+        ProofError: the logits differ by more than `MAX_LOGIT_DIFFERENCE`; nothing is kept.
+    """
+    recipe = run.recipe()
+    revision = None if base else recipe.model.revision
+    model = Model(name=base or recipe.model.name, revision=revision, fused_gelu=False)
+    card = model_card(recipe, read_result(run), merged=True)
+    return Merged(out, _merge(run.adapter, model, out, dtype, card))
+
+
+def _merge(adapter: Path, settings: Model, out: Path, dtype: str, card: str) -> Proof:
+    """Merge, save next to the final place, prove what was saved, and move it there."""
+    base = load_model(settings)
+    vocabulary = base.config.get_text_config().vocab_size
+    original = probe_logits(base, vocabulary)
+    adapted = load_adapter(base, adapter)
+    expected = probe_logits(adapted, vocabulary)
+    merged = adapted.merge_and_unload()
+    after_merge = probe_logits(merged, vocabulary)
+
+    partial = out.with_name(out.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        merged.to(getattr(torch, dtype)).save_pretrained(partial)
+        load_tokenizer(str(adapter)).save_pretrained(partial)
+        reloaded = AutoModelForCausalLM.from_pretrained(partial, dtype=torch.float32, trust_remote_code=False)
+        proof = Proof(
+            adapter_to_merged=_largest_difference(expected, after_merge),
+            adapter_to_reloaded=_largest_difference(expected, probe_logits(reloaded, vocabulary)),
+            adapter_to_base=_largest_difference(expected, original),
+        )
+        if not proof.holds(exact=dtype == "float32"):
+            raise ProofError(
+                f"{adapter}: the merged model is not the same function. Its logits differ by "
+                f"{proof.adapter_to_merged:.2e} after merging and by {proof.adapter_to_reloaded:.2e} after reloading; at "
+                f"most {MAX_LOGIT_DIFFERENCE:g} is allowed. Nothing was written. Was the adapter trained on this base?"
+            )
+        (partial / "README.md").write_text(card, encoding="utf-8")
+        shutil.rmtree(out, ignore_errors=True)
+        partial.rename(out)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return proof
+
+
+def _largest_difference(logits: torch.Tensor, others: torch.Tensor) -> float:
+    return float((logits - others).abs().max())

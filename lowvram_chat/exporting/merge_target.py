@@ -1,0 +1,33 @@
+"""Checks that a run can be merged and where its merged model goes, before anything heavy is imported."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from lowvram_chat.errors import ModelError, UsageError
+from lowvram_chat.training.run_dir import RunDir, open_run
+
+
+def check_merge(run_path: str | Path, out: Path | None, *, overwrite: bool) -> tuple[RunDir, Path]:
+    """Return the run and the folder that its merged model goes to.
+
+    Raises:
+        NotFoundError: there is no such run.
+        ModelError: the run has no adapter.
+        UsageError: the target is in use.
+    """
+    run = open_run(run_path)
+    out = run.merged if out is None else out
+    if not (run.adapter / "adapter_config.json").is_file():
+        if run.model.is_dir():
+            advice = "It was a full fine-tune, so its model folder is already a complete model."
+        else:
+            advice = "Finish the run first (sft --resume)."
+        raise ModelError(f"{run_path}: has no adapter to merge. {advice}")
+    if out.exists() and not overwrite:
+        raise UsageError(f"{out}: exists. Add --overwrite to replace an earlier merge, or --out for another folder.")
+    if out.exists() and not (out / "config.json").is_file():
+        raise UsageError(
+            f"{out}: exists and is not a model folder, so it is left alone. Give another folder with --out."
+        )
+    return run, out

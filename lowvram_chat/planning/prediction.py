@@ -1,0 +1,184 @@
+"""Predicts the peak GPU memory of a recipe.
+
+    make_plan(recipe).fits
+    make_plan(recipe).on_card_bytes
+
+The run is traced once (`tracing.run`), its steps are composed into several runs (`planning.runs`), and each run is replayed
+through a simulated allocator (`planning.replay`). The largest reserved peak counts.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+
+from lowvram_chat.gpus import CONTEXT_MIB, GPUS
+from lowvram_chat.planning.plan import LIMIT_SETTING, Plan, TensorGroup
+from lowvram_chat.planning.replay import Replay, live_storages_at, replay
+from lowvram_chat.planning.runs import composed_runs, traced_steps
+from lowvram_chat.recipe.schema import Recipe
+from lowvram_chat.tracing.cuda_rules import CudaRules
+from lowvram_chat.tracing.recorder import Event, Storage
+from lowvram_chat.tracing.run import RunTrace, trace_run
+from lowvram_chat.units import MIB
+
+CUBLAS_WORKSPACE_BYTES = 8519680
+"""Workspace of one thread, below compute capability 9.0.
+
+Source: aten/src/ATen/cuda/CublasHandlePool.cpp, `:4096:2:16:8`."""
+MAX_LISTED_TENSORS = 8
+"""Groups of tensors that a plan lists."""
+
+CATEGORIES = {
+    "weights": "weights",
+    "buffers": "weights",
+    "weight copies": "weight copies",
+    "gradients": "gradients",
+    "optimizer state": "optimizer state",
+    "batch": "activations",
+    "forward": "activations",
+    "evaluation": "activations",
+    "loss": "loss",
+    "workspace": "cuBLAS",
+}
+"""Category of a traced storage -> category in a plan. Everything else is "temporaries"."""
+
+
+def make_plan(recipe: Recipe) -> Plan:
+    """Return the plan of a recipe. Tracing takes seconds; plans are cached.
+
+    Raises:
+        NotFoundError, ModelError: the model or its adapter cannot be loaded.
+    """
+    return _cached_plan(_cache_key(recipe))
+
+
+def longest_rows_run(recipe: Recipe) -> list[Event]:
+    """Return the events of a run in which every row has the maximum length. Raises as `make_plan`."""
+    return next(composed_runs(_cached_trace(_cache_key(recipe))))
+
+
+def card_limits(recipe: Recipe) -> dict[str, int]:
+    """Return, for "linux" and "windows", the bytes of the card that the run may use, context included."""
+    gpu, limit_mib = GPUS[recipe.memory.gpu], recipe.memory.limit_mib
+    return {
+        "linux": MIB * (gpu.usable_linux_mib if limit_mib is None else limit_mib),
+        "windows": MIB * (gpu.usable_windows_mib if limit_mib is None else limit_mib),
+    }
+
+
+def card_rules(recipe: Recipe) -> CudaRules:
+    """Return the tracing rules of the recipe's card."""
+    capability = GPUS[recipe.memory.gpu].compute_capability
+    return CudaRules(capability, cublas_workspace_bytes=CUBLAS_WORKSPACE_BYTES, plain_rows=True)
+
+
+def plan_category(storage: Storage) -> str:
+    """Return the plan's category of a storage."""
+    return CATEGORIES.get(storage.category, "temporaries")
+
+
+@dataclass(frozen=True)
+class _CacheKey:
+    """A recipe that compares and hashes by its JSON."""
+
+    json: str
+    recipe: Recipe = field(compare=False)
+
+
+def _cache_key(recipe: Recipe) -> _CacheKey:
+    reduced = _memory_settings(recipe)
+    return _CacheKey(reduced.model_dump_json(), reduced)
+
+
+@lru_cache(maxsize=1)
+def _cached_trace(key: _CacheKey) -> RunTrace:
+    return trace_run(key.recipe, card_rules(key.recipe), traced_steps(key.recipe))
+
+
+@lru_cache(maxsize=64)
+def _cached_plan(key: _CacheKey) -> Plan:
+    recipe, traced = key.recipe, _cached_trace(key)
+    runs = list(composed_runs(traced))
+    replays = [replay(events) for events in runs]
+    worst = max(range(len(runs)), key=lambda number: replays[number].peak_reserved_bytes)
+    events, peak = runs[worst], replays[worst]
+    limits, context = card_limits(recipe), CONTEXT_MIB * MIB
+    return Plan(
+        budget=GPUS[recipe.memory.gpu].title if recipe.memory.limit_mib is None else LIMIT_SETTING,
+        peak_allocated_bytes=max(result.peak_allocated_bytes for result in replays),
+        peak_reserved_bytes=peak.peak_reserved_bytes,
+        longest_reserved_bytes=replays[0].peak_reserved_bytes,
+        context_bytes=context,
+        categories=_categories(events, peak) | {"context": context},
+        phase=events[peak.peak_at].storage.phase,
+        largest=_largest_tensors(live_storages_at(events, peak.peak_at)),
+        parameters=traced.parameters,
+        trained=traced.trained,
+        limits=limits,
+        fits_on={system: _fits(runs, replays, limit - context) for system, limit in limits.items()},
+        work=traced.work,
+    )
+
+
+def _memory_settings(recipe: Recipe) -> Recipe:
+    """Return the recipe without the settings that do not change its memory, so that one trace serves all such recipes."""
+    data, train = recipe.data, recipe.train
+    evaluates = data.eval_source is not None or data.eval_split is not None or data.eval_fraction is not None
+    return recipe.model_copy(
+        update={
+            "data": type(data)(
+                max_length=data.max_length,
+                eval_source="-" if evaluates else None,
+                rows="packed" if data.rows == "packed" else "padded",
+                attention_mask=data.attention_mask,
+            ),
+            "train": type(train)(
+                precision=train.precision,
+                gradient_checkpointing=train.gradient_checkpointing,
+                per_device_train_batch_size=train.per_device_train_batch_size,
+                gradient_accumulation_steps=min(2, train.gradient_accumulation_steps),
+                per_device_eval_batch_size=train.per_device_eval_batch_size if evaluates else 1,
+            ),
+            "memory": type(recipe.memory)(gpu=recipe.memory.gpu, limit_mib=recipe.memory.limit_mib),
+            "output": type(recipe.output)(),
+        }
+    )
+
+
+def _fits(runs: Sequence[Sequence[Event]], replays: Sequence[Replay], limit_bytes: int) -> bool:
+    """Return whether every run completes within the limit, with cached segments released where that is necessary."""
+    return all(
+        result.peak_reserved_bytes <= limit_bytes or replay(events, limit_bytes).out_of_memory_at is None
+        for events, result in zip(runs, replays, strict=True)
+    )
+
+
+def _categories(events: Sequence[Event], result: Replay) -> dict[str, int]:
+    """Return category -> bytes at the peak; rounding to blocks counts as allocator waste."""
+    sums: Counter[str] = Counter(dict.fromkeys([*CATEGORIES.values(), "temporaries"], 0))
+    for storage in live_storages_at(events, result.peak_at):
+        sums[plan_category(storage)] += storage.nbytes
+    sums["allocator waste"] = result.peak_reserved_bytes - sum(sums.values())
+    return dict(sums)
+
+
+def _largest_tensors(storages: Sequence[Storage]) -> tuple[TensorGroup, ...]:
+    groups: dict[tuple[str, str], list[int]] = {}
+    for storage in storages:
+        groups.setdefault((plan_category(storage), _origin(storage)), []).append(storage.nbytes)
+    tensors = [
+        TensorGroup(nbytes=sum(sizes), count=len(sizes), category=category, origin=origin)
+        for (category, origin), sizes in groups.items()
+    ]
+    return tuple(sorted(tensors, key=lambda tensor: -tensor.nbytes)[:MAX_LISTED_TENSORS])
+
+
+def _origin(storage: Storage) -> str:
+    """Return the operation and the module, with layer numbers replaced by `*` so that all layers form one group."""
+    operation = storage.operation.removeprefix("aten.").partition(".")[0].lstrip("_")
+    parts = ["*" if part.isdigit() else part for part in storage.module.split(".")]
+    module = ".".join(part for part in parts if part not in ("base_model", "model", "transformer"))
+    return f"{operation} in {module}" if module else operation

@@ -1,0 +1,63 @@
+"""Scores a run or model on held-out conversations: loss on the assistant's tokens and on all tokens."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from lowvram_chat.data.dataset import held_out_source, load_held_out, load_rows
+from lowvram_chat.data.formats import FORMATS, detect_format
+from lowvram_chat.data.rows import Collator
+from lowvram_chat.data.sources import BadRow
+from lowvram_chat.data.template import marks_answers, set_template
+from lowvram_chat.model.loss import attach_loss
+from lowvram_chat.model.pretrained import check_positions
+from lowvram_chat.model.saved import open_model
+from lowvram_chat.model.scoring import Score, score
+from lowvram_chat.recipe.schema import Data
+
+if TYPE_CHECKING:
+    import datasets
+    from transformers import PreTrainedTokenizerBase
+
+
+def evaluate_model(model: str, data: Data, *, batch_size: int, fit_length: bool) -> dict[str, Score]:
+    """Return the scores under "assistant" and "all"; data without roles has "all" only.
+
+    `fit_length`: shorten the rows to the model's positions instead of refusing rows that are longer.
+
+    Raises:
+        LowVramError: the model or the data cannot be loaded.
+    """
+    opened = open_model(model)
+    if fit_length:
+        data = data.model_copy(update={"max_length": min(data.max_length, opened.positions)})
+    check_positions(opened.model.config, data.max_length, model)
+    tokenizer = opened.tokenizer
+    attach_loss(opened.model.get_base_model() if hasattr(opened.model, "get_base_model") else opened.model)
+    set_template(tokenizer, "own" if marks_answers(tokenizer) else "plain", "all")
+    collate = Collator(int(tokenizer.pad_token_id))
+    seed = opened.recipe.train.seed if opened.recipe else 0
+    scores = {}
+    for loss_on in ["assistant", "all"] if _has_roles(data) else ["all"]:
+        rows = held_out_rows(data.model_copy(update={"loss_on": loss_on}), tokenizer, seed)
+        scores[loss_on] = score(opened.model, rows, collate, batch_size)
+    return scores
+
+
+def held_out_rows(data: Data, tokenizer: PreTrainedTokenizerBase, seed: int) -> datasets.Dataset:
+    """Return the rows to score: those held out by the section's source, split or fraction."""
+    rows = (
+        load_rows(data, tokenizer, seed).held_out if data.eval_fraction is not None else load_held_out(data, tokenizer)
+    )
+    assert rows is not None, "the section names no held-out rows"
+    return rows
+
+
+def _has_roles(data: Data) -> bool:
+    """Return whether the held-out conversations tell the assistant's words from the rest."""
+    if data.format is not None:
+        return FORMATS[data.format].has_roles
+    for where, row in held_out_source(data).rows():
+        if not isinstance(row, BadRow):
+            return FORMATS[detect_format(row, where)].has_roles
+    return True

@@ -1,0 +1,48 @@
+"""Runs a recipe to its end; when the device runs out of memory, stops with advice or halves the micro-batch."""
+
+from __future__ import annotations
+
+import gc
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lowvram_chat.errors import OutOfMemory
+from lowvram_chat.recipe.schema import Recipe
+from lowvram_chat.training.budget import plan_within_budget
+from lowvram_chat.training.oom import advice, halve, is_out_of_memory, micro_batch_overrides
+from lowvram_chat.training.run_dir import RunDir
+from lowvram_chat.training.session import Session
+
+log = logging.getLogger(__name__)
+
+
+def train(recipe: Recipe, *, device: torch.device, resume: bool, force: bool = False) -> dict[str, Any]:
+    """Train by a recipe and return what `result.json` holds.
+
+    Raises:
+        LowVramError: as `Session.prepare`.
+        DoesNotFit: the run is predicted not to fit its card, and `force` is not given.
+        OutOfMemory: the device ran out of memory and `memory.on_oom` is "stop", or there is nothing left to halve.
+    """
+    recipe, plan = plan_within_budget(recipe, device, force=force)
+    rows = None
+    while True:
+        session = Session.prepare(recipe, device=device, rows=rows, plan=plan)
+        try:
+            return session.run(resume=resume)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            smaller = halve(recipe)
+            if recipe.memory.on_oom == "stop" or smaller is None:
+                raise OutOfMemory(advice(recipe, error)) from None
+        # Outside the handler, because the error keeps the failed step's tensors alive.
+        rows, recipe, resume = session.rows, smaller, RunDir(Path(recipe.output.dir)).last_checkpoint() is not None
+        log.warning("out of memory: continuing with %s", micro_batch_overrides(recipe))
+        del session
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
