@@ -1,12 +1,12 @@
-"""Held-out loss: the exact mean over all labelled tokens, without ever gathering logits."""
+"""Held-out loss: the exact mean over all labelled tokens, without ever collecting logits."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence, Sized
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
@@ -14,8 +14,17 @@ from lowvram_chat.data.rows import MODEL_INPUTS
 from lowvram_chat.model.compilation import uncompiled
 
 if TYPE_CHECKING:
-    import datasets
     from torch import nn
+
+
+class TokenRows(Protocol):
+    """Rows of a dataset or a list, each with `input_ids` and what else the collator reads."""
+
+    def __len__(self) -> int:
+        """Return the number of rows."""
+
+    def __getitem__(self, index: int, /) -> Mapping[str, Sized]:
+        """Return one row."""
 
 
 @dataclass(frozen=True)
@@ -23,32 +32,33 @@ class Score:
     """A held-out loss."""
 
     nats: float
-    """Summed cross-entropy."""
+    """Summed cross-entropy, in nats."""
     tokens: int
-    """Tokens scored."""
+    """Number of labelled tokens."""
 
     @property
     def loss(self) -> float:
-        """Mean cross-entropy of a token, nats."""
+        """Mean cross-entropy per token, in nats."""
         return self.nats / self.tokens
 
     @property
     def perplexity(self) -> float:
-        """exp(loss)."""
+        """exp(loss), with the loss capped at 700 against overflow."""
         return math.exp(min(self.loss, 700.0))
 
 
 @torch.no_grad()
 def score(
     model: nn.Module,
-    rows: datasets.Dataset,
-    collate: Callable[[Sequence[Any]], dict[str, Any]],
+    rows: TokenRows,
+    collate: Callable[[Sequence[Any]], Mapping[str, Any]],
     batch_size: int,
     precision: str = "fp32",
 ) -> Score:
-    """Return the loss of the rows under a model that `model.loss.attach_loss` was called on.
+    """Return the loss of the rows under a model on which `model.loss.attach_loss` was called.
 
-    Rows are batched with others of like length, longest first: the least padding, and what does not fit fails at once.
+    Rows are sorted by length, longest first, and then batched. This needs the least padding, and if memory runs out, it does so
+    at the first batch.
     """
     device = next(model.parameters()).device
     was_training = model.training
@@ -68,15 +78,15 @@ def score(
     return Score(nats=total.item(), tokens=tokens)
 
 
-def row_lengths(rows: Any) -> list[int]:
-    """Return the tokens of each row: the `length` column of token rows, or counted where there is none."""
+def row_lengths(rows: TokenRows) -> list[int]:
+    """Return the number of tokens in each row: a dataset's `length` column, or the counted tokens of other rows."""
     if hasattr(rows, "column_names"):
         return list(rows["length"][:])
-    return [len(row["input_ids"]) for row in rows]
+    return [len(rows[number]["input_ids"]) for number in range(len(rows))]
 
 
-def autocast(device_type: str, precision: str) -> AbstractContextManager[Any]:
-    """Return the autocast context of a recipe's `train.precision`."""
+def autocast(device_type: str, precision: str) -> AbstractContextManager[object]:
+    """Return the autocast context for a recipe's `train.precision`; for fp32 it does nothing."""
     if precision == "fp32":
         return nullcontext()
     return torch.autocast(device_type, torch.float16 if precision == "fp16" else torch.bfloat16)
