@@ -78,6 +78,11 @@ def set_fp16_accumulation(*, wanted: bool) -> None:
         )
 
 
+def move_to_device(module: torch.nn.Module, device: torch.device) -> None:
+    """Move a module's parameters and buffers to a device, in place."""
+    module.to(device)
+
+
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
 """Parameters of mallopt. Source: glibc's malloc.h."""
 

@@ -32,7 +32,8 @@ UNSUPPORTED_MASK_SETTINGS = ("sliding_window", "attention_chunk_size")
 
 def attention_implementation(config: PreTrainedConfig) -> str | None:
     """Return the name of the attention implementation that a model with this config uses."""
-    return config._attn_implementation
+    name: str | None = config._attn_implementation
+    return name
 
 
 def document_attention(  # noqa: PLR0917  (transformers' signature)

@@ -8,6 +8,7 @@ need more (DoRA, dropout, several adapters, a merged adapter) run PEFT's own for
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from types import MethodType
 
@@ -44,7 +45,7 @@ def _fused_forward(self: Linear, x: torch.Tensor, *args: object, fold: bool = Fa
     base = self.base_layer
     if fold and isinstance(base, Conv1D | nn.Linear) and _folding_pays(x, base):
         weight = base.weight if isinstance(base, Conv1D) else base.weight.t()
-        folded: torch.Tensor = _FoldedProduct.apply(x.flatten(0, -2), weight, base.bias, a, b, scaling)
+        folded = _folded_product(x.flatten(0, -2), weight, base.bias, a, b, scaling)
         return folded.view(*x.shape[:-1], -1)
     result: torch.Tensor = base(x)
     inner = F.linear(x, a)
@@ -99,6 +100,12 @@ class _FoldedProduct(torch.autograd.Function):
         # Computed last, so that it is still in the processor's cache when the preceding layer reads it.
         d_x = d_out @ folded.t() if ctx.needs_input_grad[0] else None
         return d_x, None, None, d_a, d_b, None
+
+
+_folded_product: Callable[
+    [torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor, float], torch.Tensor
+] = _FoldedProduct.apply
+"""`_FoldedProduct` as a typed function."""
 
 
 def _folding_pays(x: torch.Tensor, base: nn.Linear | Conv1D) -> bool:

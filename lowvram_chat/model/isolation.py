@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from lowvram_chat.errors import ModelError
 from lowvram_chat.model.adapters import ChatModel, base_model_of
+from lowvram_chat.model.device import move_to_device
 from lowvram_chat.model.document_attention import attention_implementation, document_mask, use_document_attention
 from lowvram_chat.model.scoring import autocast
 
@@ -131,7 +132,7 @@ def _run_check(check: Callable[[ChatModel], bool], model: ChatModel, device: tor
     attention = attention_implementation(model.config)
     conditions: contextlib.AbstractContextManager[object] = contextlib.nullcontext()
     if attention == "flash_attention_2":  # runs only on a GPU and only in half precision
-        model.to(device)
+        move_to_device(model, device)
         conditions = autocast(device.type, precision)
     try:
         with conditions:

@@ -121,6 +121,10 @@ class _TiledCrossEntropy(torch.autograd.Function):
         return (*scaled, None, None, None)
 
 
+_tiled_cross_entropy: Callable[..., torch.Tensor] = _TiledCrossEntropy.apply
+"""`_TiledCrossEntropy` as a typed function."""
+
+
 def _padded_size(weight: torch.Tensor, dtype: torch.dtype, tiling: Tiling) -> int:
     """Return the number of rows V' that the head (V, d) has in the products."""
     size = weight.size(0)
@@ -222,10 +226,7 @@ def summed_loss(
     """
     states = hidden.flatten(0, 1).index_select(0, loss_positions)
     targets = labels.flatten().index_select(0, loss_positions + 1)
-    loss: torch.Tensor = _TiledCrossEntropy.apply(
-        states, head.weight, getattr(head, "bias", None), targets, tiling, compiled
-    )
-    return loss
+    return _tiled_cross_entropy(states, head.weight, getattr(head, "bias", None), targets, tiling, compiled)
 
 
 def attach_loss(

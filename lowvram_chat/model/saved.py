@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from lowvram_chat.errors import NotFoundError
 from lowvram_chat.model.adapters import ChatModel, load_adapter
+from lowvram_chat.model.device import move_to_device
 from lowvram_chat.model.pretrained import load_model, load_tokenizer, positions_of
 from lowvram_chat.recipe.schema import Model, Recipe
 from lowvram_chat.recipe.yaml_file import load_recipe
@@ -28,7 +29,8 @@ DEFAULT_POSITIONS = 1024
 class OpenedModel:
     """A model in eval mode on its device, with its tokenizer, and the recipe of its run if there is one."""
 
-    model: ChatModel
+    model: Any
+    """A `ChatModel` that can generate text."""
     tokenizer: PreTrainedTokenizerBase
     recipe: Recipe | None
 
@@ -55,8 +57,8 @@ def open_model(name: str) -> OpenedModel:
         model = load_adapter(load_model(_base_settings(folder).model_copy(update={"dtype": dtype})), folder)
     else:
         model = load_model(Model.model_validate({"name": source, "dtype": dtype}))
-    model.to(device).eval()
-    return OpenedModel(model, tokenizer, recipe)
+    move_to_device(model, device)
+    return OpenedModel(model.eval(), tokenizer, recipe)
 
 
 def _locate(name: str) -> tuple[Path | None, Recipe | None]:

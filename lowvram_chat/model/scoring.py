@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence, Sized
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -14,17 +14,8 @@ from lowvram_chat.data.rows import MODEL_INPUTS
 from lowvram_chat.model.compilation import uncompiled
 
 if TYPE_CHECKING:
+    import datasets
     from torch import nn
-
-
-class TokenRows(Protocol):
-    """Rows of a dataset or a list, each with `input_ids` and what else the collator reads."""
-
-    def __len__(self) -> int:
-        """Return the number of rows."""
-
-    def __getitem__(self, index: int, /) -> Mapping[str, Sized]:
-        """Return one row."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +41,7 @@ class Score:
 @torch.no_grad()
 def score(
     model: nn.Module,
-    rows: TokenRows,
+    rows: datasets.Dataset,
     collate: Callable[[Sequence[Any]], Mapping[str, Any]],
     batch_size: int,
     precision: str = "fp32",
@@ -78,11 +69,11 @@ def score(
     return Score(nats=total.item(), tokens=tokens)
 
 
-def row_lengths(rows: TokenRows) -> list[int]:
-    """Return the number of tokens in each row: a dataset's `length` column, or the counted tokens of other rows."""
+def row_lengths(rows: Any) -> list[int]:
+    """Return the number of tokens in each row: the `length` column of a dataset, or the counted tokens of other rows."""
     if hasattr(rows, "column_names"):
         return list(rows["length"][:])
-    return [len(rows[number]["input_ids"]) for number in range(len(rows))]
+    return [len(row["input_ids"]) for row in rows]
 
 
 def autocast(device_type: str, precision: str) -> AbstractContextManager[object]:

@@ -94,17 +94,19 @@ def test_linear_layers_without_a_bias_are_folded_too(always_folded: list[torch.S
 
 
 def test_adapters_are_folded_only_in_a_training_step_in_fp32_with_enough_tokens(tiny: Path) -> None:
-    layer = adapted(tiny, fused=True, on_cpu=True).base_model.model.transformer.h[0].mlp.c_fc
-    width = min(layer.base_layer.weight.shape)
+    model = adapted(tiny, fused=True, on_cpu=True)
+    base = model.get_submodule("base_model.model.transformer.h.0.mlp.c_fc.base_layer")
+    assert isinstance(base, Conv1D)
+    width = min(base.weight.shape)
     states = fused_lora.MIN_TOKENS_PER_WIDTH * width
     few, enough = torch.zeros(1, states - 1, width), torch.zeros(1, states, width)
-    assert fused_lora._folding_pays(enough, layer.base_layer)
-    assert not fused_lora._folding_pays(few, layer.base_layer)
-    assert not fused_lora._folding_pays(enough.bfloat16(), layer.base_layer)
+    assert fused_lora._folding_pays(enough, base)
+    assert not fused_lora._folding_pays(few, base)
+    assert not fused_lora._folding_pays(enough.bfloat16(), base)
     with torch.no_grad():
-        assert not fused_lora._folding_pays(enough, layer.base_layer)
+        assert not fused_lora._folding_pays(enough, base)
     with torch.autocast("cpu", torch.bfloat16):
-        assert not fused_lora._folding_pays(enough, layer.base_layer)
+        assert not fused_lora._folding_pays(enough, base)
 
 
 @pytest.mark.parametrize(("settings", "is_plain"), [({}, True), ({"dropout": 0.5}, False), ({"kind": "dora"}, False)])

@@ -181,7 +181,8 @@ def llama() -> PreTrainedModel:
         vocab_size=50, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
         num_key_value_heads=1,
     )  # fmt: skip
-    return AutoModelForCausalLM.from_config(config)
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+    return model
 
 
 @pytest.mark.parametrize("make", [small, llama])
@@ -214,7 +215,7 @@ def test_attention_by_document_is_attention_under_a_mask(
 
 def test_document_attention_uses_no_mask(monkeypatch: pytest.MonkeyPatch) -> None:
     masks: list[torch.Tensor | None] = []
-    original = torch.nn.functional.scaled_dot_product_attention
+    original: Callable[..., torch.Tensor] = torch.nn.functional.scaled_dot_product_attention
 
     def recorded(*args: Any, attn_mask: torch.Tensor | None = None, **kwargs: Any) -> torch.Tensor:
         masks.append(attn_mask)
@@ -279,7 +280,8 @@ def bert(*, decoder: bool) -> PreTrainedModel:
         vocab_size=50, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
         is_decoder=decoder,
     )  # fmt: skip
-    return AutoModelForCausalLM.from_config(config)
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+    return model
 
 
 @pytest.mark.parametrize("make", [small, llama, lambda: bert(decoder=True)])
