@@ -1,1 +1,1 @@
-"""Weights, adapters and the loss."""
+"""Models: configuration, weights, adapters, loss, attention within documents, and saved models."""

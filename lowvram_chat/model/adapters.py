@@ -1,14 +1,15 @@
-"""Adapters: made from a recipe, loaded from a run, and folded into the base with a proof."""
+"""Low-rank adapters: creating, saving and loading them, and checking that an adapter belongs to its base model."""
 
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from lowvram_chat.errors import ModelError, did_you_mean
@@ -16,14 +17,25 @@ from lowvram_chat.model.fused_lora import fuse_adapters
 from lowvram_chat.recipe.adapters import ADAPTERS
 from lowvram_chat.recipe.schema import Adapter
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+log = logging.getLogger(__name__)
+
+ChatModel = PreTrainedModel | PeftModel
+"""A base model, with or without an adapter."""
+
+
+def base_model_of(model: ChatModel) -> PreTrainedModel:
+    """Return the base model under an adapter, or the model itself if it has no adapter."""
+    if not isinstance(model, PeftModel):
+        return model
+    base = model.get_base_model()
+    assert isinstance(base, PreTrainedModel)
+    return base
 
 
 def linear_layers(model: PreTrainedModel) -> list[str]:
-    """Return the last names of the linear layers inside the blocks, in order: c_attn, c_proj, c_fc for GPT-2.
+    """Return the last part of each linear layer's name, in order and once each: c_attn, c_proj, c_fc for GPT-2.
 
-    The output head is left out: it is tied to the input embedding in GPT-2, and an adapter there merges wrongly.
+    The output head is left out: GPT-2 ties it to the input embedding, and an adapter on it would merge wrongly.
     """
     head = model.get_output_embeddings()
     names = [
@@ -33,21 +45,30 @@ def linear_layers(model: PreTrainedModel) -> list[str]:
 
 
 def add_adapter(model: PreTrainedModel, adapter: Adapter, *, on_cpu: bool = False) -> PeftModel:
-    """Return the model with a fresh adapter; only the adapter trains, in float32. `on_cpu`: see `fuse_adapters`' `fold`.
+    """Return the model with a new adapter. Only the adapter trains, in float32.
+
+    `on_cpu` allows adapters to be folded into a copy of the weights; see `fuse_adapters`.
 
     Raises:
-        ModelError: a target layer that the model does not have.
+        ModelError: the model has no target layer of that name.
     """
+    adapted = get_peft_model(model, _lora_config(model, adapter))
+    if adapter.fused and fuse_adapters(adapted, fold=on_cpu) == 0:
+        log.warning("adapter.fused: none of PEFT's layers can be fused, so PEFT's own forward runs")
+    return adapted
+
+
+def _lora_config(model: PreTrainedModel, adapter: Adapter) -> LoraConfig:
+    """Return PEFT's configuration of a recipe's adapter."""
     known = linear_layers(model)
     targets = adapter.target_modules or known
     for name in targets:
         if name.rpartition(".")[2] not in known:
             raise ModelError(
-                f"adapter.target_modules: '{name}' is no linear layer of this model.{did_you_mean(name, known)} "
+                f"adapter.target_modules: '{name}' is not a linear layer of this model.{did_you_mean(name, known)} "
                 f"Known: {', '.join(known)}."
             )
-    settings: dict[str, Any] = dict(ADAPTERS[adapter.kind])
-    config = LoraConfig(
+    return LoraConfig(
         r=adapter.r,
         lora_alpha=adapter.alpha,
         lora_dropout=adapter.dropout,
@@ -55,65 +76,74 @@ def add_adapter(model: PreTrainedModel, adapter: Adapter, *, on_cpu: bool = Fals
         fan_in_fan_out=any(isinstance(layer, Conv1D) for layer in model.modules()),
         bias="none",
         task_type="CAUSAL_LM",
-        **settings,
+        **ADAPTERS[adapter.kind],
     )
-    adapted: Any = get_peft_model(model, config)
-    if adapter.fused:
-        fuse_adapters(adapted, fold=on_cpu)
-    return adapted  # type: ignore[no-any-return]
 
 
 PROBE_FILE = "base_probe.json"
+"""File beside an adapter with the `base_probe` of its base model."""
 
 
 def base_probe(model: nn.Module) -> list[float]:
-    """Return the first value of each bias and norm of the base: enough to tell two bases of one shape apart.
+    """Return the first value of each bias and norm weight of the base: enough to tell two bases of one shape apart.
 
-    One-dimensional parameters are never quantised, and no adapter kind of ours changes them.
+    One-dimensional parameters are never quantised, and none of our adapter kinds changes them.
     """
-    named = {
-        name.replace("base_model.model.", "").replace("base_layer.", ""): p for name, p in model.named_parameters()
+    parameters = {
+        name.replace("base_model.model.", "").replace("base_layer.", ""): parameter
+        for name, parameter in model.named_parameters()
     }
     return [
-        named[name].detach().flatten()[0].item()
-        for name in sorted(named)
-        if named[name].dim() == 1 and "lora_" not in name
+        parameters[name].detach().flatten()[0].item()
+        for name in sorted(parameters)
+        if parameters[name].dim() == 1 and "lora_" not in name
     ]
 
 
 def save_adapter(model: PeftModel, folder: Path, base_name: str) -> None:
-    """Write an adapter under the base's name in the recipe: a path of this machine would help nobody."""
+    """Save an adapter with the base model's name from the recipe, since a path of this machine is useless elsewhere."""
     model.peft_config["default"].base_model_name_or_path = base_name
-    model.save_pretrained(folder, save_embedding_layers=False)
+    model.save_pretrained(str(folder), save_embedding_layers=False)
     (folder / PROBE_FILE).write_text(json.dumps(base_probe(model)) + "\n", encoding="utf-8")
 
 
 def load_adapter(base: PreTrainedModel, folder: Path) -> PeftModel:
-    """Return the base with a saved adapter on it, ready for inference.
+    """Return the base model with a saved adapter, ready for inference.
 
     Raises:
-        ModelError: the adapter was made for another base.
+        ModelError: the adapter was trained on another base model.
     """
-    probe = folder / PROBE_FILE
-    if probe.is_file():
-        wanted, found = torch.tensor(json.loads(probe.read_text(encoding="utf-8"))), torch.tensor(base_probe(base))
-        if wanted.shape != found.shape or not torch.allclose(wanted, found, rtol=1e-2, atol=1e-3):  # fp16 holds 1e-3
-            raise ModelError(
-                f"{folder}: this adapter was trained on another base model. Give the base it was trained on."
-            )
+    _check_probe(base, folder)
     try:
         return PeftModel.from_pretrained(base, str(folder))
     except (RuntimeError, ValueError, KeyError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ModelError(
-            f"{folder}: this adapter does not fit the base model ({reason}). Give the base that it was trained on."
+            f"{folder}: this adapter does not fit the base model ({reason}). Give the base model that it was trained on."
         ) from None
+
+
+def _check_probe(base: PreTrainedModel, folder: Path) -> None:
+    """Compare the base model with the probe saved beside the adapter, if there is one.
+
+    Raises:
+        ModelError: they differ.
+    """
+    probe_file = folder / PROBE_FILE
+    if not probe_file.is_file():
+        return
+    saved, found = torch.tensor(json.loads(probe_file.read_text(encoding="utf-8"))), torch.tensor(base_probe(base))
+    if saved.shape != found.shape or not torch.allclose(saved, found, rtol=1e-2, atol=1e-3):  # fp16 is exact to 1e-3
+        raise ModelError(
+            f"{folder}: this adapter was trained on another base model. Give the base model that it was trained on."
+        )
 
 
 @torch.no_grad()
 def probe_logits(model: nn.Module, vocabulary: int, rows: int = 2, length: int = 32) -> torch.Tensor:
-    """Return the (rows, length, V) fp32 logits of fixed random tokens: what two models are compared on."""
+    """Return the (rows, length, V) fp32 logits of fixed random tokens, to compare two models by."""
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(0, vocabulary, (rows, length), generator=generator)
     device = next(model.parameters()).device
-    return model.eval()(input_ids=tokens.to(device)).logits.float().cpu()  # type: ignore[no-any-return]
+    logits: torch.Tensor = model.eval()(input_ids=tokens.to(device)).logits
+    return logits.float().cpu()

@@ -1,7 +1,7 @@
-"""The step, compiled: torch.compile on the backbone and on a tile of the loss, where a compiler is there.
+"""Compilation of the training step: torch.compile on the backbone and on a tile of the loss, if a compiler is installed.
 
-Batches must have one shape, since each new one is compiled anew; evaluations, whose batches are of many lengths, run as
-written.
+All training batches must have one shape, because each new shape is compiled again. Evaluation batches have many lengths,
+so evaluation runs uncompiled.
 """
 
 from __future__ import annotations
@@ -13,44 +13,55 @@ import shutil
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 
 from lowvram_chat.errors import DeviceError
+from lowvram_chat.private_names import check_private_names
 from lowvram_chat.recipe.schema import Train
+
+if TYPE_CHECKING:
+    from lowvram_chat.model.adapters import ChatModel
+
+check_private_names("torch.nn.Module._compiled_call_impl", "torch.utils._triton.has_triton")
 
 log = logging.getLogger(__name__)
 
 
 def missing_compiler(device: torch.device) -> str | None:
-    """Return what torch.compile lacks on this device, and where it comes from; None where nothing is missing."""
+    """Return what torch.compile lacks on this device and where to get it, or None if nothing is missing."""
     return (_missing_for_cuda if device.type == "cuda" else _missing_for_cpu)() or _missing_headers()
 
 
 def _missing_for_cuda() -> str | None:
-    """Source: triton/runtime/build.py: what launches a kernel is compiled with $CC, gcc or clang."""
+    """Return what compiling for CUDA lacks: Triton, or the C compiler that builds its kernel launchers.
+
+    Source: triton/runtime/build.py: launchers are compiled with $CC, gcc or clang.
+    """
     from torch.utils._triton import has_triton
 
     if not has_triton():
-        return "Triton (pip install triton; on Windows triton-windows, which has a compiler of its own)"
+        return "Triton (pip install triton; on Windows triton-windows, which includes a compiler)"
     if os.name == "nt" or os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang"):
         return None
     return "a C compiler (gcc or clang)"
 
 
 def _missing_for_cpu() -> str | None:
-    from torch._inductor import cpp_builder, exc
+    """Return what compiling for a CPU lacks: the C++ compiler that torch looks for."""
+    check_private_names("torch._inductor.cpp_builder.get_cpp_compiler")
+    from torch._inductor import cpp_builder
 
     try:
         cpp_builder.get_cpp_compiler()
-    except (exc.InvalidCxxCompiler, RuntimeError):
+    except RuntimeError:  # `torch._inductor.exc.InvalidCxxCompiler` is one
         return "a C++ compiler (g++ or clang; on Windows the Visual Studio build tools)"
     return None
 
 
 def _missing_headers() -> str | None:
-    """What is compiled includes Python.h, which system Pythons have in a package of its own."""
+    """Return what is missing if Python.h is not installed: compiled code includes it, and Linux packages it separately."""
     folder = sysconfig.get_path("include", "nt" if os.name == "nt" else "posix_prefix")
     if Path(folder, "Python.h").is_file():
         return None
@@ -61,7 +72,7 @@ def should_compile(train: Train, device: torch.device) -> bool:
     """Return whether the run is compiled.
 
     Raises:
-        DeviceError: `train.compile` says true, and a compiler is missing.
+        DeviceError: `train.compile` is true and a compiler is missing.
     """
     if not train.compile:
         return False
@@ -72,19 +83,25 @@ def should_compile(train: Train, device: torch.device) -> bool:
         log.info("train.compile: not compiled, since this machine lacks %s", missing)
         return False
     raise DeviceError(
-        f"train.compile: this machine lacks {missing}. Install it, or add train.compile=if_possible to go on without."
+        f"train.compile: this machine lacks {missing}. Install it, or add train.compile=if_possible to run uncompiled."
     )
 
 
-def compile_blocks(model: Any) -> None:
-    """Let the model's backbone be compiled at its first call, and its loss with it; names and weights stay as they are."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    base.base_model.compile(dynamic=False)
+def compile_blocks(model: ChatModel) -> None:
+    """Compile the model's backbone at its first call, and its loss with it. Module names and weights do not change."""
+    from lowvram_chat.model.adapters import base_model_of
+
+    base_model_of(model).base_model.compile(dynamic=False)
+
+
+def is_compiled(module: torch.nn.Module) -> bool:
+    """Return whether `module.compile()` was called on this module."""
+    return module._compiled_call_impl is not None
 
 
 @contextlib.contextmanager
-def uncompiled(model: Any) -> Iterator[None]:
-    """Run what is compiled as it is written while the context is open."""
-    compiled = any(getattr(module, "_compiled_call_impl", None) is not None for module in model.modules())
-    with torch.compiler.set_stance("force_eager") if compiled else contextlib.nullcontext():
+def uncompiled(model: torch.nn.Module) -> Iterator[None]:
+    """Run compiled modules eagerly while the context is open."""
+    has_compiled = any(is_compiled(module) for module in model.modules())
+    with torch.compiler.set_stance("force_eager") if has_compiled else contextlib.nullcontext():
         yield

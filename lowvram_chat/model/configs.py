@@ -1,19 +1,26 @@
-"""The configuration of a model by its name; the best-known ones stand here, so that planning needs neither network nor cache."""
+"""Model configurations by name. Well-known ones are listed here, so that planning them needs no network and no cache."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-from transformers import CONFIG_MAPPING
+from transformers import AutoConfig
 
 from lowvram_chat.hub import work_offline_if_unreachable
 from lowvram_chat.model.pretrained import load_config
 from lowvram_chat.recipe.schema import Model
 
-GPT2: Mapping[str, Any] = {"model_type": "gpt2", "bos_token_id": 50256, "eos_token_id": 50256}
-"""GPT-2 small is what `GPT2Config` defaults to: 12 layers of width 768, 12 heads, 50,257 tokens, 1,024 positions."""
-SMOLLM2: Mapping[str, Any] = {
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+ConfigFields = Mapping[str, str | int | float | None]
+"""Fields of a config.json; those that are left out take the defaults of the config class."""
+
+GPT2: ConfigFields = {"model_type": "gpt2", "bos_token_id": 50256, "eos_token_id": 50256}
+"""GPT-2 small. `GPT2Config` defaults to its shape: 12 layers of width 768, 12 heads, 50,257 tokens, 1,024 positions."""
+SMOLLM2: ConfigFields = {
     "model_type": "llama",
     "vocab_size": 49152,
     "hidden_size": 576,
@@ -29,7 +36,7 @@ SMOLLM2: Mapping[str, Any] = {
     "pad_token_id": 2,
 }
 
-KNOWN_CONFIGS: Mapping[str, Mapping[str, Any]] = {
+KNOWN_CONFIGS: Mapping[str, ConfigFields] = {
     "openai-community/gpt2": GPT2,
     "gpt2": GPT2,
     "openai-community/gpt2-medium": {**GPT2, "n_embd": 1024, "n_layer": 24, "n_head": 16},
@@ -44,18 +51,22 @@ KNOWN_CONFIGS: Mapping[str, Mapping[str, Any]] = {
     "HuggingFaceTB/SmolLM2-135M-Instruct": SMOLLM2,
     "models/smollm2-135m-instruct": SMOLLM2,
 }
-"""Name -> what its config.json says of its shape. Source: the models' config.json on the Hugging Face hub."""
+"""Model name -> the fields of its config.json that define its shape. Source: config.json on the Hugging Face hub."""
 
 
-def config_for(model: Model) -> Any:
-    """Returns the configuration of a recipe's model, new, so that it can be changed.
+def config_for(model: Model) -> PreTrainedConfig:
+    """Return a new configuration of a recipe's model, which the caller may change.
+
+    A local folder is read first, since training loads it too; then `KNOWN_CONFIGS`, then the cache or the hub.
 
     Raises:
-        NotFoundError, ModelError: as `model.load.load_config`, for a model that is not in the table.
+        NotFoundError, ModelError: as `model.pretrained.load_config`, if the model is not in the table.
     """
+    if model.name.startswith("builtin:") or Path(model.name).is_dir():
+        return load_config(model.name, model.revision)
     if model.name in KNOWN_CONFIGS and model.revision is None:
-        settings = dict(KNOWN_CONFIGS[model.name])
-        return CONFIG_MAPPING[settings.pop("model_type")](**settings)
-    if not model.name.startswith("builtin:"):
-        work_offline_if_unreachable()
+        fields = dict(KNOWN_CONFIGS[model.name])
+        config: PreTrainedConfig = AutoConfig.for_model(str(fields.pop("model_type")), **fields)
+        return config
+    work_offline_if_unreachable()
     return load_config(model.name, model.revision)

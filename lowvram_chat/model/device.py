@@ -1,4 +1,4 @@
-"""Which device a run gets, and whether it can do what the recipe asks."""
+"""The device that a run uses, and whether it can do what the recipe asks for."""
 
 from __future__ import annotations
 
@@ -19,27 +19,13 @@ log = logging.getLogger(__name__)
 
 
 def check_device(recipe: Recipe) -> torch.device:
-    """Return the device of a run.
+    """Return the device of a run, and log what is slow or has no effect on it.
 
     Raises:
-        DeviceError: fp16 without CUDA, bf16 on a card without it, or a library that the recipe needs and is missing.
+        DeviceError: fp16 without CUDA, bf16 on a GPU without it, or flash attention without its package.
     """
     cuda = torch.cuda.is_available()
-    precision = recipe.train.precision
-    if precision == "fp16" and not cuda:
-        raise DeviceError(
-            "train.precision: fp16 needs a CUDA graphics card and none is usable here; on a CPU it would silently be fp32. "
-            "Add train.precision=fp32, or see python -m lowvram_chat.doctor."
-        )
-    if precision == "bf16" and cuda and not torch.cuda.is_bf16_supported(including_emulation=False):
-        raise DeviceError(
-            f"train.precision: {torch.cuda.get_device_name(0)} does not compute in bf16. Add train.precision=fp16."
-        )
-    if precision == "bf16" and not cuda and (slower := bf16_slowdown()) > 2:
-        log.warning(
-            "train.precision: this processor takes %.0f times as long for bf16 as for fp32. Add train.precision=fp32.",
-            slower,
-        )
+    _check_precision(recipe.train.precision, cuda=cuda)
     if recipe.model.attention == "flash_attention_2" and importlib.util.find_spec("flash_attn") is None:
         raise DeviceError("model.attention: flash_attention_2 needs the package flash-attn. Add model.attention=sdpa.")
     if OPTIMIZERS[recipe.optimizer.name].paged and not cuda:
@@ -47,8 +33,30 @@ def check_device(recipe: Recipe) -> torch.device:
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if cuda else torch.device("cpu")
 
 
+def _check_precision(precision: str, *, cuda: bool) -> None:
+    """Refuse a precision that the device does not have, and warn if it only emulates it.
+
+    Raises:
+        DeviceError: fp16 without CUDA, or bf16 on a GPU without it.
+    """
+    if precision == "fp16" and not cuda:
+        raise DeviceError(
+            "train.precision: fp16 needs a CUDA graphics card, and none is usable here. On a CPU it would silently be fp32. "
+            "Add train.precision=fp32, or see python -m lowvram_chat.doctor."
+        )
+    if precision == "bf16" and cuda and not torch.cuda.is_bf16_supported(including_emulation=False):
+        raise DeviceError(
+            f"train.precision: {torch.cuda.get_device_name(0)} does not compute in bf16. Add train.precision=fp16."
+        )
+    if precision == "bf16" and not cuda and (slowdown := bf16_slowdown()) > 2:
+        log.warning(
+            "train.precision: this processor takes %.0f times as long for bf16 as for fp32. Add train.precision=fp32.",
+            slowdown,
+        )
+
+
 def bf16_slowdown() -> float:
-    """Return how much longer the CPU takes for a product of matrices in bf16 than in fp32: 50 times where it emulates it."""
+    """Return how many times as long the CPU takes for a matrix product in bf16 as in fp32: about 50 if it emulates bf16."""
 
     def seconds(dtype: torch.dtype) -> float:
         square = torch.ones(256, 256, dtype=dtype)
@@ -58,25 +66,31 @@ def bf16_slowdown() -> float:
 
 
 def set_fp16_accumulation(*, wanted: bool) -> None:
-    """Let CUDA sum fp16 matrix products in fp16, or in fp32 as it does by default.
+    """Choose whether CUDA sums fp16 matrix products in fp16, or in fp32 as by default. GeForce cards are twice as fast in fp16.
 
-    Source: torch.backends.cuda.matmul.allow_fp16_accumulation (2.7); GeForce cards have twice the rate for it.
+    Source: torch.backends.cuda.matmul.allow_fp16_accumulation (2.7).
     """
     torch.backends.cuda.matmul.allow_fp16_accumulation = wanted
     if wanted:
         log.warning(
-            "train.fp16_accumulation: matrix products are summed in fp16: watch the loss, since sums can overflow or round"
+            "train.fp16_accumulation: matrix products are summed in fp16. Watch the loss, because sums can overflow or lose "
+            "precision."
         )
 
 
+def move_to_device(module: torch.nn.Module, device: torch.device) -> None:
+    """Move a module's parameters and buffers to a device, in place."""
+    module.to(device)
+
+
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
-"""Of glibc's malloc.h."""
+"""Parameters of mallopt. Source: glibc's malloc.h."""
 
 
 def keep_freed_pages(device: torch.device) -> None:
-    """Let a CPU run reuse the memory of the step before: fresh pages cost some 7 % of a step, and a few MiB stay unused.
+    """Make a CPU run keep freed memory for the next step. New pages cost about 7 % of a step; a few MiB stay unused.
 
-    By default glibc gives every large block back to Linux when it is freed. Source: mallopt(3).
+    By default glibc returns every large block to Linux when it is freed. Source: mallopt(3).
     """
     if device.type == "cpu" and platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)

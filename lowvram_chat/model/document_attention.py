@@ -1,14 +1,15 @@
-"""Packed rows' attention, one document after the other: what it costs on a CPU is then that of the documents alone.
+"""Attention within each document of a packed row, one document at a time: on a CPU it costs only the documents' own pairs.
 
-transformers keeps packed documents apart with a mask (B, 1, T, T), under which a CPU's kernel still multiplies every pair of
-a row's tokens. Where each document is a call of its own there is no mask, and half of a document's pairs are left out too.
+transformers keeps packed documents apart with a mask (B, 1, T, T), and under a mask the CPU kernel still multiplies every
+pair of tokens in a row. With one call per document no mask is needed, and the causal kernel also skips half of each
+document's pairs.
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import AttentionInterface
@@ -16,11 +17,23 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from lowvram_chat.model.substitutions import packing_declared
+from lowvram_chat.private_names import check_private_names
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+check_private_names("transformers.PreTrainedConfig._attn_implementation")
 
 DOCUMENT_ATTENTION = "sdpa_by_document"
-"""The attention implementation's name in transformers' tables; where a batch has no documents it is `sdpa`."""
+"""Name of the attention implementation in transformers' tables; for a batch without documents it equals `sdpa`."""
 UNSUPPORTED_MASK_SETTINGS = ("sliding_window", "attention_chunk_size")
-"""Config fields of models that hide more than the tokens to come."""
+"""Config fields of models whose tokens see only part of the earlier tokens."""
+
+
+def attention_implementation(config: PreTrainedConfig) -> str | None:
+    """Return the name of the attention implementation that a model with this config uses."""
+    name: str | None = config._attn_implementation
+    return name
 
 
 def document_attention(  # noqa: PLR0917  (transformers' signature)
@@ -32,15 +45,15 @@ def document_attention(  # noqa: PLR0917  (transformers' signature)
     documents: list[int] | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Return the attention (B, T, H, D) of (B, H, T, D) heads, causal within each of the documents.
+    """Return the attention output (B, T, H, D) of (B, H, T, D) heads, causal within each document.
 
-    `documents` are their lengths, row after row, B * T tokens in all.
+    `documents` holds the length of each document, row after row, B * T tokens in all.
     """
     if documents is None:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)  # type: ignore[no-any-return]
-    in_a_line = [heads.transpose(1, 2).flatten(0, 1).transpose(0, 1)[None] for heads in (query, key, value)]
-    pieces = zip(*(heads.split(documents, dim=2) for heads in in_a_line), strict=True)
-    outputs = [sdpa_attention_forward(module, *piece, None, **kwargs)[0] for piece in pieces]
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    one_row = [heads.transpose(1, 2).flatten(0, 1).transpose(0, 1)[None] for heads in (query, key, value)]
+    per_document = zip(*(heads.split(documents, dim=2) for heads in one_row), strict=True)
+    outputs = [sdpa_attention_forward(module, q, k, v, None, **kwargs)[0] for q, k, v in per_document]
     return torch.cat(outputs, dim=1).view(query.size(0), query.size(2), query.size(1), -1), None
 
 
@@ -48,33 +61,32 @@ AttentionInterface.register(DOCUMENT_ATTENTION, document_attention)
 AttentionMaskInterface.register(DOCUMENT_ATTENTION, sdpa_mask)
 
 
-def use_document_attention(base: Any) -> bool:
-    """Let a model with plain causal `sdpa` attention take packed documents one by one; return whether it now does."""
+def use_document_attention(base: PreTrainedModel) -> bool:
+    """Switch a model with plain causal `sdpa` attention to document attention, and return whether it now uses it."""
     config = base.config
-    others = {*(getattr(config, "layer_types", None) or ())} - {"full_attention"}
-    if (
-        config._attn_implementation != "sdpa"
-        or others
-        or any(getattr(config, name, None) for name in UNSUPPORTED_MASK_SETTINGS)
-    ):
+    special_layers = {*(getattr(config, "layer_types", None) or ())} - {"full_attention"}
+    has_special_mask = any(getattr(config, name, None) for name in UNSUPPORTED_MASK_SETTINGS)
+    if attention_implementation(config) != "sdpa" or special_layers or has_special_mask:
         return False
     base.set_attn_implementation(DOCUMENT_ATTENTION)
-    return bool(config._attn_implementation == DOCUMENT_ATTENTION)
+    return attention_implementation(config) == DOCUMENT_ATTENTION
 
 
 @contextlib.contextmanager
-def document_mask(base: Any, position_ids: torch.Tensor | None) -> Iterator[dict[str, list[int]]]:
-    """Keep the documents of packed rows apart, whose positions (B, T) restart; None: rows of one document each.
+def document_mask(base: PreTrainedModel, position_ids: torch.Tensor | None) -> Iterator[dict[str, list[int]]]:
+    """Keep the documents of packed rows apart while the context is open, and yield further arguments for the model's call.
 
-    Yields what the model's call is given on top.
+    `position_ids` (B, T) restart at 0 with each document; None means that each row is one document.
     """
-    packed = position_ids is not None
-    by_document = packed and base.config._attn_implementation == DOCUMENT_ATTENTION
-    with packing_declared(packed=packed and not by_document):
-        yield {"documents": _lengths(position_ids)} if by_document and position_ids is not None else {}
+    if position_ids is not None and attention_implementation(base.config) == DOCUMENT_ATTENTION:
+        with packing_declared(packed=False):
+            yield {"documents": _document_lengths(position_ids)}
+    else:
+        with packing_declared(packed=position_ids is not None):
+            yield {}
 
 
-def _lengths(position_ids: torch.Tensor) -> list[int]:
-    """Return the tokens of each document (of a CPU's rows: a card would be waited for)."""
+def _document_lengths(position_ids: torch.Tensor) -> list[int]:
+    """Return the number of tokens in each document. Meant for CPU tensors: on a GPU it would synchronize."""
     starts = (position_ids.flatten() == 0).nonzero().flatten()
-    return torch.diff(starts, append=starts.new_tensor([position_ids.numel()])).tolist()  # type: ignore[no-any-return]
+    return torch.diff(starts, append=starts.new_tensor([position_ids.numel()])).tolist()

@@ -1,142 +1,145 @@
-"""No token may see a later one, nor packed documents each other: asked of the model itself, before a run relies on it.
+"""Checks on the model itself that no token sees a later one, and that packed documents do not see each other.
 
-transformers isolates documents by positions that restart, but only where an attention implementation builds its mask from
-them; others let documents see each other without a word.
+transformers isolates packed documents by positions that restart, but only if the attention implementation builds its mask
+from them. Otherwise documents see each other, without a warning.
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
 from lowvram_chat.errors import ModelError
-from lowvram_chat.model.document_attention import document_mask, use_document_attention
+from lowvram_chat.model.adapters import ChatModel, base_model_of
+from lowvram_chat.model.device import move_to_device
+from lowvram_chat.model.document_attention import attention_implementation, document_mask, use_document_attention
 from lowvram_chat.model.scoring import autocast
 
 DOCUMENT_TOKENS = 8
-"""Tokens of each of the two documents."""
+"""Number of tokens in each of the two test documents."""
 MAX_LEAKAGE = 1e-5
-"""Largest difference, relative to the largest state, when only what must not be seen changes: 0 to the bit where it is not
-seen, whatever the type (ten architectures tried), and from 7e-4 on where it is (an untrained BERT of width 32)."""
+"""Largest allowed change of the states, relative to the largest state, when only tokens that must not be seen change.
+The change is exactly 0 in every dtype if they are not seen (ten architectures tried), and at least 7e-4 if they are (an
+untrained BERT of width 32)."""
 MAX_KERNEL_DIFFERENCE = 1e-2
-"""The same for a document alone and in a row, which other kernels may take: fp32 ones differ by 1e-6, fp16 ones by 1e-3."""
+"""The same limit between a document alone and the document in a row, which may run in different kernels: those differ by
+1e-6 in fp32 and by 1e-3 in fp16."""
 
 
 @torch.no_grad()
-def sees_later_tokens(model: Any) -> bool:
-    """Return whether a token's state depends on those after it."""
+def sees_later_tokens(model: ChatModel) -> bool:
+    """Return whether a token's state depends on later tokens."""
     row = torch.arange(1, DOCUMENT_TOKENS + 1, device=next(model.parameters()).device)[None]
-    other = row.clone()
-    other[:, -1] = 0
-    with _in_eval(model) as base:
-        first, second = (base.base_model(ids, use_cache=False).last_hidden_state[:, :-1] for ids in (row, other))
-    return _difference(first.float(), second.float()) > MAX_LEAKAGE
+    changed_row = row.clone()
+    changed_row[:, -1] = 0
+    with _base_in_eval_mode(model) as base:
+        states, changed_states = (
+            base.base_model(ids, use_cache=False).last_hidden_state[:, :-1].float() for ids in (row, changed_row)
+        )
+    return _relative_difference(states, changed_states) > MAX_LEAKAGE
 
 
 @torch.no_grad()
-def isolates_documents(model: Any) -> bool:
-    """Return whether a packed document has the states that it has alone, whatever stands before it in its row."""
-    device = next(model.parameters()).device
-    second = torch.arange(1, DOCUMENT_TOKENS + 1, device=device)[None]
-    positions = torch.arange(DOCUMENT_TOKENS, device=device)[None]
-
-    def states(base: Any, before: int) -> torch.Tensor:
-        row = torch.cat([torch.full_like(second, before), second], dim=1)
-        places = torch.cat([positions, positions], dim=1)
-        with document_mask(base, places) as documents:
-            output = base.base_model(row, position_ids=places, use_cache=False, **documents)
-        return output.last_hidden_state[:, DOCUMENT_TOKENS:].float()  # type: ignore[no-any-return]
-
-    with _in_eval(model) as base:
-        alone = base.base_model(second, use_cache=False).last_hidden_state.float()
+def isolates_documents(model: ChatModel) -> bool:
+    """Return whether a packed document has the same states as alone, whatever precedes it in its row."""
+    document = torch.arange(1, DOCUMENT_TOKENS + 1, device=next(model.parameters()).device)[None]
+    with _base_in_eval_mode(model) as base:
+        alone = base.base_model(document, use_cache=False).last_hidden_state.float()
         try:
-            one, other = states(base, 1), states(base, 2)
-        except TypeError:  # no such argument as position_ids
+            after_ones, after_twos = (_states_after(base, document, neighbour) for neighbour in (1, 2))
+        except TypeError:  # the model takes no position_ids
             return False
-    return _difference(one, other) <= MAX_LEAKAGE and _difference(one, alone) <= MAX_KERNEL_DIFFERENCE
+    leakage, kernel_difference = _relative_difference(after_ones, after_twos), _relative_difference(after_ones, alone)
+    return leakage <= MAX_LEAKAGE and kernel_difference <= MAX_KERNEL_DIFFERENCE
+
+
+def _states_after(base: PreTrainedModel, document: torch.Tensor, neighbour: int) -> torch.Tensor:
+    """Return the fp32 states (1, T, d) of a document (1, T) packed after a document of `neighbour` tokens."""
+    row = torch.cat([torch.full_like(document, neighbour), document], dim=1)
+    positions = torch.arange(DOCUMENT_TOKENS, device=document.device).repeat(2)[None]
+    with document_mask(base, positions) as documents:
+        output = base.base_model(row, position_ids=positions, use_cache=False, **documents)
+    states: torch.Tensor = output.last_hidden_state[:, DOCUMENT_TOKENS:]
+    return states.float()
 
 
 @contextlib.contextmanager
-def _in_eval(model: Any) -> Iterator[Any]:
-    """Yield the model under an adapter, without dropout while the block lasts."""
+def _base_in_eval_mode(model: ChatModel) -> Iterator[PreTrainedModel]:
+    """Yield the base model; dropout is off while the context is open."""
     was_training = model.training
     model.eval()
     try:
-        yield _base(model)
+        yield base_model_of(model)
     finally:
         model.train(was_training)
 
 
-def _base(model: Any) -> Any:
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
+def _relative_difference(states: torch.Tensor, reference: torch.Tensor) -> float:
+    """Return the largest difference of two tensors of one shape, relative to the largest value of the reference."""
+    return float((states - reference).abs().max() / reference.abs().max())
 
 
-def _difference(states: torch.Tensor, others: torch.Tensor) -> float:
-    """Return the largest difference of two tensors of one shape, relative to the largest value of the second."""
-    return float((states - others).abs().max() / others.abs().max())
-
-
-def isolate_documents(model: Any, device: torch.device, precision: str, *, by_document: bool) -> None:
-    """Ready a model for packed rows: `by_document` where it can attend so, else under its own mask.
+def isolate_documents(model: ChatModel, device: torch.device, precision: str, *, by_document: bool) -> None:
+    """Prepare a model for packed rows: with document attention if `by_document` and possible, else with its own mask.
 
     Raises:
         ModelError: as `check_isolation`.
     """
-    base = _base(model)
+    base = base_model_of(model)
     if by_document and use_document_attention(base):
         if isolates_documents(model):
             return
-        base.set_attn_implementation("sdpa")  # its layers are not told of documents
+        base.set_attn_implementation("sdpa")  # its layers are not given `documents`
     check_isolation(model, device, precision)
 
 
-def check_causal(model: Any, device: torch.device, precision: str) -> None:
-    """Refuse a model whose tokens see later ones (BERT as it comes): it would learn to copy what it should foretell.
+def check_causal(model: ChatModel, device: torch.device, precision: str) -> None:
+    """Refuse a model whose tokens see later ones (such as BERT): it would learn to copy the token that it should predict.
 
     Raises:
-        ModelError: so it is, or it cannot be asked.
+        ModelError: tokens see later ones, or the check cannot run.
     """
-    if _probe(sees_later_tokens, model, device, precision):
+    if _run_check(sees_later_tokens, model, device, precision):
         raise ModelError(
-            f"model.name: the tokens of this {model.config.model_type} see those after them (tried on this model), so it is no "
-            "causal language model. Use another model."
+            f"model.name: the tokens of this {model.config.model_type} see later tokens (tested on this model), so it is not "
+            "a causal language model. Use another model."
         )
 
 
-def check_isolation(model: Any, device: torch.device, precision: str) -> None:
-    """Refuse packed rows for a model that lets documents see each other, or that cannot be asked.
+def check_isolation(model: ChatModel, device: torch.device, precision: str) -> None:
+    """Refuse packed rows for a model that lets documents see each other.
 
     Raises:
-        ModelError: with what to set instead.
+        ModelError: documents see each other, or the check cannot run; with the setting to change.
     """
-    if not _probe(isolates_documents, model, device, precision):
+    if not _run_check(isolates_documents, model, device, precision):
         config = model.config
         raise ModelError(
-            f"data.rows: packed, but {config.model_type} with {config._attn_implementation} attention lets packed conversations "
-            "see each other (tried on this model). Set data.rows=grouped."
+            f"data.rows: packed, but {config.model_type} with {attention_implementation(config)} attention lets packed "
+            "conversations see each other (tested on this model). Set data.rows=grouped."
         )
 
 
-def _probe(question: Callable[[Any], bool], model: Any, device: torch.device, precision: str) -> bool:
-    """Return a model's answer, as it will be trained.
+def _run_check(check: Callable[[ChatModel], bool], model: ChatModel, device: torch.device, precision: str) -> bool:
+    """Return the check's result on the model, under the conditions of training.
 
     Raises:
-        ModelError: its attention does not run here.
+        ModelError: the attention implementation does not run on this machine.
     """
-    attention = model.config._attn_implementation
-    as_trained: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
-    if attention == "flash_attention_2":  # runs on the card alone, and in half precision alone
-        model.to(device)
-        as_trained = autocast(device.type, precision)
+    attention = attention_implementation(model.config)
+    conditions: contextlib.AbstractContextManager[object] = contextlib.nullcontext()
+    if attention == "flash_attention_2":  # runs only on a GPU and only in half precision
+        move_to_device(model, device)
+        conditions = autocast(device.type, precision)
     try:
-        with as_trained:
-            return question(model)
+        with conditions:
+            return check(model)
     except RuntimeError as error:
         reason = str(error).splitlines()[0].rstrip(".")
-        other = "eager" if attention == "sdpa" else "sdpa"
+        alternative = "eager" if attention == "sdpa" else "sdpa"
         raise ModelError(
-            f"model.attention: {attention} could not be tried ({reason}). Set model.attention={other}."
+            f"model.attention: {attention} does not run on this machine ({reason}). Set model.attention={alternative}."
         ) from None

@@ -1,56 +1,71 @@
-"""The training loss: cross-entropy over the labelled positions only, in tiles, without ever holding all logits.
+"""Fused linear cross-entropy: the training loss over the labelled positions only, in tiles, without ever holding all logits.
 
-(B, T, V) logits of GPT-2 at 4 x 1,024 are 392 MiB in fp16 and 785 MiB in fp32: the largest tensors of a stock step. Here
-the hidden states of the labelled positions (N, d) meet the head (V, d) in tiles of some rows; each tile's gradient is
-taken at once, while its logits are there, so that nothing of size (N, V) is kept for the backward pass and no product is
-computed twice. Source of the idea: Liger Kernel's fused linear cross-entropy (arXiv:2410.10989).
+The (B, T, V) logits of GPT-2 at 4 x 1,024 take 392 MiB in fp16 and 785 MiB in fp32; they are the largest tensors of a stock
+training step. Here the hidden states of the labelled positions (N, d) are multiplied by the head (V, d) in tiles of a few
+rows. Each tile's gradient is computed while its logits exist, so nothing of size (N, V) is kept for the backward pass and no
+product is computed twice. Source of the idea: Liger Kernel's fused linear cross-entropy (arXiv:2410.10989).
 
-The same function runs in training, in evaluation and in the planner's trace: what is planned is what runs.
+Training, evaluation and the planner's trace all call this function, so the plan covers exactly what runs.
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from types import MethodType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+from torch.autograd.function import FunctionCtx
 from torch.nn import functional as F
 
+from lowvram_chat.model.compilation import is_compiled
 from lowvram_chat.model.document_attention import document_mask
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+TileFunction = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+"""(logits (rows, V), targets (rows, 1)) -> (summed loss () in fp32, gradient of the logits (rows, V))."""
+
 VOCABULARY_MULTIPLE = 64
-"""Half-precision products are fast where a matrix's rows begin at multiples of 16 bytes: 50,257 columns do not, 50,304 do.
+"""Half-precision products are fast if a matrix's rows start at multiples of 16 bytes: rows of 50,304 columns do, of 50,257 not.
 Source: NVIDIA's deep-learning performance guide, "Requirements to use tensor cores"."""
 
 
 class Tiling(NamedTuple):
-    """How the products with the head are cut, and how its vocabulary is rounded up in them."""
+    """How the product with the head is split into tiles, and to what multiple its vocabulary is rounded up."""
 
     rows: int
-    """Of logits held at once: 512 x 50,257 are 98 MiB in fp32 and 49 in fp16, both there for a moment."""
+    """Rows of logits in a tile. 512 x 50,257 logits take 98 MiB in fp32 and 49 MiB in fp16, and both exist briefly."""
     multiple: int = VOCABULARY_MULTIPLE
+    """The vocabulary is rounded up to a multiple of this; 1 leaves it as it is."""
     always: bool = False
-    """In fp32 too, which pays on a CPU; else in half precision only, where it costs a copy of the head at most."""
+    """Round up in fp32 too, which is faster on a CPU. Otherwise only half precision is rounded up: there it costs at most a
+    copy of the head."""
 
 
 CUDA_TILING = Tiling(512)
 CPU_TILING = Tiling(2048, always=True)
-"""Tiles of 512 rows, as a card has them for its memory's sake, made loss and gradient 4 to 9 % slower there."""
+"""Tiles of 512 rows, which save memory on a GPU, made loss and gradient 4 to 9 % slower on a CPU."""
 
 HEAD_GRADIENT_SCALE = 0.125
-"""The head's gradient is summed over a tile at this scale, against overflow in fp16."""
+"""The head's gradient is summed at this scale, so that it does not overflow in fp16."""
+
+
+class _LossContext(FunctionCtx):
+    """What `_TiledCrossEntropy` keeps for the backward pass: the gradients of hidden states, weight and bias."""
+
+    needs_input_grad: tuple[bool, ...]
+    gradients: list[torch.Tensor | None]
 
 
 class _TiledCrossEntropy(torch.autograd.Function):
-    """Sum of cross-entropies of (N, d) hidden states under a (V, d) head with (V,) bias or none."""
+    """Summed cross-entropy of (N, d) hidden states under a (V, d) head, with a (V,) bias or None."""
 
     @staticmethod
-    def forward(  # noqa: PLR0917  (autograd hands them over by place)
-        ctx: Any,
+    def forward(  # noqa: PLR0917  (autograd passes arguments by position)
+        ctx: _LossContext,
         hidden: torch.Tensor,
         weight: torch.Tensor,
         bias: torch.Tensor | None,
@@ -58,31 +73,32 @@ class _TiledCrossEntropy(torch.autograd.Function):
         tiling: Tiling,
         compiled: bool,
     ) -> torch.Tensor:
-        """Return the summed loss (), fp32, and keep the gradients for the backward pass.
+        """Return the summed loss () in fp32, and keep the gradients for the backward pass.
 
-        `compiled` has a tile's passes over its logits fused, but in fp32 on a CPU, where `_by_softmax` is faster.
+        `compiled` fuses a tile's passes over its logits, except in fp32 on a CPU, where `_softmax_loss_and_gradient` is
+        faster.
         """
         device = hidden.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
-        of_a_tile = _of_a_tile(device, dtype, compiled=compiled)
+        loss_and_gradient = _tile_function(device, dtype, compiled=compiled)
         needs_hidden, needs_weight, needs_bias = (needed for needed in ctx.needs_input_grad[:3])
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         d_hidden = torch.empty_like(hidden) if needs_hidden else None
-        size, padded = weight.size(0), _rounded(weight, dtype, tiling)
-        # Before the head's copy, whose room is needed no longer than the loop.
+        size, padded = weight.size(0), _padded_size(weight, dtype, tiling)
+        # Allocated before the head's copy, which is freed after the loop.
         d_weight = weight.new_zeros(padded if dtype == weight.dtype else size, weight.size(1)) if needs_weight else None
         d_bias = torch.zeros_like(bias) if bias is not None and needs_bias else None
-        head = _head(weight, dtype, padded)
-        held = _held_logits(min(tiling.rows, hidden.size(0)), head)
+        head = _padded_head(weight, dtype, padded)
+        buffer = _logits_buffer(min(tiling.rows, hidden.size(0)), head)
         with torch.autocast(device, enabled=False):
             for start in range(0, hidden.size(0), tiling.rows):
                 rows = slice(start, start + tiling.rows)
                 states = hidden[rows].to(dtype)
-                logits = _logits(states, head, held)
+                logits = _tile_logits(states, head, buffer)
                 logits[:, size:] = -torch.inf
                 if bias is not None:
                     logits[:, :size] += bias
-                loss, gradient = of_a_tile(logits, targets[rows, None])
+                loss, gradient = loss_and_gradient(logits, targets[rows, None])
                 total += loss
                 if d_hidden is not None:
                     d_hidden[rows] = gradient @ head
@@ -92,28 +108,32 @@ class _TiledCrossEntropy(torch.autograd.Function):
                     d_bias += gradient.sum(0)[:size]
                 del logits, gradient
         if d_weight is not None and d_weight.size(0) != size:
-            d_weight.resize_(weight.shape)  # not a view, which the engine would copy
+            d_weight.resize_(weight.shape)  # in place: autograd would copy a view
         ctx.gradients = [d_hidden, d_weight, d_bias]
         return total
 
     @staticmethod
-    def backward(ctx: Any, *upstream: torch.Tensor) -> Any:
-        """Return the kept gradients times the upstream one (); they are given away, so this runs once."""
-        gradients, ctx.gradients = ctx.gradients, None
+    def backward(ctx: _LossContext, *upstream: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """Return the kept gradients times the upstream gradient (). They are scaled in place, so this can run only once."""
+        gradients, ctx.gradients = ctx.gradients, []
         scales = (upstream[0], upstream[0] / HEAD_GRADIENT_SCALE, upstream[0])
         scaled = (None if g is None else g.mul_(scale) for g, scale in zip(gradients, scales, strict=True))
         return (*scaled, None, None, None)
 
 
-def _rounded(weight: torch.Tensor, dtype: torch.dtype, tiling: Tiling) -> int:
-    """Return the rows V' of the head in the products."""
+_tiled_cross_entropy: Callable[..., torch.Tensor] = _TiledCrossEntropy.apply
+"""`_TiledCrossEntropy` as a typed function."""
+
+
+def _padded_size(weight: torch.Tensor, dtype: torch.dtype, tiling: Tiling) -> int:
+    """Return the number of rows V' that the head (V, d) has in the products."""
     size = weight.size(0)
-    wanted = tiling.always or dtype != torch.float32
-    return -(-size // tiling.multiple) * tiling.multiple if wanted else size
+    is_padded = tiling.always or dtype != torch.float32
+    return -(-size // tiling.multiple) * tiling.multiple if is_padded else size
 
 
-def _head(weight: torch.Tensor, dtype: torch.dtype, rows: int) -> torch.Tensor:
-    """Return the head (V, d) in the type of the products; a copy of more rows (V', d) has zeros below."""
+def _padded_head(weight: torch.Tensor, dtype: torch.dtype, rows: int) -> torch.Tensor:
+    """Return the head (V', d) in the dtype of the products: the weight (V, d) itself if possible, else a copy with zero rows."""
     if dtype == weight.dtype and rows == weight.size(0):
         return weight
     head = weight.new_empty((rows, weight.size(1)), dtype=dtype)
@@ -122,69 +142,71 @@ def _head(weight: torch.Tensor, dtype: torch.dtype, rows: int) -> torch.Tensor:
     return head
 
 
-def _held_logits(rows: int, head: torch.Tensor) -> torch.Tensor | None:
-    """Return memory for a tile's fp32 logits, where they are what a product gives: a CPU pays for every fresh page."""
+def _logits_buffer(rows: int, head: torch.Tensor) -> torch.Tensor | None:
+    """Return memory that all tiles' fp32 logits reuse, since new pages are slow on a CPU; None in half precision."""
     return head.new_empty(rows, head.size(0)) if head.dtype == torch.float32 else None
 
 
-def _logits(states: torch.Tensor, head: torch.Tensor, held: torch.Tensor | None) -> torch.Tensor:
-    """Return a tile's logits (rows, V) in the type of the products, those in fp32 in the memory held for them."""
-    if held is None:
+def _tile_logits(states: torch.Tensor, head: torch.Tensor, buffer: torch.Tensor | None) -> torch.Tensor:
+    """Return a tile's logits (rows, V') in the dtype of the products, in the buffer if there is one."""
+    if buffer is None:
         return F.linear(states, head)
-    return torch.mm(states, head.t(), out=held[: states.size(0)])
+    return torch.mm(states, head.t(), out=buffer[: states.size(0)])
 
 
-def _add_product(total: torch.Tensor, one: torch.Tensor, other: torch.Tensor) -> None:
-    """Add a product to a sum; half-precision products are rounded first, and their rows of padding left out."""
-    if total.dtype == one.dtype:
-        total.addmm_(one, other)
+def _add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
+    """Add `left @ right` to `total`. A half-precision product is rounded first, and its padding rows are left out."""
+    if total.dtype == left.dtype:
+        total.addmm_(left, right)
     else:
-        total += (one @ other)[: total.size(0)]
+        total += (left @ right)[: total.size(0)]
 
 
-def _of_a_tile(device: str, dtype: torch.dtype, *, compiled: bool) -> Any:
-    """Return what makes a tile's loss and gradient out of its logits in this type and its targets (rows, 1)."""
+def _tile_function(device: str, dtype: torch.dtype, *, compiled: bool) -> TileFunction:
+    """Return the fastest function for a tile's loss and gradient on this type of device."""
     if device == "cpu" and dtype == torch.float32:
-        return _by_softmax
-    return _compiled_tile() if compiled else _loss_and_gradient
+        return _softmax_loss_and_gradient
+    return _compiled_loss_and_gradient() if compiled else _loss_and_gradient
 
 
-def _by_softmax(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return what `_loss_and_gradient` does, for fp32 logits on a CPU: its exp of a whole tile takes longer than a softmax.
+def _softmax_loss_and_gradient(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the same as `_loss_and_gradient`, for fp32 logits on a CPU, where softmax is faster than exp of a whole tile.
 
-    The logarithm of a row's sum is found at its largest entry, whose probability never underflows.
+    The logarithm of a row's sum is taken from its largest entry, whose probability never underflows.
     """
     largest = logits.amax(1, keepdim=True)
-    of_targets = logits.gather(1, targets) - largest
+    target_log_probabilities = logits.gather(1, targets) - largest
     gradient = torch.softmax(logits, 1, out=logits)
-    of_targets += gradient.amax(1, keepdim=True).log()
-    return -of_targets.sum(), gradient.scatter_(1, targets, of_targets.expm1())
+    target_log_probabilities += gradient.amax(1, keepdim=True).log()
+    return -target_log_probabilities.sum(), gradient.scatter_(1, targets, target_log_probabilities.expm1())
 
 
 def _loss_and_gradient(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return a tile's summed loss (), fp32, and softmax - one-hot (rows, V), in the logits' memory and type.
+    """Return a tile's summed loss () in fp32, and softmax - one-hot (rows, V) in the logits' memory and dtype.
 
-    `targets` is (rows, 1). Two passes over the tile, with the logarithms of the probabilities in fp32 between them: a card
-    waits here for its memory, not for its arithmetic.
+    `targets` is (rows, 1). It passes over the tile twice, with log probabilities in fp32 in between: on a GPU this is bound
+    by memory bandwidth, not by arithmetic.
     """
     log_probabilities = _log_softmax(logits)
-    of_targets = log_probabilities.gather(1, targets)
+    target_log_probabilities = log_probabilities.gather(1, targets)
     gradient = torch.exp(log_probabilities, out=logits)
-    # In fp32 until here: p - 1 of a probability that was rounded first would be off by what p is close to 1.
-    return -of_targets.sum(), gradient.scatter_(1, targets, of_targets.expm1().to(gradient.dtype))
+    # p - 1 is computed in fp32 and rounded once: if p were rounded first, p - 1 would be inaccurate for p close to 1.
+    return -target_log_probabilities.sum(), gradient.scatter_(
+        1, targets, target_log_probabilities.expm1().to(gradient.dtype)
+    )
 
 
 def _log_softmax(logits: torch.Tensor) -> torch.Tensor:
-    """Return the logarithms of the probabilities (rows, V), fp32; logits that are fp32 already give their memory."""
-    if logits.dtype == torch.float16:  # CUDA's kernel casts as it reads; bf16 it would copy first
+    """Return the log probabilities (rows, V) in fp32; fp32 logits are overwritten."""
+    if logits.dtype == torch.float16:  # the CUDA kernel casts fp16 as it reads, but would copy bf16 first
         return F.log_softmax(logits, 1, dtype=torch.float32)
     logits = logits.float()
     return torch.log_softmax(logits, 1, out=logits)
 
 
 @functools.cache
-def _compiled_tile() -> Any:
-    """Return `_loss_and_gradient`, compiled once for tiles of any number of rows."""
+def _compiled_loss_and_gradient() -> TileFunction:
+    """Return `_loss_and_gradient`, compiled once for any number of rows."""
     return torch.compile(_loss_and_gradient, dynamic=True)
 
 
@@ -197,27 +219,24 @@ def summed_loss(
     *,
     compiled: bool = False,
 ) -> torch.Tensor:
-    """Return the summed cross-entropy () in nats of the labelled tokens, fp32.
+    """Return the summed cross-entropy () of the labelled tokens, in nats and fp32.
 
-    `hidden` (B, T, d) are the backbone's last states; `labels` (B, T) hold -100 where there is no loss; `loss_positions`
-    (N,) are the places in (B * T,) whose next token is labelled (see `data.rows.Collator`).
+    `hidden` (B, T, d) are the backbone's last hidden states. `labels` (B, T) are -100 where there is no loss.
+    `loss_positions` (N,) are the indices into (B * T,) whose next token is labelled (see `data.rows.Collator`).
     """
     states = hidden.flatten(0, 1).index_select(0, loss_positions)
     targets = labels.flatten().index_select(0, loss_positions + 1)
-    loss: torch.Tensor = _TiledCrossEntropy.apply(  # type: ignore[no-untyped-call]
-        states, head.weight, getattr(head, "bias", None), targets, tiling, compiled
-    )
-    return loss
+    return _tiled_cross_entropy(states, head.weight, getattr(head, "bias", None), targets, tiling, compiled)
 
 
 def attach_loss(
     model: PreTrainedModel, *, fused: bool = True, pad_vocabulary: bool = True, on_cpu: bool = False
 ) -> None:
-    """Let `model(input_ids, labels=, loss_positions=)` return the summed loss; other calls are as before.
+    """Make `model(input_ids, labels=, loss_positions=)` return the summed loss. Calls without `loss_positions` do not change.
 
-    `fused=False` takes the model's own loss from all logits instead; `on_cpu` cuts the products as they are fastest there.
+    `fused=False` computes the model's own loss from all logits instead. `on_cpu` chooses the tiling that is fastest on a CPU.
     Rows with `position_ids` are packed.
-    The forward is replaced on the object, not called around it, so that wrappers (PEFT, DistributedDataParallel) see it.
+    The object's forward is replaced, not wrapped, so that wrappers (PEFT, DistributedDataParallel) use the new one.
     """
     original = model.forward
     tiling = CPU_TILING if on_cpu else CUDA_TILING
@@ -225,7 +244,9 @@ def attach_loss(
         tiling = tiling._replace(multiple=1)
 
     @functools.wraps(type(model).forward)
-    def forward(self: PreTrainedModel, *args: Any, loss_positions: torch.Tensor | None = None, **kwargs: Any) -> Any:
+    def forward(
+        self: PreTrainedModel, *args: object, loss_positions: torch.Tensor | None = None, **kwargs: Any
+    ) -> object:
         if loss_positions is None:
             return original(*args, **kwargs)
         with document_mask(self, kwargs.get("position_ids")) as documents:
@@ -234,8 +255,7 @@ def attach_loss(
                 return {"loss": original(*args, use_cache=False, num_items_in_batch=1, **kwargs).loss}
             labels = kwargs.pop("labels")
             hidden = self.base_model(*args, use_cache=False, **kwargs).last_hidden_state
-        compiled = self.base_model._compiled_call_impl is not None
-        head = self.get_output_embeddings()
+        head, compiled = self.get_output_embeddings(), is_compiled(self.base_model)
         return {"loss": summed_loss(hidden, head, labels, loss_positions, tiling, compiled=compiled)}
 
     model.forward = MethodType(forward, model)

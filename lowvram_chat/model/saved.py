@@ -1,4 +1,4 @@
-"""A trained thing by name, ready to talk or to be scored: a run folder, an adapter, a model folder, a hub id."""
+"""Saved models by name, opened for chat or evaluation: a run folder, an adapter folder, a model folder or a hub id."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lowvram_chat.errors import NotFoundError
-from lowvram_chat.model.adapters import load_adapter
+from lowvram_chat.model.adapters import ChatModel, load_adapter
+from lowvram_chat.model.device import move_to_device
 from lowvram_chat.model.pretrained import load_model, load_tokenizer, positions_of
 from lowvram_chat.recipe.schema import Model, Recipe
 from lowvram_chat.recipe.yaml_file import load_recipe
@@ -19,47 +20,52 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 ADAPTER_FILE = "adapter_config.json"
+"""File that marks an adapter folder."""
 DEFAULT_POSITIONS = 1024
-"""Tokens that a model without a bound is shown at once."""
+"""Number of tokens given at once to a model that has no limit."""
 
 
 @dataclass(frozen=True)
 class OpenedModel:
-    """A model in eval mode on its device, with its tokenizer, and its run's recipe if it has one."""
+    """A model in eval mode on its device, with its tokenizer, and the recipe of its run if there is one."""
 
     model: Any
+    """A `ChatModel` that can generate text."""
     tokenizer: PreTrainedTokenizerBase
     recipe: Recipe | None
 
     @property
     def positions(self) -> int:
-        """Tokens the model can see at once."""
+        """Number of tokens that the model can see at once."""
         return positions_of(self.model.config) or DEFAULT_POSITIONS
 
 
 def open_model(name: str) -> OpenedModel:
-    """Return what a name stands for, in float32 on a CPU and float16 on CUDA.
+    """Return the model of this name, in float32 on a CPU and in float16 on CUDA.
 
     Raises:
-        NotFoundError, ModelError: see `load_model`, `load_adapter`; a run that has not finished.
+        NotFoundError: as `load_model`, or the run has not finished.
+        ModelError: as `load_model` and `load_adapter`.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = "float16" if device.type == "cuda" else "float32"
     folder, recipe = _locate(name)
-    place = name if folder is None else str(folder)
-    tokenizer = load_tokenizer(place)
+    source = name if folder is None else str(folder)
+    tokenizer = load_tokenizer(source)
+    model: ChatModel
     if folder is not None and (folder / ADAPTER_FILE).is_file():
-        model: Any = load_adapter(load_model(_base(folder).model_copy(update={"dtype": dtype})), folder)
+        model = load_adapter(load_model(_base_settings(folder).model_copy(update={"dtype": dtype})), folder)
     else:
-        model = load_model(Model.model_validate({"name": place, "dtype": dtype}))
-    return OpenedModel(model.to(device).eval(), tokenizer, recipe)
+        model = load_model(Model.model_validate({"name": source, "dtype": dtype}))
+    move_to_device(model, device)
+    return OpenedModel(model.eval(), tokenizer, recipe)
 
 
 def _locate(name: str) -> tuple[Path | None, Recipe | None]:
-    """Return the folder that holds the weights (None: not a local folder) and the run's recipe.
+    """Return the folder with the weights (None if the name is not a local folder), and the run's recipe if there is one.
 
     Raises:
-        NotFoundError: a run folder with neither adapter nor model in it.
+        NotFoundError: the run folder has neither an adapter nor a model.
     """
     path = Path(name)
     if not path.is_dir():
@@ -69,15 +75,17 @@ def _locate(name: str) -> tuple[Path | None, Recipe | None]:
     recipe = load_recipe(path / "recipe.yaml")
     folder = path / ("model" if recipe.adapter is None else "adapter")
     if not folder.is_dir():
-        raise NotFoundError(f"{name}: this run has not finished, so it has no {folder.name}. Go on with sft --resume.")
+        raise NotFoundError(
+            f"{name}: this run has not finished, so it has no {folder.name}. Continue it with sft --resume."
+        )
     return folder, recipe
 
 
-def _base(adapter: Path) -> Model:
-    """Return the base model of an adapter: by the run's recipe beside it, else by the adapter's own word."""
-    recipe = adapter.parent / "recipe.yaml"
-    if recipe.is_file():
-        model = load_recipe(recipe).model
+def _base_settings(adapter: Path) -> Model:
+    """Return the base model of an adapter, from the recipe of its run or else from the adapter's own configuration."""
+    recipe_file = adapter.parent / "recipe.yaml"
+    if recipe_file.is_file():
+        model = load_recipe(recipe_file).model
         return Model(name=model.name, revision=model.revision)
     config = json.loads((adapter / ADAPTER_FILE).read_text(encoding="utf-8"))
     return Model(name=config["base_model_name_or_path"], revision=config.get("revision"))

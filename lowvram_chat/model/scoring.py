@@ -1,9 +1,9 @@
-"""Held-out loss: the exact mean over all labelled tokens, without ever gathering logits."""
+"""Held-out loss: the exact mean over all labelled tokens, without ever collecting logits."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -23,18 +23,18 @@ class Score:
     """A held-out loss."""
 
     nats: float
-    """Summed cross-entropy."""
+    """Summed cross-entropy, in nats."""
     tokens: int
-    """Tokens scored."""
+    """Number of labelled tokens."""
 
     @property
     def loss(self) -> float:
-        """Mean cross-entropy of a token, nats."""
+        """Mean cross-entropy per token, in nats."""
         return self.nats / self.tokens
 
     @property
     def perplexity(self) -> float:
-        """exp(loss)."""
+        """exp(loss), with the loss capped at 700 against overflow."""
         return math.exp(min(self.loss, 700.0))
 
 
@@ -42,13 +42,14 @@ class Score:
 def score(
     model: nn.Module,
     rows: datasets.Dataset,
-    collate: Callable[[Sequence[Any]], dict[str, Any]],
+    collate: Callable[[Sequence[Any]], Mapping[str, Any]],
     batch_size: int,
     precision: str = "fp32",
 ) -> Score:
-    """Return the loss of the rows under a model that `model.loss.attach_loss` was called on.
+    """Return the loss of the rows under a model on which `model.loss.attach_loss` was called.
 
-    Rows are batched with others of like length, longest first: the least padding, and what does not fit fails at once.
+    Rows are sorted by length, longest first, and then batched. This needs the least padding, and if memory runs out, it does so
+    at the first batch.
     """
     device = next(model.parameters()).device
     was_training = model.training
@@ -69,14 +70,14 @@ def score(
 
 
 def row_lengths(rows: Any) -> list[int]:
-    """Return the tokens of each row: the `length` column of token rows, or counted where there is none."""
+    """Return the number of tokens in each row: the `length` column of a dataset, or the counted tokens of other rows."""
     if hasattr(rows, "column_names"):
         return list(rows["length"][:])
     return [len(row["input_ids"]) for row in rows]
 
 
-def autocast(device_type: str, precision: str) -> AbstractContextManager[Any]:
-    """Return the autocast context of a recipe's `train.precision`."""
+def autocast(device_type: str, precision: str) -> AbstractContextManager[object]:
+    """Return the autocast context for a recipe's `train.precision`; for fp32 it does nothing."""
     if precision == "fp32":
         return nullcontext()
     return torch.autocast(device_type, torch.float16 if precision == "fp16" else torch.bfloat16)

@@ -1,62 +1,88 @@
-"""Substitutions that leave the function as it is and make the step lighter; each has a switch in the recipe."""
+"""Substitutions that compute the same function with less memory or fewer waits; the recipe can switch them off."""
 
 from __future__ import annotations
 
 import contextlib
+import functools
+import logging
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from importlib import metadata
+from typing import TYPE_CHECKING
 
 import torch
 from transformers import masking_utils
 from transformers.activations import GELUTanh, NewGELUActivation
 
+from lowvram_chat.private_names import has_private_name
+
 if TYPE_CHECKING:
     from torch import nn
 
+log = logging.getLogger(__name__)
+
+PACKED_SEQUENCE_SEARCH = "find_packed_sequence_indices"
+"""The function of `transformers.masking_utils` that looks for packed documents in the positions."""
+
 
 def fuse_gelu(model: nn.Module) -> int:
-    """Replace `gelu_new`, six kernels and six saved tensors in Python, by torch's tanh GELU; return how many.
+    """Replace each `gelu_new` module by torch's tanh GELU, and return how many were replaced.
 
-    Both are 0.5 x (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3))). The model's config still says `gelu_new`, so that what is
-    saved is an ordinary GPT-2.
+    `gelu_new` is written in Python: it launches six kernels and saves six tensors. Both compute
+    0.5 x (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3))). The model's config still says `gelu_new`, so the saved model is an
+    ordinary GPT-2.
     """
-    places = [
+    replaceable = [
         (parent, name)
         for parent in model.modules()
         for name, child in parent.named_children()
         if isinstance(child, NewGELUActivation)
     ]
-    for parent, name in places:
+    for parent, name in replaceable:
         setattr(parent, name, GELUTanh())
-    return len(places)
+    return len(replaceable)
 
 
 @contextlib.contextmanager
 def packing_declared(*, packed: bool) -> Iterator[None]:
-    """Tell transformers whether rows are packed, where it would look into their positions on the device, and wait for it.
+    """Tell transformers whether rows are packed while the context is open.
+
+    By default transformers compares the positions on the device and waits for the result. It still does so, with a warning,
+    if its version has no function that can be replaced.
 
     Source: transformers/masking_utils.py, `find_packed_sequence_indices` (5.x).
     """
-    module: Any = masking_utils
-    name = "find_packed_sequence_indices"
-    looks = getattr(module, name, None)
-    if looks is None:
+    if not _can_declare_packing():
         yield
         return
-    setattr(module, name, _documents if packed else _no_documents)
+    original = getattr(masking_utils, PACKED_SEQUENCE_SEARCH)
+    setattr(masking_utils, PACKED_SEQUENCE_SEARCH, _document_numbers if packed else _no_documents)
     try:
         yield
     finally:
-        setattr(module, name, looks)
+        setattr(masking_utils, PACKED_SEQUENCE_SEARCH, original)
 
 
-def _documents(position_ids: torch.Tensor) -> torch.Tensor:
-    """Return the number of each token's document (B, T): one more wherever positions start again."""
+@functools.cache
+def _can_declare_packing() -> bool:
+    """Return whether transformers' search for packed documents can be replaced; log a warning once if it cannot."""
+    if has_private_name(f"transformers.masking_utils.{PACKED_SEQUENCE_SEARCH}"):
+        return True
+    log.warning(
+        "transformers %s: masking_utils.%s is gone. transformers now looks for packed documents itself, which waits for the "
+        "device in every forward pass. Install the version of transformers in constraints.txt to avoid the wait.",
+        metadata.version("transformers"),
+        PACKED_SEQUENCE_SEARCH,
+    )
+    return False
+
+
+def _document_numbers(position_ids: torch.Tensor) -> torch.Tensor:
+    """Return each token's document number (B, T), which grows by one wherever the positions (B, T) restart at 0."""
     return (position_ids == 0).cumsum(-1)
 
 
 def _no_documents(position_ids: torch.Tensor) -> None:
-    """Rows of one document each need no mask."""
+    """Return None: rows of one document each need no document mask."""
 
 
 DROPOUT_SETTINGS = (
@@ -71,9 +97,9 @@ DROPOUT_SETTINGS = (
     "embed_dropout",
     "attention_dropout_prob",
 )
-"""Names of dropout probabilities in the configs of GPT-2, GPT-Neo, OPT, Llama, GPT-NeoX and their kin."""
+"""Names of dropout probabilities in the configs of GPT-2, GPT-Neo, OPT, Llama, GPT-NeoX and similar models."""
 
 
 def dropout_settings(config: object, probability: float) -> dict[str, float]:
-    """Return the config's dropout fields, each set to `probability`."""
+    """Return the dropout fields that the config has, each mapped to `probability`."""
     return {name: probability for name in DROPOUT_SETTINGS if hasattr(config, name)}

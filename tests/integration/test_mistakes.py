@@ -255,5 +255,5 @@ def test_a_model_that_is_not_causal(bench: Bench, capsys: pytest.CaptureFixture[
     )
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     message = refused([str(bench.file("r")), f"model.name={folder}", "data.rows=packed"], capsys)
-    assert "it is no causal language model" in message
+    assert "it is not a causal language model" in message
     assert not (bench.folder / "r").exists()

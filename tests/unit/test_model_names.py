@@ -1,17 +1,17 @@
-"""A model that is not there, or not usable, is refused in a sentence that says what to do."""
+"""A model that does not exist or cannot be used is refused with a message that says what to do."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GPT2Config
 
 from lowvram_chat.errors import DeviceError, ModelError, NotFoundError
 from lowvram_chat.model.adapters import add_adapter, linear_layers
+from lowvram_chat.model.configs import config_for
 from lowvram_chat.model.device import bf16_slowdown, check_device
 from lowvram_chat.model.pretrained import check_positions, load_config, load_model, load_tokenizer
 from lowvram_chat.recipe.schema import Adapter, Model, Recipe
@@ -28,18 +28,28 @@ from lowvram_chat.recipe.schema import Adapter, Model, Recipe
         ("nosuch", "HF_HUB_OFFLINE"),
     ],
 )
-def test_a_model_that_is_not_there_is_said_so(name: str, words: str) -> None:
+def test_a_model_that_does_not_exist_is_refused_with_its_name(name: str, words: str) -> None:
     with pytest.raises(NotFoundError) as caught:
         load_config(name)
     assert words in str(caught.value)
     assert str(caught.value).startswith(f"{name}: ")
 
 
-def test_a_folder_without_a_model_is_said_so(tmp_path: Path) -> None:
+def test_a_folder_without_a_model_is_refused_with_the_missing_file(tmp_path: Path) -> None:
     with pytest.raises(NotFoundError, match=r"no config\.json"):
         load_config(str(tmp_path))
     with pytest.raises(NotFoundError, match=r"no tokenizer_config\.json"):
         load_tokenizer(str(tmp_path))
+
+
+def test_a_local_folder_wins_over_a_known_model_of_the_same_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert config_for(Model(name="gpt2")).n_layer == 12
+    GPT2Config(n_layer=3, n_embd=96, n_head=4).save_pretrained("gpt2")
+    config = config_for(Model(name="gpt2"))
+    assert (config.n_layer, config.n_embd) == (3, 96)
 
 
 def test_pickled_weights_are_not_loaded(tiny: Path, tmp_path: Path) -> None:
@@ -75,7 +85,7 @@ def test_weights_that_do_not_fit_the_config_are_refused_in_a_sentence(tiny: Path
 
 
 @pytest.mark.parametrize("config", [{"model_type": "nosuch"}, {"model_type": "t5"}, {}])
-def test_a_model_that_is_no_causal_language_model_is_refused(config: dict[str, Any], tmp_path: Path) -> None:
+def test_a_model_that_is_no_causal_language_model_is_refused(config: dict[str, str], tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
     with pytest.raises(ModelError, match=str(tmp_path.name)):
         load_model(Model(name=str(tmp_path)))
@@ -124,17 +134,17 @@ def test_the_other_precisions_run_on_a_cpu(precision: str) -> None:
     assert check_device(recipe).type in ("cpu", "cuda")
 
 
-@pytest.mark.parametrize(("slower", "said"), [(45.2, True), (1.1, False)])
-def test_bf16_that_a_cpu_emulates_is_warned_of(
-    slower: float, said: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize(("slowdown", "warned"), [(45.2, True), (1.1, False)])
+def test_bf16_that_a_cpu_emulates_gets_a_warning(
+    slowdown: float, warned: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr("lowvram_chat.model.device.bf16_slowdown", lambda: slower)
+    monkeypatch.setattr("lowvram_chat.model.device.bf16_slowdown", lambda: slowdown)
     check_device(Recipe.model_validate({"train": {"precision": "bf16"}}))
-    assert ("45 times as long for bf16 as for fp32. Add train.precision=fp32." in caplog.text) is said
+    assert ("45 times as long for bf16 as for fp32. Add train.precision=fp32." in caplog.text) is warned
 
 
-def test_bf16_is_held_against_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bf16_is_compared_with_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
     seconds = {torch.bfloat16: [9.0, 4.0, 5.0], torch.float32: [1.0, 0.5, 3.0]}
     monkeypatch.setattr("timeit.repeat", lambda product, **_: seconds[product().dtype])
     assert bf16_slowdown() == 8

@@ -1,8 +1,9 @@
-"""Packed rows: no row too long, nothing lost, documents apart; and other collations of the same rows."""
+"""Packed rows are never too long, lose nothing and keep documents apart; other ways to collate the same rows agree."""
 
 from __future__ import annotations
 
 import pickle
+from collections.abc import Callable
 from typing import Any
 
 import datasets
@@ -12,7 +13,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 from transformers import (
-    AttentionInterface,
     AutoModelForCausalLM,
     BertConfig,
     GPT2Config,
@@ -21,12 +21,14 @@ from transformers import (
     LlamaConfig,
     MistralConfig,
     OPTConfig,
+    PreTrainedModel,
 )
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from lowvram_chat.data.packing import best_fit_decreasing, pack_rows
 from lowvram_chat.data.rows import IGNORED_LABEL, Collator
 from lowvram_chat.errors import ModelError
-from lowvram_chat.model.document_attention import DOCUMENT_ATTENTION, document_attention
+from lowvram_chat.model.document_attention import DOCUMENT_ATTENTION, attention_implementation, document_attention
 from lowvram_chat.model.isolation import check_causal, check_isolation, isolate_documents, isolates_documents
 from lowvram_chat.model.loss import attach_loss
 
@@ -42,8 +44,8 @@ def test_each_row_stands_in_one_bin_and_no_bin_is_too_full(lengths: list[int]) -
 
 
 @given(LENGTHS)
-def test_it_is_best_fit_decreasing(lengths: list[int]) -> None:
-    # The plain quadratic way: the longest first, each into the fullest bin that holds it.
+def test_rows_are_packed_best_fit_decreasing(lengths: list[int]) -> None:
+    # The simple quadratic algorithm: longest first, each into the fullest bin that still has room for it.
     spaces: list[int] = []
     for size in sorted(lengths, reverse=True):
         fitting = [number for number, space in enumerate(spaces) if space >= size]
@@ -56,7 +58,7 @@ def test_it_is_best_fit_decreasing(lengths: list[int]) -> None:
 
 
 def rows(lengths: list[int]) -> datasets.Dataset:
-    """Rows whose tokens say which row they belong to; the first label of each is ignored, as `cut` has it."""
+    """Return rows whose tokens tell their row; the first label of each is ignored, as in `cut_to_length`."""
     ids = [[100 * number + place for place in range(length)] for number, length in enumerate(lengths)]
     labels = [[IGNORED_LABEL, *tokens[1:]] for tokens in ids]
     return datasets.Dataset.from_dict({"input_ids": ids, "labels": labels, "length": lengths})
@@ -96,8 +98,8 @@ def test_worker_processes_give_the_same_batches(context: str) -> None:
     packed = pack_rows(rows([3, 7, 5, 2, 9, 4]), 10)
     collate = Collator(0, length=10)
     options: dict[str, Any] = {"batch_size": 2, "collate_fn": collate}
-    here = list(DataLoader(packed, **options))  # type: ignore[arg-type]
-    there = list(DataLoader(packed, num_workers=1, multiprocessing_context=context, **options))  # type: ignore[arg-type]
+    here = list(DataLoader(packed, **options))
+    there = list(DataLoader(packed, num_workers=1, multiprocessing_context=context, **options))
     assert [batch["input_ids"].tolist() for batch in here] == [batch["input_ids"].tolist() for batch in there]
     assert [batch["position_ids"].tolist() for batch in here] == [batch["position_ids"].tolist() for batch in there]
 
@@ -115,18 +117,18 @@ def small(attention: str = "sdpa") -> GPT2LMHeadModel:
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager", DOCUMENT_ATTENTION])
-def test_a_document_does_not_feel_its_neighbour(attention: str) -> None:
-    model = small(attention).train()  # as in a step; there is no dropout to speak of below
+def test_a_document_is_not_affected_by_its_neighbour(attention: str) -> None:
+    model = small(attention).train()  # as in a training step; dropout is switched off below
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
     attach_loss(model)
     positions = torch.cat([torch.arange(10), torch.arange(6)])[None]
-    only_second = torch.arange(10, 15)  # places that predict the second document's tokens
+    second_document = torch.arange(10, 15)  # positions that predict the second document's tokens
 
     def second_loss(neighbour: int) -> float:
         ids = torch.cat([torch.full((10,), neighbour), torch.arange(1, 7)])[None]
-        output = model(input_ids=ids, labels=ids.clone(), loss_positions=only_second, position_ids=positions)
+        output = model(input_ids=ids, labels=ids.clone(), loss_positions=second_document, position_ids=positions)
         return float(output["loss"])
 
     assert second_loss(3) == pytest.approx(second_loss(30), abs=1e-6)
@@ -136,14 +138,14 @@ def test_a_document_does_not_feel_its_neighbour(attention: str) -> None:
     )
 
 
-def test_without_restarting_positions_it_would_feel_it() -> None:
+def test_without_restarting_positions_its_neighbour_would_affect_it() -> None:
     model = small().eval()
     attach_loss(model)
-    places = torch.arange(10, 15)
+    positions = torch.arange(10, 15)
 
     def loss(neighbour: int) -> float:
         ids = torch.cat([torch.full((10,), neighbour), torch.arange(1, 7)])[None]
-        return float(model(input_ids=ids, labels=ids.clone(), loss_positions=places)["loss"])
+        return float(model(input_ids=ids, labels=ids.clone(), loss_positions=positions)["loss"])
 
     assert abs(loss(3) - loss(30)) > 1e-3
 
@@ -167,33 +169,36 @@ def test_gpt2_isolates_documents_and_opt_is_refused() -> None:
     assert verdicts == {"opt": False, "gpt_neo": True}
 
 
-def test_a_neighbour_that_is_hardly_seen_is_seen() -> None:
-    # Untrained and 32 wide, its states differ by less than half precision's noise.
+def test_a_neighbour_with_a_tiny_effect_is_detected() -> None:
+    # The states of an untrained model of width 32 differ by less than the rounding error of half precision.
     assert not isolates_documents(bert(decoder=True))
 
 
-def llama() -> Any:
-    """Two query heads a key head, rotary positions."""
+def llama() -> PreTrainedModel:
+    """Return a Llama with two query heads per key head and rotary positions."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=50, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
         num_key_value_heads=1,
     )  # fmt: skip
-    return AutoModelForCausalLM.from_config(config)
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+    return model
 
 
-@pytest.mark.parametrize("made", [small, llama])
+@pytest.mark.parametrize("make", [small, llama])
 @pytest.mark.parametrize("checkpointed", [False, True])
-def test_attention_by_document_is_attention_under_a_mask(made: Any, checkpointed: bool) -> None:
+def test_attention_by_document_is_attention_under_a_mask(
+    make: Callable[[], PreTrainedModel], checkpointed: bool
+) -> None:
     positions = torch.stack([torch.cat([torch.arange(n) for n in row]) for row in ([7, 1, 8], [16], [10, 6])])
     ids = torch.randint(1, 50, positions.shape, generator=torch.Generator().manual_seed(1))
     places = torch.arange(ids.numel()).view(ids.shape)[:, :-1].flatten()
     losses, gradients = [], []
     for by_document in (False, True):
-        model = made().eval()
+        model = make().eval()
         attach_loss(model)
         isolate_documents(model, torch.device("cpu"), "fp32", by_document=by_document)
-        assert (model.config._attn_implementation == DOCUMENT_ATTENTION) is by_document
+        assert (attention_implementation(model.config) == DOCUMENT_ATTENTION) is by_document
         if checkpointed:
             model.train().gradient_checkpointing_enable({"use_reentrant": False})
             for module in model.modules():
@@ -208,25 +213,25 @@ def test_attention_by_document_is_attention_under_a_mask(made: Any, checkpointed
         assert torch.allclose(a, b, rtol=1e-4, atol=1e-5)
 
 
-def test_by_document_there_is_no_mask(monkeypatch: pytest.MonkeyPatch) -> None:
-    masks: list[Any] = []
-    plain: Any = torch.nn.functional.scaled_dot_product_attention
+def test_document_attention_uses_no_mask(monkeypatch: pytest.MonkeyPatch) -> None:
+    masks: list[torch.Tensor | None] = []
+    original: Callable[..., torch.Tensor] = torch.nn.functional.scaled_dot_product_attention
 
-    def watched(*args: Any, attn_mask: Any = None, **kwargs: Any) -> Any:
+    def recorded(*args: Any, attn_mask: torch.Tensor | None = None, **kwargs: Any) -> torch.Tensor:
         masks.append(attn_mask)
-        return plain(*args, attn_mask=attn_mask, **kwargs)
+        return original(*args, attn_mask=attn_mask, **kwargs)
 
     model = small()
     attach_loss(model)
     isolate_documents(model, torch.device("cpu"), "fp32", by_document=True)
-    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", watched)
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", recorded)
     ids = torch.arange(1, 17)[None]
     positions = torch.cat([torch.arange(10), torch.arange(6)])[None]
     model(input_ids=ids, labels=ids, loss_positions=torch.arange(5), position_ids=positions)
     assert masks == [None] * 4  # two documents in two layers
 
 
-def test_a_model_that_hides_more_than_the_future_keeps_its_mask() -> None:
+def test_a_model_with_a_sliding_window_keeps_its_mask() -> None:
     model = AutoModelForCausalLM.from_config(
         MistralConfig(
             vocab_size=50, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
@@ -234,19 +239,17 @@ def test_a_model_that_hides_more_than_the_future_keeps_its_mask() -> None:
         )
     )  # fmt: skip
     isolate_documents(model, torch.device("cpu"), "fp32", by_document=True)
-    assert model.config._attn_implementation == "sdpa"
+    assert attention_implementation(model.config) == "sdpa"
 
 
-def test_a_model_whose_layers_are_not_told_of_documents_keeps_its_mask(monkeypatch: pytest.MonkeyPatch) -> None:
-    forget = {"documents": None}
-    monkeypatch.setitem(
-        AttentionInterface._global_mapping,
-        DOCUMENT_ATTENTION,
-        lambda *args, **kwargs: document_attention(*args, **(kwargs | forget)),
-    )
+def test_a_model_whose_layers_are_not_given_the_documents_keeps_its_mask(monkeypatch: pytest.MonkeyPatch) -> None:
+    def without_documents(*args: Any, **kwargs: Any) -> tuple[torch.Tensor, None]:
+        return document_attention(*args, **(kwargs | {"documents": None}))
+
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, DOCUMENT_ATTENTION, without_documents)
     model = small()
     isolate_documents(model, torch.device("cpu"), "fp32", by_document=True)
-    assert model.config._attn_implementation == "sdpa"
+    assert attention_implementation(model.config) == "sdpa"
 
 
 def test_the_refusal_says_why_and_what_to_set(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -255,32 +258,37 @@ def test_the_refusal_says_why_and_what_to_set(monkeypatch: pytest.MonkeyPatch) -
         check_isolation(small(), torch.device("cpu"), "fp32")
 
 
-@pytest.mark.parametrize(("question", "check"), [("isolates_documents", check_isolation), ("sees_ahead", check_causal)])
-def test_attention_that_cannot_be_tried_is_refused(question: str, check: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("function", "check"), [("isolates_documents", check_isolation), ("sees_later_tokens", check_causal)]
+)
+def test_attention_that_does_not_run_is_refused(
+    function: str, check: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
     def fails(_: object) -> bool:
         raise RuntimeError("FlashAttention only supports Ampere GPUs or newer.\nmore")
 
-    monkeypatch.setattr(f"lowvram_chat.model.isolation.{question}", fails)
+    monkeypatch.setattr(f"lowvram_chat.model.isolation.{function}", fails)
     with pytest.raises(
-        ModelError, match=r"sdpa could not be tried \(FlashAttention only .* newer\)\. Set model.att.*=eager"
+        ModelError, match=r"sdpa does not run on this machine \(FlashAttention only .* newer\)\. Set model.att.*=eager"
     ):
         check(small(), torch.device("cpu"), "fp32")
 
 
-def bert(*, decoder: bool) -> Any:
+def bert(*, decoder: bool) -> PreTrainedModel:
     torch.manual_seed(0)
     config = BertConfig(
         vocab_size=50, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
         is_decoder=decoder,
     )  # fmt: skip
-    return AutoModelForCausalLM.from_config(config)
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+    return model
 
 
-@pytest.mark.parametrize("made", [small, llama, lambda: bert(decoder=True)])
-def test_a_causal_model_sees_nothing_ahead(made: Any) -> None:
-    check_causal(made(), torch.device("cpu"), "fp32")
+@pytest.mark.parametrize("make", [small, llama, lambda: bert(decoder=True)])
+def test_a_causal_model_sees_no_later_tokens(make: Callable[[], PreTrainedModel]) -> None:
+    check_causal(make(), torch.device("cpu"), "fp32")
 
 
 def test_a_model_that_sees_later_tokens_is_refused() -> None:
-    with pytest.raises(ModelError, match=r"tokens of this bert see those after them .* no causal language model"):
+    with pytest.raises(ModelError, match=r"tokens of this bert see later tokens .* not a causal language model"):
         check_causal(bert(decoder=False), torch.device("cpu"), "fp32")

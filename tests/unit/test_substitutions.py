@@ -1,22 +1,23 @@
-"""Lean substitutions are the same function, forward and backward, and each has its switch."""
+"""Each substitution is the same function, forward and backward, and the recipe can switch it off."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, masking_utils
 from transformers.activations import GELUTanh, NewGELUActivation
 
+from lowvram_chat.model import substitutions
 from lowvram_chat.model.pretrained import load_model
-from lowvram_chat.model.substitutions import dropout_settings, fuse_gelu
+from lowvram_chat.model.substitutions import dropout_settings, fuse_gelu, packing_declared
 from lowvram_chat.recipe.schema import Model
 
 
-def gelus(model: Any) -> tuple[int, int]:
-    """Return how many GELUs are written in Python, and how many are one kernel."""
+def gelus(model: torch.nn.Module) -> tuple[int, int]:
+    """Return the number of GELUs written in Python and the number of fused ones."""
     modules = list(model.modules())
     return sum(isinstance(m, NewGELUActivation) for m in modules), sum(isinstance(m, GELUTanh) for m in modules)
 
@@ -42,6 +43,8 @@ def test_a_model_with_fused_gelus_has_the_same_logits_and_gradients(tiny: Path) 
         model(input_ids=ids, labels=ids).loss.backward()
     assert torch.allclose(plain(input_ids=ids).logits, fused(input_ids=ids).logits, atol=1e-5)
     for a, b in zip(plain.parameters(), fused.parameters(), strict=True):
+        assert a.grad is not None
+        assert b.grad is not None
         assert torch.allclose(a.grad, b.grad, atol=1e-5)
 
 
@@ -56,15 +59,51 @@ def test_the_recipe_switches_the_fused_gelu(tiny: Path, switch: bool, expected: 
     assert gelus(load_model(Model(name=str(tiny), fused_gelu=switch))) == expected
 
 
-@pytest.mark.parametrize(("asked", "probability"), [(None, 0.1), (0.0, 0.0), (0.3, 0.3)])
-def test_the_recipe_sets_every_dropout(tmp_path: Path, asked: float | None, probability: float) -> None:
+@pytest.mark.parametrize(("setting", "probability"), [(None, 0.1), (0.0, 0.0), (0.3, 0.3)])
+def test_the_recipe_sets_every_dropout(tmp_path: Path, setting: float | None, probability: float) -> None:
     from tests.samples import save_tiny_gpt2
 
     save_tiny_gpt2(tmp_path, dropout=0.1)
-    model = load_model(Model(name=str(tmp_path), dropout=asked))
+    model = load_model(Model(name=str(tmp_path), dropout=setting))
     found = {module.p for module in model.modules() if isinstance(module, torch.nn.Dropout)}
     assert found == {probability}
 
 
 def test_only_dropouts_that_a_config_has_are_set() -> None:
     assert dropout_settings(LlamaConfig(), 0.0) == {"attention_dropout": 0.0}
+
+
+@pytest.fixture
+def fresh_search() -> Iterator[None]:
+    """Let the test look for transformers' private function anew, and forget what it found."""
+    substitutions._can_declare_packing.cache_clear()
+    yield
+    substitutions._can_declare_packing.cache_clear()
+
+
+POSITIONS = torch.tensor([[0, 1, 2, 0, 1, 0], [0, 1, 2, 3, 4, 5]])
+
+
+@pytest.mark.usefixtures("fresh_search")
+def test_declared_packing_numbers_the_documents_and_undeclared_packing_looks_at_nothing() -> None:
+    original = masking_utils.find_packed_sequence_indices
+    with packing_declared(packed=True):
+        documents = masking_utils.find_packed_sequence_indices(POSITIONS)
+    assert documents is not None
+    assert documents.tolist() == [[1, 1, 1, 2, 2, 3], [1, 1, 1, 1, 1, 1]]
+    with packing_declared(packed=False):
+        assert masking_utils.find_packed_sequence_indices(POSITIONS) is None
+    assert masking_utils.find_packed_sequence_indices is original
+
+
+@pytest.mark.usefixtures("fresh_search")
+def test_without_the_private_function_transformers_looks_itself_and_one_warning_says_so(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.delattr(masking_utils, "find_packed_sequence_indices")
+    for packed in (True, False):
+        with packing_declared(packed=packed):
+            assert not hasattr(masking_utils, "find_packed_sequence_indices")
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert "masking_utils.find_packed_sequence_indices is gone" in caplog.text
+    assert "constraints.txt" in caplog.text
