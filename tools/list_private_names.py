@@ -107,7 +107,9 @@ def main() -> None:
     """Write or check."""
     found, problems = rows()
     if problems:
-        sys.exit("private names of libraries without check_private_names or has_private_name:\n  " + "\n  ".join(problems))
+        sys.exit(
+            "private names of libraries without check_private_names or has_private_name:\n  " + "\n  ".join(problems)
+        )
     old = PAGE.read_text(encoding="utf-8")
     before, _, rest = old.partition(BEGIN)
     _, marker, after = rest.partition(END)
@@ -117,7 +119,9 @@ def main() -> None:
     if "--check" not in sys.argv:
         PAGE.write_text(new, encoding="utf-8")
     elif new != old:
-        sys.exit("docs/developing.md: its table of private names is not current. Run python tools/list_private_names.py.")
+        sys.exit(
+            "docs/developing.md: its table of private names is not current. Run python tools/list_private_names.py."
+        )
 
 
 if __name__ == "__main__":
