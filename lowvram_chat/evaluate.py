@@ -119,8 +119,9 @@ def _section(model: str, data: list[str], own: Data | None, settings: dict[str, 
 def _has_roles(section: Data) -> bool:
     """Return whether the conversations to score tell the assistant's words from the rest."""
     from lowvram_chat.data.dataset import held_out_source
-    from lowvram_chat.data.formats import FORMATS, detect_format
+    from lowvram_chat.data.formats import detect_format
     from lowvram_chat.data.sources import BadRow
+    from lowvram_chat.recipe.formats import FORMATS
 
     if section.format is not None:
         return FORMATS[section.format].has_roles

@@ -118,7 +118,7 @@ def test_a_damaged_entry_is_made_anew(
     path.write_bytes({"cut": content[:middle], "changed": changed, "emptied": b""}[damage])
     caplog.clear()
     assert read(file, tokenizer).rows["input_ids"][:] == wanted
-    assert "damaged; made anew" in caplog.text
+    assert "damaged and are made again" in caplog.text
 
 
 @pytest.mark.parametrize("ending", ["arrow", "json"])
@@ -165,7 +165,7 @@ def interrupt(monkeypatch: pytest.MonkeyPatch, conversation: int) -> None:
             raise KeyboardInterrupt
         return original(*args)
 
-    monkeypatch.setattr(reader_module, "cut", cut)
+    monkeypatch.setattr(reader_module, "cut_to_length", cut)
 
 
 @pytest.mark.parametrize("conversation", [0, 5, 37, 80])
@@ -183,7 +183,7 @@ def test_an_interrupted_reading_goes_on_where_it_was(
             read(many, tokenizer, max_bad_rows=9)
     assert ".arrow" not in kept(own_cache)
     again = read(many, tokenizer, max_bad_rows=9)
-    assert ("going on after" in caplog.text) == (conversation > 10)
+    assert ("continuing after" in caplog.text) == (conversation > 10)
     monkeypatch.setenv("LOWVRAM_CHAT_CACHE", str(own_cache / "other"))
     whole = read(many, tokenizer, max_bad_rows=9)
     assert again.facts == whole.facts
@@ -207,4 +207,4 @@ def test_a_damaged_unfinished_reading_begins_anew(
     content = partial.read_bytes()
     partial.write_bytes(content[:500] + bytes([content[500] ^ 255]) + content[501:])
     assert read(many, tokenizer, max_bad_rows=9).facts.conversations == 100
-    assert "going on after" not in caplog.text
+    assert "continuing after" not in caplog.text

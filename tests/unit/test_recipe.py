@@ -89,7 +89,7 @@ def test_a_section_that_is_not_a_mapping_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_recipe_that_is_not_a_mapping_is_refused(tmp_path: Path) -> None:
-    assert "this is a list" in problems(tmp_path, "- 1\n- 2\n")
+    assert "and this is a list" in problems(tmp_path, "- 1\n- 2\n")
 
 
 @pytest.mark.parametrize("text", ["3e-4", "3E-4", "3.0e-4", "+3e-4", "0.0003"])

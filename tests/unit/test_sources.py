@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from lowvram_chat.data.formats import FORMATS, detect_format
+from lowvram_chat.data.formats import READERS, detect_format
 from lowvram_chat.data.sources import BadRow, Source, open_source
 from lowvram_chat.errors import DataError, NotFoundError
 
@@ -84,7 +84,7 @@ def test_a_csv_row_with_too_many_cells_is_refused_or_read_by_a_format(tmp_path: 
     path = tmp_path / "rows.csv"
     path.write_text("text\na,b\n", encoding="utf-8")
     [(_, row)] = list(opened(path).rows())
-    assert isinstance(row, BadRow) or FORMATS["text"].read(row).text == "a"
+    assert isinstance(row, BadRow) or READERS["text"](row).text == "a"
 
 
 def test_a_glob_reads_all_its_files_in_order(tmp_path: Path) -> None:
@@ -124,7 +124,7 @@ def test_an_unknown_builtin_names_the_nearest() -> None:
 def test_the_builtin_conversations_are_usable_rows(name: str) -> None:
     number = 0
     for _, row in opened(name).rows():
-        FORMATS["messages"].read(row)  # type: ignore[arg-type]
+        READERS["messages"](row)  # type: ignore[arg-type]
         number += 1
     assert number >= 100
 
