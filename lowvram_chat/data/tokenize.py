@@ -151,9 +151,13 @@ def _check(facts: Facts, name: str, data: Data) -> None:
     if facts.bad_rows:
         log.warning("%s: skipped %s that cannot be used:%s", name, _count(facts.bad_rows, "row"), listed)
     if facts.without_loss:
-        log.info("%s: left out %s with no loss within data.max_length", name, _count(facts.without_loss, "conversation"))
+        log.info(
+            "%s: left out %s with no loss within data.max_length", name, _count(facts.without_loss, "conversation")
+        )
     if facts.special_tokens_removed:
-        log.info("%s: removed special tokens from the text of %s", name, _count(facts.special_tokens_removed, "conversation"))
+        log.info(
+            "%s: removed special tokens from the text of %s", name, _count(facts.special_tokens_removed, "conversation")
+        )
 
 
 def _summary(facts: Facts) -> str:

@@ -34,9 +34,7 @@ def _one_of(known: Iterable[str], descriptions: Iterable[str] = ()) -> tuple[Aft
             raise ValueError(f"unknown choice; known: {', '.join(names)}.{did_you_mean(value, names)}".rstrip("."))
         return value
 
-    choices: FieldInfo = Field(
-        json_schema_extra={"enum": [*names]} | ({"enumDescriptions": [*texts]} if texts else {})
-    )
+    choices: FieldInfo = Field(json_schema_extra={"enum": [*names]} | ({"enumDescriptions": [*texts]} if texts else {}))
     return AfterValidator(check), choices
 
 
@@ -167,9 +165,9 @@ class Train(Section):
     gradient_accumulation_steps: Positive = 1
     """Micro-batches in an optimizer step."""
     micro_batch: Literal["given", "planned"] = "given"
-    """`given`: use `per_device_train_batch_size` and `gradient_accumulation_steps` as they are. `planned`: keep their product, the
-    effective batch size, but divide it into the largest micro-batches that fit the device, with gradient checkpointing only
-    where not even one row fits without it."""
+    """`given`: use `per_device_train_batch_size` and `gradient_accumulation_steps` as they are. `planned`: keep their product,
+    the effective batch size, but divide it into the largest micro-batches that fit the device, with gradient checkpointing
+    only where not even one row fits without it."""
     per_device_eval_batch_size: Positive = 8
     """Rows in an evaluation batch."""
     learning_rate: Annotated[float, Field(gt=0)] = 5e-5

@@ -66,7 +66,9 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     if tree is None:
         tree = {}
     if not isinstance(tree, dict):
-        raise RecipeError(f"{path}: a recipe must be a mapping of sections, and this is a {type(tree).__name__}. See recipes/.")
+        raise RecipeError(
+            f"{path}: a recipe must be a mapping of sections, and this is a {type(tree).__name__}. See recipes/."
+        )
     for override in overrides:
         _apply_override(tree, override)
     try:

@@ -1,8 +1,9 @@
-"""Every format reads right, and a row that cannot be used says why."""
+"""Every format reads its examples, and the error for an unusable row says why."""
 
 from __future__ import annotations
 
 import re
+
 import pytest
 
 from lowvram_chat.data.formats import READERS, Conversation, check_readers, detect_format
@@ -43,7 +44,7 @@ EXAMPLES: dict[str, list[tuple[dict[str, object], Conversation]]] = {
     ],
 }
 
-USELESS: list[tuple[str, dict[str, object], str]] = [
+UNUSABLE: list[tuple[str, dict[str, object], str]] = [
     ("messages", {"messages": []}, "the conversation is empty"),
     ("messages", {"messages": None}, "there are no messages"),
     ("messages", {"messages": [USER]}, "no assistant turn"),
@@ -72,7 +73,9 @@ def test_every_format_has_a_reader_an_example_and_a_choice_in_the_recipe() -> No
         assert Data.model_validate({"format": name}).format == name
 
 
-@pytest.mark.parametrize("readers", [[*FORMATS, "yaml"], list(FORMATS)[1:]], ids=["a reader too many", "a reader too few"])
+@pytest.mark.parametrize(
+    "readers", [[*FORMATS, "yaml"], list(FORMATS)[1:]], ids=["a reader too many", "a reader too few"]
+)
 def test_tables_of_formats_and_readers_that_differ_are_refused_at_import(readers: list[str]) -> None:
     [different] = set(readers) ^ set(FORMATS)
     with pytest.raises(RuntimeError, match=f"data formats: {different} must be both in"):
@@ -91,8 +94,8 @@ def test_a_format_is_detected_from_its_columns(name: str) -> None:
         assert detect_format(row, "f.jsonl:1") == name
 
 
-@pytest.mark.parametrize(("name", "row", "reason"), USELESS)
-def test_a_row_that_cannot_be_used_says_why(name: str, row: dict[str, object], reason: str) -> None:
+@pytest.mark.parametrize(("name", "row", "reason"), UNUSABLE)
+def test_an_unusable_row_is_refused_with_the_reason(name: str, row: dict[str, object], reason: str) -> None:
     with pytest.raises(ValueError, match=re.escape(reason)):
         READERS[name](row)
 
