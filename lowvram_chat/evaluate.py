@@ -126,7 +126,7 @@ def _has_roles(section: Data) -> bool:
     if section.format is not None:
         return FORMATS[section.format].has_roles
     first = next(((where, row) for where, row in held_out_source(section).rows() if not isinstance(row, BadRow)), None)
-    return first is None or FORMATS[detect_format(first[1], first[0])].has_roles  # type: ignore[arg-type]
+    return first is None or FORMATS[detect_format(first[1], first[0])].has_roles
 
 
 def held_out_rows(section: Data, tokenizer: Any, seed: int) -> Any:

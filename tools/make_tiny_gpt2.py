@@ -104,8 +104,18 @@ def held_out_loss(model: GPT2LMHeadModel, tokens: torch.Tensor, length: int = 51
     return sum(losses) / len(losses)
 
 
-def main() -> None:
-    """Train the tokenizer and the model, and write both with a record of how they were made."""
+def make_optimizers(model: GPT2LMHeadModel, peak: float) -> list[torch.optim.Optimizer]:
+    """Return Muon for the matrices of the blocks and AdamW for the rest, which reach the same loss with fewer tokens."""
+    matrices = [p for name, p in model.named_parameters() if p.dim() == 2 and ".h." in name]
+    others = [p for name, p in model.named_parameters() if p.dim() < 2 or ".h." not in name]
+    return [
+        torch.optim.Muon(matrices, lr=peak, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(others, lr=peak, betas=(0.9, 0.95), weight_decay=0.0, fused=True),
+    ]
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Return the arguments of the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--corpus", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
@@ -122,8 +132,12 @@ def main() -> None:
     )
     parser.add_argument("--lr", type=float, default=4e-3)
     parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
+    return parser.parse_args()
 
+
+def main() -> None:
+    """Train the tokenizer and the model, and write both with a record of how they were made."""
+    args = parse_arguments()
     torch.manual_seed(args.seed)
     generator = torch.Generator().manual_seed(args.seed)
     books = [read_book(path) for path in sorted(args.corpus.glob("*.txt"))]
@@ -137,13 +151,7 @@ def main() -> None:
     print(f"{len(books)} books, {len(tokens):,} training tokens, {len(held):,} held out", flush=True)
 
     model = new_model()
-    # Muon for the matrices of the blocks and AdamW for embeddings, biases and norms reach the same loss with fewer tokens.
-    matrices = [p for name, p in model.named_parameters() if p.dim() == 2 and ".h." in name]
-    others = [p for name, p in model.named_parameters() if p.dim() < 2 or ".h." not in name]
-    optimizers = [
-        torch.optim.Muon(matrices, lr=args.lr, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),
-        torch.optim.AdamW(others, lr=args.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True),
-    ]
+    optimizers = make_optimizers(model, args.lr)
 
     def micro_batch_loss(rows: torch.Tensor) -> torch.Tensor:
         with torch.autocast("cpu", torch.bfloat16):

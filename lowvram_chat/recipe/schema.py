@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic.config import JsonDict
 from pydantic.fields import FieldInfo
 
 from lowvram_chat.errors import did_you_mean
@@ -34,7 +35,10 @@ def _one_of(known: Iterable[str], descriptions: Iterable[str] = ()) -> tuple[Aft
             raise ValueError(f"unknown choice; known: {', '.join(names)}.{did_you_mean(value, names)}".rstrip("."))
         return value
 
-    choices: FieldInfo = Field(json_schema_extra={"enum": [*names]} | ({"enumDescriptions": [*texts]} if texts else {}))
+    extra: JsonDict = {"enum": [*names]}
+    if texts:
+        extra["enumDescriptions"] = [*texts]
+    choices: FieldInfo = Field(json_schema_extra=extra)
     return AfterValidator(check), choices
 
 
