@@ -5,49 +5,15 @@ The docstring under each field is its help and its description in the JSON schem
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
-from pydantic.config import JsonDict
-from pydantic.fields import FieldInfo
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from lowvram_chat.errors import did_you_mean
-from lowvram_chat.gpus import GPUS
-from lowvram_chat.recipe.adapters import ADAPTERS, REFUSED_ADAPTERS, REFUSED_TARGETS
-from lowvram_chat.recipe.formats import FORMATS
-from lowvram_chat.recipe.optimizers import OPTIMIZERS
+from lowvram_chat.recipe.adapters import REFUSED_TARGETS
+from lowvram_chat.recipe.choices import AdapterKind, FormatName, GpuName, OptimizerName, Positive, Share
+from lowvram_chat.recipe.conflicts import find_conflicts
 
 POSITIONS_OF_GPT2 = 1024
-
-
-def _one_of(known: Iterable[str], descriptions: Iterable[str] = ()) -> tuple[AfterValidator, FieldInfo]:
-    """Return the metadata that restricts a `str` field to the names of a table: a check and a JSON-schema `enum`.
-
-    Editors show `descriptions`, one for each name, beside the names.
-    """
-    names, texts = list(known), list(descriptions)
-
-    def check(value: str) -> str:
-        if value in REFUSED_ADAPTERS and value not in names:
-            raise ValueError(f"'{value}' {REFUSED_ADAPTERS[value]}; known: {', '.join(names)}")
-        if value not in names:
-            raise ValueError(f"unknown choice; known: {', '.join(names)}.{did_you_mean(value, names)}".rstrip("."))
-        return value
-
-    extra: JsonDict = {"enum": [*names]}
-    if texts:
-        extra["enumDescriptions"] = [*texts]
-    choices: FieldInfo = Field(json_schema_extra=extra)
-    return AfterValidator(check), choices
-
-
-OptimizerName = Annotated[str, *_one_of(OPTIMIZERS)]
-AdapterKind = Annotated[str, *_one_of(ADAPTERS)]
-GpuName = Annotated[str, *_one_of(GPUS, (gpu.title for gpu in GPUS.values()))]
-FormatName = Annotated[str, *_one_of(FORMATS, (kind.description for kind in FORMATS.values()))]
-Positive = Annotated[int, Field(gt=0)]
-Share = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Section(BaseModel):
@@ -268,50 +234,7 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _check_across_sections(self) -> Recipe:
-        problems = [*_weight_conflicts(self), *_data_conflicts(self), *_train_conflicts(self)]
+        problems = list(find_conflicts(self))
         if problems:
             raise ValueError("\n".join(problems))
         return self
-
-
-def _weight_conflicts(recipe: Recipe) -> Iterator[str]:
-    """Yield a message for each setting of the weights that the adapter section, or its absence, rules out."""
-    model, adapter = recipe.model, recipe.adapter
-    if model.load_in == "4bit" and adapter is None:
-        yield (
-            "model.load_in: 4-bit weights cannot be trained themselves. Add an adapter section, or set model.load_in=null."
-        )
-    if model.load_in == "4bit" and adapter is not None and adapter.kind == "pissa":
-        yield (
-            "adapter.kind: pissa is initialised from the base weights, which 4-bit storage does not keep exactly. "
-            "Set adapter.kind=lora."
-        )
-    if adapter is None and model.dtype != "float32":
-        yield (
-            f"model.dtype: {model.dtype} weights cannot be trained under autocast. Set model.dtype=float32, or add an adapter."
-        )
-
-
-def _data_conflicts(recipe: Recipe) -> Iterator[str]:
-    """Yield a message for each group of data settings that exclude each other."""
-    data = recipe.data
-    if sum(value is not None for value in (data.eval_source, data.eval_split, data.eval_fraction)) > 1:
-        yield "data: eval_source, eval_split and eval_fraction exclude each other. Keep one."
-    if data.rows == "packed" and data.attention_mask:
-        yield (
-            "data.attention_mask: packed conversations are told apart by their positions, which a mask would override. "
-            "Leave it out."
-        )
-
-
-def _train_conflicts(recipe: Recipe) -> Iterator[str]:
-    """Yield a message for each training or optimizer setting that has no effect."""
-    train, optimizer = recipe.train, recipe.optimizer
-    if train.fp16_accumulation and train.precision != "fp16":
-        yield (
-            f"train.fp16_accumulation: it has no effect on {train.precision} products. Leave it out, or set "
-            "train.precision=fp16."
-        )
-    for name in ("beta1", "beta2", "eps", "momentum"):
-        if name in optimizer.model_fields_set and name not in OPTIMIZERS[optimizer.name].reads:
-            yield f"optimizer.{name}: {optimizer.name} does not use it. Leave it out."
