@@ -1,7 +1,7 @@
-"""`lowvram-chat <command>`, and what all commands share: parsing, exit codes, messages, quiet libraries.
+"""The `lowvram-chat <command>` entry point, and the parsing, exit codes and error messages that all commands share.
 
-Exit codes: 0 ok; 1 the answer is no (a merge that is not the same function, a recipe that does not fit); 2 the user's
-mistake; 130 stopped with Ctrl-C.
+Exit codes: 0 success; 1 a negative result (a merged model that differs, a recipe that does not fit); 2 a mistake of the user;
+130 stopped with Ctrl-C.
 """
 
 from __future__ import annotations
@@ -12,41 +12,42 @@ import json
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import NoReturn
 
 from lowvram_chat import __version__
 from lowvram_chat.errors import DoesNotFit, LowVramError, ProofError, did_you_mean
 from lowvram_chat.quiet import quiet_libraries
 
 COMMANDS: Mapping[str, str] = {
-    "plan": "will it fit? the memory of a recipe, without GPU, weights or data",
-    "sft": "fine-tune a model by a recipe",
-    "merge": "fold a run's adapter into its base model, with a proof",
-    "chat": "talk to a run or model",
-    "evaluate": "held-out loss and perplexity",
-    "bench": "measure a recipe on this machine, report and compare results",
-    "doctor": "what this machine has, and what to do about each lack",
+    "plan": "predict whether a recipe fits, without GPU, weights or data",
+    "sft": "fine-tune a model as a recipe says",
+    "merge": "merge a run's adapter into its base model and check the result",
+    "chat": "chat with a run or a model",
+    "evaluate": "measure held-out loss and perplexity",
+    "bench": "measure a recipe on this machine; report and compare results",
+    "doctor": "check this machine and advise on what is missing",
 }
 
-INSTALL_ADVICE = "Run pip install -c constraints.txt -e . where lowvram_chat lies"
+INSTALL_ADVICE = "Run pip install -c constraints.txt -e . in the folder of lowvram_chat"
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser whose mistakes are one line, with exit code 2."""
+    """An argument parser that reports a mistake in one line and exits with 2."""
 
-    def error(self, message: str) -> Any:
-        self.exit(2, f"{self.prog}: {message}. Add --help for the usage.\n")
+    def error(self, message: str) -> NoReturn:
+        """Print the mistake and exit with 2."""
+        self.exit(2, f"{self.prog}: {message}. Use --help to see the usage.\n")
 
 
 def parser(command: str, doc: str | None) -> Parser:
-    """Return the parser of one command; `doc` is its module's docstring."""
+    """Return the argument parser of a command; `doc` is the docstring of its module."""
     return Parser(
         prog=f"python -m lowvram_chat.{command}", description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
     )
 
 
 def guarded(work: Callable[[], int]) -> int:
-    """Run a command's work and return its exit code; the user's mistakes are told in a sentence, without a traceback."""
+    """Run a command's work and return its exit code; errors that a user can cause are printed without a traceback."""
     quiet_libraries()
     try:
         return work()
@@ -61,7 +62,7 @@ def guarded(work: Callable[[], int]) -> int:
             raise
         print(
             f"{error.name}: this Python has no such package. {INSTALL_ADVICE} "
-            "(python -m lowvram_chat.doctor names every lack).",
+            "(python -m lowvram_chat.doctor lists everything that is missing).",
             file=sys.stderr,
         )
         return 2
@@ -73,19 +74,19 @@ def guarded(work: Callable[[], int]) -> int:
         return 130
 
 
-def print_json(document: Mapping[str, Any]) -> None:
-    """Print one JSON document as the last line of stdout."""
+def print_json(document: Mapping[str, object]) -> None:
+    """Print a JSON document as the last line of stdout."""
     print(json.dumps(document, ensure_ascii=False))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run `lowvram-chat <command> ...`."""
+    """Run `lowvram-chat <command> ...` and return its exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
     if not words or words[0] in ("-h", "--help"):
         print("usage: lowvram-chat <command> ...\n")
         print("Fine-tune GPT-2-class chat models on a 4 GB graphics card. Commands:\n")
         print("\n".join(f"  {name:<10}{text}" for name, text in COMMANDS.items()))
-        print("\nlowvram-chat <command> --help tells more; python -m lowvram_chat.<command> is the same.")
+        print("\nFor details: lowvram-chat <command> --help. python -m lowvram_chat.<command> is the same command.")
         return 0
     if words[0] == "--version":
         print(f"lowvram_chat {__version__}")

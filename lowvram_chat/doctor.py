@@ -1,10 +1,11 @@
-"""What this machine has for fine-tuning, and one line on what to do about each lack.
+"""Check what this machine offers for fine-tuning, and advise on what is missing.
 
 python -m lowvram_chat.doctor
 """
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import os
 import platform
@@ -21,23 +22,24 @@ from lowvram_chat.hub import endpoint, offline, reachable
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing looked at."""
+    """The result of one check."""
 
     name: str
     found: str
     good: bool
+    """Whether nothing is missing."""
     advice: str = ""
-    """What to do about it; empty where nothing need be done."""
+    """What to do; empty where nothing needs to be done."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Parse the words of the command line and look."""
+    """Parse the command line, run all checks and print what they find."""
     arguments = parser("doctor", __doc__)
     arguments.add_argument("--json", action="store_true", help="print the findings as JSON, as the last line")
     args = arguments.parse_args(argv)
 
     def work() -> int:
-        findings = [_checked(check) for check in CHECKS]
+        findings = [_run_check(check) for check in CHECKS]
         for finding in findings:
             print(f"{'ok ' if finding.good else '-- '} {finding.name:<14}{finding.found}")
             if finding.advice:
@@ -49,14 +51,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     return guarded(work)
 
 
-def _checked(check: Callable[[], Finding]) -> Finding:
-    """Return what a check found; a library that is missing or broken is a finding too."""
+def _run_check(check: Callable[[], Finding]) -> Finding:
+    """Return what a check finds; a library that is missing or broken is a finding too."""
     try:
         return check()
-    except (ImportError, OSError) as error:  # OSError: a library of the system that torch needs, on Windows
+    except (ImportError, OSError) as error:  # OSError: on Windows, torch lacks a library of the system
         name = check.__name__.replace("_", " ")
         reason = str(error).splitlines()[0].rstrip(".")
-        return Finding(name, f"cannot be looked at: {reason}", False, f"{INSTALL_ADVICE} to mend it.")
+        return Finding(name, f"cannot be checked: {reason}", False, f"{INSTALL_ADVICE} to repair it.")
 
 
 def python() -> Finding:
@@ -67,7 +69,7 @@ def python() -> Finding:
 
 
 def libraries() -> Finding:
-    """Return the versions of the libraries the package stands on."""
+    """Return the versions of the libraries that the package requires."""
     names = ("torch", "transformers", "trl", "peft", "datasets", "accelerate")
     missing = [name for name in names if importlib.util.find_spec(name) is None]
     found = ", ".join(f"{name} {metadata.version(name)}" for name in names if name not in missing)
@@ -76,7 +78,7 @@ def libraries() -> Finding:
 
 
 def torch_build() -> Finding:
-    """Return which torch this is: a CPU build cannot use a graphics card."""
+    """Return the version of torch and its kind of build; a CPU build cannot use a graphics card."""
     import torch
 
     cuda = torch.version.cuda
@@ -104,6 +106,7 @@ def gpu() -> Finding:
 
 
 def _driver() -> str:
+    """Return the version of the NVIDIA driver, as nvidia-smi prints it."""
     import subprocess
 
     query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
@@ -115,31 +118,33 @@ def _driver() -> str:
 
 
 def eight_bit() -> Finding:
-    """Return whether bitsandbytes takes a real 8-bit optimizer step here."""
+    """Return whether an 8-bit optimizer step of bitsandbytes changes the weights on this device."""
     if importlib.util.find_spec("bitsandbytes") is None:
         return Finding(
             "bitsandbytes", "not installed", False, "Run pip install bitsandbytes, or use optimizer.name=adamw."
         )
     try:
-        import bitsandbytes
         import torch
 
+        bitsandbytes = importlib.import_module("bitsandbytes")  # without types
         device = "cuda" if torch.cuda.is_available() else "cpu"
         weight = torch.nn.Parameter(torch.ones(64, 128, device=device))
         weight.grad = torch.ones_like(weight)
         bitsandbytes.optim.AdamW8bit([weight], lr=0.1).step()
         works = bool((weight < 1).all())
-    except Exception as error:  # whatever a broken native library raises is the finding
+    except Exception as error:  # a broken native library can raise anything
         return Finding("bitsandbytes", f"fails: {error}", False, "Reinstall bitsandbytes, or use optimizer.name=adamw.")
     version = metadata.version("bitsandbytes")
-    advice = "" if works else "Its step does nothing: reinstall it, or use optimizer.name=adamw."
+    advice = (
+        "" if works else "Its step does not change the weights: reinstall bitsandbytes, or use optimizer.name=adamw."
+    )
     return Finding(
         "bitsandbytes", f"{version}, an 8-bit AdamW step on the {device} {'works' if works else 'fails'}", works, advice
     )
 
 
 def triton() -> Finding:
-    """Return whether Triton is there (only torch.compile on a card needs it)."""
+    """Return whether Triton is installed; only torch.compile on a graphics card needs it."""
     if importlib.util.find_spec("triton") is not None:
         return Finding("Triton", metadata.version("triton"), True)
     name = "triton-windows" if platform.system() == "Windows" else "triton"
@@ -149,34 +154,36 @@ def triton() -> Finding:
 
 
 def hub() -> Finding:
-    """Return whether models and datasets can be fetched, and what is cached."""
+    """Return whether models and datasets can be downloaded, and how many are cached."""
     from huggingface_hub.constants import HF_HUB_CACHE
 
     cache = Path(HF_HUB_CACHE)
     cached = len(list(cache.glob("models--*"))) + len(list(cache.glob("datasets--*"))) if cache.is_dir() else 0
-    kept = f"{cached} models and datasets in the cache"
+    cache_note = f"{cached} models and datasets in the cache"
     if offline():
-        return Finding("Hub", f"switched off by HF_HUB_OFFLINE; {kept}", False, "Unset HF_HUB_OFFLINE to fetch models.")
+        return Finding(
+            "Hub", f"switched off by HF_HUB_OFFLINE; {cache_note}", False, "Unset HF_HUB_OFFLINE to download models."
+        )
     if reachable():
-        return Finding("Hub", f"{endpoint()} answers; {kept}", True)
-    advice = "Check the network or set HTTPS_PROXY. Without it: builtin: models and data, local folders, and the cache."
-    return Finding("Hub", f"{endpoint()} does not answer; {kept}", False, advice)
+        return Finding("Hub", f"{endpoint()} answers; {cache_note}", True)
+    advice = (
+        "Check the network or set HTTPS_PROXY. Built-in models and data, local files and the cache work without it."
+    )
+    return Finding("Hub", f"{endpoint()} does not answer; {cache_note}", False, advice)
 
 
 def disk() -> Finding:
-    """Return the free space where runs and caches go."""
+    """Return the free space for runs and caches."""
     free = {str(path): shutil.disk_usage(path).free for path in (Path.cwd(), Path.home()) if path.exists()}
     least = min(free.values())
-    advice = (
-        ""
-        if least > 10 * 2**30
-        else "A run on ultrachat_200k needs about 10 GiB: free some, or set HF_HOME and output.dir."
-    )
+    advice = ""
+    if least <= 10 * 2**30:
+        advice = "A run on ultrachat_200k needs about 10 GiB: free some space, or set HF_HOME and output.dir."
     return Finding("Disk", f"{least / 2**30:,.1f} GiB free", not advice, advice)
 
 
 def processor() -> Finding:
-    """Return cores and memory."""
+    """Return the number of cores and the free memory."""
     import psutil
 
     memory = psutil.virtual_memory()

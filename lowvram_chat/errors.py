@@ -1,17 +1,17 @@
-"""Every error that a user can cause, in one tree; the command line prints these without a traceback.
+"""All errors that a user can cause, in one tree; the command line prints them without a traceback.
 
     LowVramError
-    +-- UsageError (ValueError)             a word on the command line is wrong
-    +-- RecipeError (ValueError)            the recipe is wrong: every problem at once
-    +-- DataError (ValueError)              rows that cannot be used
-    +-- NotFoundError (FileNotFoundError)   a file, model, dataset or run that is not there
-    +-- ModelError (RuntimeError)           a model or adapter that cannot do what is asked
-    +-- DeviceError (RuntimeError)          this machine cannot do what is asked
+    +-- UsageError (ValueError)             an argument on the command line is wrong
+    +-- RecipeError (ValueError)            a recipe has one or more problems
+    +-- DataError (ValueError)              data cannot be used
+    +-- NotFoundError (FileNotFoundError)   a file, model, dataset or run does not exist
+    +-- ModelError (RuntimeError)           a model or adapter does not support the request
+    +-- DeviceError (RuntimeError)          this machine does not support the request
     +-- OutOfMemory (MemoryError)           the device ran out of memory
-    +-- DoesNotFit (MemoryError)            a run that is planned not to fit its card
-    +-- ProofError (ArithmeticError)        a merge that is not the same function
+    +-- DoesNotFit (MemoryError)            a run is predicted not to fit its graphics card
+    +-- ProofError (ArithmeticError)        a merged model differs from base + adapter
 
-A message reads `<where>: <what is wrong>. <what to do>.`
+A message has the form `<where>: <what is wrong>. <what to do>.`
 """
 
 from __future__ import annotations
@@ -21,46 +21,46 @@ from collections.abc import Iterable
 
 
 class LowVramError(Exception):
-    """Base of all errors that the user can act on; the command line exits with 2 (1 for `ProofError` and `DoesNotFit`)."""
+    """Base of all errors that a user can act on. The command line exits with 2, or with 1 for `ProofError` and `DoesNotFit`."""
 
 
 class UsageError(LowVramError, ValueError):
-    """A command-line word that is not understood."""
+    """An argument on the command line is wrong."""
 
 
 class RecipeError(LowVramError, ValueError):
-    """A recipe with one or more problems; the message lists them all."""
+    """A recipe has one or more problems; the message lists all of them."""
 
 
 class DataError(LowVramError, ValueError):
-    """Data that cannot be trained on."""
+    """Data cannot be used for training or evaluation."""
 
 
 class NotFoundError(LowVramError, FileNotFoundError):
-    """A file, model, dataset or run that does not exist or cannot be reached."""
+    """A file, model, dataset or run does not exist or cannot be reached."""
 
 
 class ModelError(LowVramError, RuntimeError):
-    """A model or adapter that cannot do what is asked."""
+    """A model or adapter does not support the request."""
 
 
 class DeviceError(LowVramError, RuntimeError):
-    """A request that this machine's hardware or libraries cannot serve."""
+    """The hardware or the libraries of this machine do not support the request."""
 
 
 class OutOfMemory(LowVramError, MemoryError):
-    """The device ran out of memory; the message says what would fit."""
+    """The device ran out of memory; the message says which settings would fit."""
 
 
 class DoesNotFit(LowVramError, MemoryError):
-    """A run that is planned not to fit its card; the message says what would."""
+    """A run is predicted not to fit its graphics card; the message says which settings would fit."""
 
 
 class ProofError(LowVramError, ArithmeticError):
-    """A merged model whose logits differ from base + adapter."""
+    """The logits of a merged model differ from those of base + adapter."""
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """Return ` Did you mean 'x'?` for the nearest known word, or an empty string."""
-    near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
-    return f" Did you mean '{near[0]}'?" if near else ""
+    """Return ` Did you mean 'x'?` with the most similar known word, or an empty string if none is similar."""
+    similar = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
+    return f" Did you mean '{similar[0]}'?" if similar else ""

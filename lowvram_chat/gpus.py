@@ -1,9 +1,10 @@
-"""The graphics cards a recipe can name.
+"""The graphics cards that a recipe can name.
 
-Source: the project's collected facts (compute capability, memory, FP16 tensor rate with fp32 accumulation by power
-limit, FP32 rate, bandwidth; usable memory of 4 GB cards). Estimates of ours, measured by nobody: what is usable of cards
-other than 4 GB ones, the power limits of the cards that have a single one (but 45 W), and the T600's FP16 rate (twice its
-FP32 rate).
+Source: the project's collected facts, for the compute capability, the memory, the FP16 tensor rate with fp32 accumulation by
+power limit, the FP32 rate, the bandwidth, and the usable memory of 4 GB cards.
+
+Our own estimates, which nobody has measured, are the usable memory of the other cards, the power limits of cards with a
+single one (except 45 W), and the FP16 rate of the T600 (twice its FP32 rate).
 """
 
 from __future__ import annotations
@@ -12,40 +13,42 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 CONTEXT_MIB = 300
-"""What a CUDA context takes outside the allocator, MiB: 300 MB on current stacks, 150 to 350 seen; not published for
-the RTX 3050."""
+"""Memory of a CUDA context, outside the allocator, in MiB: 300 MB with current drivers and libraries, 150 to 350 observed. No
+figure is published for the RTX 3050."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Gpu:
-    """One card: what the planner and the time model need to know of it."""
+    """The properties of one graphics card that the planner and the time model use."""
 
     title: str
+    """Name as it is printed."""
     compute_capability: tuple[int, int]
+    """(major, minor)."""
     total_mib: int
-    """Memory on the board, MiB."""
+    """Memory of the card, MiB."""
     usable_linux_mib: int
-    """What a process can take on Linux, CUDA context included, MiB."""
+    """Memory that a process can use on Linux, including its CUDA context, MiB."""
     usable_windows_mib: int
-    """The same on Windows, where the desktop and WDDM keep a share, MiB."""
+    """The same on Windows, where the desktop and WDDM use a part, MiB."""
     fp16_tflops: Mapping[int, float]
-    """Power limit (W) -> tensor-core FP16 rate with fp32 accumulation (TFLOPS); shaders where there are no tensor cores."""
+    """Power limit (W) -> FP16 rate with fp32 accumulation (TFLOPS), of the tensor cores or, without them, of the shaders."""
     fp32_tflops: Mapping[int, float]
     """Power limit (W) -> FP32 rate (TFLOPS)."""
     gb_per_second: float
-    """Memory bandwidth, 10^9 bytes a second."""
+    """Memory bandwidth, 10^9 bytes per second."""
     tensor_cores: bool = True
-    """Whether it has tensor cores; else `fp16_tflops` is what its shaders do."""
+    """Whether the card has tensor cores; otherwise `fp16_tflops` is the rate of its shaders."""
     fp16_accumulation_gain: float = 1.0
-    """How many times faster fp16 products are that accumulate in fp16: 2 on GeForce RTX, which halves fp32 accumulation."""
+    """Speed of fp16 products with fp16 accumulation relative to fp32 accumulation: 2 on GeForce RTX, which halves the latter."""
 
 
 def _four_gb(
     title: str, capability: tuple[int, int], fp16: Mapping[int, float], fp32: Mapping[int, float], bandwidth: float
 ) -> Gpu:
-    """Return a 4 GB card: 3.8 GiB usable on Linux, 3.5 GiB on Windows (the middle of 3.3 to 3.75 seen).
+    """Return a 4 GB card, with 3.8 GiB usable on Linux and 3.5 GiB on Windows (the middle of the observed 3.3 to 3.75).
 
-    The small Turing chips (TU117) lack the tensor cores of their generation.
+    The small Turing chips (TU117) have no tensor cores, unlike the rest of their generation.
     """
     return Gpu(
         title=title,
@@ -115,3 +118,4 @@ GPUS: Mapping[str, Gpu] = {
         gb_per_second=1555,
     ),
 }
+"""Name in a recipe -> card."""

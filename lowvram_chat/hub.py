@@ -1,4 +1,4 @@
-"""The way to the Hugging Face hub: found out once, quickly, and explained when it is closed."""
+"""Checks once whether the Hugging Face hub can be reached, and explains failed look-ups."""
 
 from __future__ import annotations
 
@@ -11,12 +11,14 @@ from urllib.parse import urlparse
 log = logging.getLogger(__name__)
 
 TIMEOUT_SECONDS = 3.0
-_given_up = False
-"""Whether it is we who closed the way to the hub, since it did not answer."""
+"""How long the hub may take to accept a connection."""
+
+_found_unreachable = False
+"""Whether `work_offline_if_unreachable` turned offline mode on, and not the user."""
 
 
 def offline() -> bool:
-    """Return whether the user (or `work_offline_if_unreachable`) has closed the way to the hub."""
+    """Return whether the user or `work_offline_if_unreachable` has turned offline mode on."""
     return os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "TRUE", "YES", "ON"}
 
 
@@ -26,7 +28,7 @@ def endpoint() -> str:
 
 
 def reachable() -> bool:
-    """Return whether the hub answers a connection within three seconds (a proxy is taken to reach it)."""
+    """Return whether the hub accepts a connection within three seconds; with a proxy, assume that it does."""
     if os.environ.get("HTTPS_PROXY") or os.environ.get("https_proxy"):
         return True
     address = urlparse(endpoint())
@@ -38,20 +40,20 @@ def reachable() -> bool:
 
 
 def work_offline_if_unreachable() -> None:
-    """Turn offline mode on where the hub cannot be reached: the cache serves at once, not after a minute of retries.
+    """Turn offline mode on if the hub cannot be reached, so that the cache is used without a minute of retries.
 
-    The libraries read the variable when they are imported, so this comes first.
+    Call this before huggingface_hub is imported: the libraries read `HF_HUB_OFFLINE` at import.
     """
     if offline() or "huggingface_hub" in sys.modules or reachable():
         return
-    global _given_up
-    _given_up = True
+    global _found_unreachable
+    _found_unreachable = True
     os.environ["HF_HUB_OFFLINE"] = "1"
-    log.info("The hub cannot be reached from here: only what is local or in its cache can be used.")
+    log.info("The hub cannot be reached: only local files and its cache can be used.")
 
 
 def explain(kind: str, name: str, error: BaseException) -> str:
-    """Return one sentence for a failed look-up of a model or dataset (`kind`) on the hub."""
+    """Return the error message for a look-up that failed; `kind` is "model" or "dataset"."""
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
     causes = _causes(error)
@@ -61,13 +63,13 @@ def explain(kind: str, name: str, error: BaseException) -> str:
         return f"{name}: the hub has no such {kind} (or it is private). Check the name, or run `hf auth login`."
     return (
         f"{name}: no local {kind} of that name, none in the hub cache, and the hub "
-        f"{'is switched off (HF_HUB_OFFLINE)' if offline() and not _given_up else 'could not be reached'}. "
+        f"{'is switched off (HF_HUB_OFFLINE)' if offline() and not _found_unreachable else 'could not be reached'}. "
         "Check the name and the network (python -m lowvram_chat.doctor), or give a local path."
     )
 
 
 def _causes(error: BaseException) -> list[BaseException]:
-    """Return an error and what led to it."""
+    """Return an error and the errors that led to it."""
     chain = [error]
     while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None and cause not in chain:
         chain.append(cause)

@@ -1,4 +1,4 @@
-"""Keeps the libraries' noise from the user, and lets our own words through."""
+"""Silences the warnings and progress bars of libraries that say nothing to a user, and shows the messages of this package."""
 
 from __future__ import annotations
 
@@ -6,10 +6,50 @@ import logging
 import os
 import sys
 import warnings
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class SilencedWarning:
+    """A warning that a library gives in ordinary runs and that a user can do nothing about."""
+
+    category: type[Warning]
+    module: str
+    """Regular expression of the module that warns."""
+    message: str
+    """Regular expression of the beginning of the message."""
+    reason: str
+    """Why the warning does not concern the user."""
+
+
+SILENCED_WARNINGS = (
+    SilencedWarning(
+        category=FutureWarning,
+        module=r"transformers\.",
+        message=r"`(is_)?gradient_checkpointing",
+        reason="transformers renamed its own arguments and attributes; transformers, TRL and PEFT still use the old names",
+    ),
+    SilencedWarning(
+        category=UserWarning,
+        module=r"peft\.tuners\.lora\.",
+        message=r"fan_in_fan_out is set to False but the target module is `Conv1D`",
+        reason="PEFT corrects its setting for GPT-2's transposed layers when it loads an adapter",
+    ),
+    SilencedWarning(
+        category=UserWarning,
+        module=r"bitsandbytes\.optim\.",
+        message="Paged optimizers are not supported on CPU",
+        reason="the planner traces them without a GPU; on a CPU the states are in main memory, where paging would move them",
+    ),
+)
+"""All other warnings reach the user."""
 
 
 def quiet_libraries() -> None:
-    """Send our own words to stderr as plain lines, and keep the libraries' warnings and bars of sub-steps from the user."""
+    """Set the libraries to log errors only, silence `SILENCED_WARNINGS`, and print this package's log to stderr.
+
+    Call this before the libraries are imported: they read their variables at import.
+    """
     for name, value in {
         "TRANSFORMERS_VERBOSITY": "error",
         "DATASETS_VERBOSITY": "error",
@@ -19,8 +59,9 @@ def quiet_libraries() -> None:
         "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
     }.items():
         os.environ.setdefault(name, value)
-    warnings.filterwarnings("ignore")
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it names optional CPU kernels that it does without
+    for silenced in SILENCED_WARNINGS:
+        warnings.filterwarnings("ignore", category=silenced.category, module=silenced.module, message=silenced.message)
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of missing CPU kernels that are optional
     package = logging.getLogger("lowvram_chat")
     if not package.handlers:
         handler = logging.StreamHandler()
@@ -31,7 +72,7 @@ def quiet_libraries() -> None:
 
 
 def quiet_transformers() -> None:
-    """Switch off transformers' bars and warnings (call it once transformers is wanted: it imports torch)."""
+    """Turn off the progress bars and warnings of transformers. This imports transformers, and so torch."""
     import transformers
 
     transformers.utils.logging.set_verbosity_error()

@@ -1,11 +1,11 @@
-"""Make the sample conversations that ship inside the package, from the MIT-licensed PyPI package `chitchat-dataset`.
+"""Make the sample conversations of the package from the MIT-licensed PyPI package `chitchat-dataset`.
 
     pip install --no-deps chitchat-dataset==0.9.0 better-profanity==0.7.0
     python tools/make_sample_chats.py --out lowvram_chat/assets/chitchat
 
-Kept: the first 16 turns of conversations of 4 turns or more in plain English, without links, addresses, numbers of five
-digits or foul words. The
-first speaker is the user, the second the assistant; messages that one of them sent in a row are joined.
+It keeps the first 16 turns of conversations that have at least 4 turns, are in plain English, and contain no links, addresses,
+numbers of five or more digits, or profanity. The first speaker becomes the user and the second the assistant. Consecutive
+messages of one speaker are joined.
 """
 
 from __future__ import annotations
@@ -52,15 +52,15 @@ ENGLISH = {
 
 
 def messages(conversation: dict[str, object]) -> list[dict[str, str]]:
-    """Return a conversation as alternating user and assistant messages that ends with an answer."""
+    """Return a conversation as alternating messages of user and assistant, the last one by the assistant."""
     turns = [" ".join(part["text"] for part in turn) for turn in conversation["messages"]]  # type: ignore[attr-defined]
     turns = [re.sub(r"\s+", " ", turn).strip() for turn in turns]
     turns = [turn.translate(PLAIN) for turn in turns[: min(MAX_TURNS, len(turns) // 2 * 2)]]
     return [{"role": ("user", "assistant")[number % 2], "content": turn} for number, turn in enumerate(turns)]
 
 
-def wanted(chat: list[dict[str, str]], foul: re.Pattern[str]) -> bool:
-    """Return whether a conversation is worth learning from and fit to ship."""
+def is_suitable(chat: list[dict[str, str]], profanity: re.Pattern[str]) -> bool:
+    """Return whether a conversation is long, varied and clean enough for the sample."""
     texts = [message["content"] for message in chat]
     words = [word for text in texts for word in text.lower().split()]
     return (
@@ -69,24 +69,24 @@ def wanted(chat: list[dict[str, str]], foul: re.Pattern[str]) -> bool:
         and len(set(texts)) == len(texts)
         and len(words) >= 4 * len(texts)
         and sum(word in ENGLISH for word in words) >= 0.12 * len(words)
-        and not foul.search("\n".join(texts).lower())
+        and not profanity.search("\n".join(texts).lower())
     )
 
 
-def foul_words() -> re.Pattern[str]:
-    """Return a pattern of the words and phrases on better-profanity's list."""
+def profanity_pattern() -> re.Pattern[str]:
+    """Return a pattern that matches the words and phrases in better-profanity's list."""
     path = Path(better_profanity.__file__).parent / "profanity_wordlist.txt"
     words = [re.escape(line.strip()) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     return re.compile(rf"\b({'|'.join(words)})\b")
 
 
 def main() -> None:
-    """Filter, shuffle with a fixed seed, split and write."""
+    """Filter the conversations, shuffle them with a fixed seed, split them and write both files."""
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_argument("--out", type=Path, required=True)
     out: Path = arguments.parse_args().out
-    foul = foul_words()
-    chats = [chat for chat in map(messages, chitchat_dataset.Dataset().values()) if wanted(chat, foul)]
+    profanity = profanity_pattern()
+    chats = [chat for chat in map(messages, chitchat_dataset.Dataset().values()) if is_suitable(chat, profanity)]
     random.Random(0).shuffle(chats)
     lines = [json.dumps({"messages": chat}, ensure_ascii=False) + "\n" for chat in chats]
     while sum(map(len, lines)) > BUDGET_BYTES:

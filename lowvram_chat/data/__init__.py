@@ -1,1 +1,1 @@
-"""Conversations become token rows."""
+"""Turns conversations into token rows."""

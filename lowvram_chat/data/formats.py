@@ -1,111 +1,72 @@
-"""Row formats: one row of the table = one way in which people write conversations down.
+"""Reads raw rows into conversations: one function for each format in `recipe.formats.FORMATS`.
 
-Each reader turns a raw row into a `Conversation`, or raises `ValueError` with the reason why the row cannot be used.
+Each function returns a `Conversation`, or raises `ValueError` with the reason why the row cannot be used.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from lowvram_chat.errors import DataError
+from lowvram_chat.recipe.formats import FORMATS
+
+RawFields = Mapping[str, object]
+"""A row as it is stored: column -> value."""
+Message = dict[str, str]
+"""One message: `role` and `content`."""
 
 KNOWN_ROLES = ("system", "user", "assistant")
-RawFields = Mapping[str, Any]
-Message = dict[str, str]
+
+SHAREGPT_ROLES: Mapping[str, str] = {
+    "human": "user",
+    "gpt": "assistant",
+    "bot": "assistant",
+    "chatgpt": "assistant",
+    "model": "assistant",
+}
+"""Role in ShareGPT files -> role in chat templates."""
 
 
 @dataclass(frozen=True)
 class Conversation:
-    """What is trained on: messages that a chat template renders, or plain text (`messages` empty)."""
+    """One training example: messages that a chat template renders, or plain text (then `messages` is empty)."""
 
     messages: tuple[Message, ...] = ()
     text: str = ""
-    ends: bool = True
-    """Whether an EOS follows the plain text."""
+    append_eos: bool = True
+    """Whether an EOS token follows the plain text."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Format:
-    """One format: the columns it is recognised by and its reader."""
-
-    columns: tuple[str, ...]
-    read: Callable[[RawFields], Conversation]
-    has_roles: bool = True
-    """Whether the format tells the assistant's words from the rest."""
+def _read_messages(row: RawFields) -> Conversation:
+    return _checked_conversation(row.get("messages"))
 
 
-def _chat(messages: Any, role_key: str, text_key: str, names: Mapping[str, str]) -> Conversation:
-    """Return a checked conversation from a list of role/text mappings."""
-    if messages is None:
-        raise ValueError("there are no messages")
-    if not isinstance(messages, list | tuple):
-        raise ValueError(f"the messages are no list but {type(messages).__name__}")
-    if not messages:
-        raise ValueError("the conversation is empty")
-    checked: list[Message] = []
-    for number, message in enumerate(messages, start=1):
-        if not isinstance(message, Mapping) or role_key not in message or text_key not in message:
-            raise ValueError(f"message {number} has no '{role_key}' and '{text_key}'")
-        role, content = str(message[role_key]), message[text_key]
-        role = names.get(role, role)
-        if role not in KNOWN_ROLES:
-            raise ValueError(f"message {number} has the unknown role {role!r}; known: {', '.join(KNOWN_ROLES)}")
-        if not isinstance(content, str):
-            raise ValueError(f"message {number} is not text but {type(content).__name__}")
-        if not content.strip():
-            raise ValueError(f"message {number} is empty")
-        checked.append({"role": role, "content": content.strip()})
-    if all(message["role"] != "assistant" for message in checked):
-        raise ValueError("no assistant turn")
-    return Conversation(messages=tuple(checked))
+def _read_sharegpt(row: RawFields) -> Conversation:
+    return _checked_conversation(row.get("conversations"), "from", "value", SHAREGPT_ROLES)
 
 
-def _words(row: RawFields, column: str) -> str:
-    value = row.get(column)
-    if not isinstance(value, str) or not value.strip():
-        empty = value is None or isinstance(value, str)
-        raise ValueError(f"'{column}' is {'empty' if empty else 'not text'}")
-    return value.strip()
-
-
-def _messages(row: RawFields) -> Conversation:
-    return _chat(row.get("messages"), "role", "content", {})
-
-
-SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "chatgpt": "assistant", "model": "assistant"}
-
-
-def _sharegpt(row: RawFields) -> Conversation:
-    return _chat(row.get("conversations"), "from", "value", SHAREGPT_ROLES)
-
-
-def _alpaca(row: RawFields) -> Conversation:
+def _read_alpaca(row: RawFields) -> Conversation:
+    question = _required_text(row, "instruction")
     context = row.get("input")
-    question = _words(row, "instruction") + (
-        f"\n\n{context.strip()}" if isinstance(context, str) and context.strip() else ""
-    )
-    return _exchange(question, _words(row, "output"))
+    if isinstance(context, str) and context.strip():
+        question += f"\n\n{context.strip()}"
+    return _single_exchange(question, _required_text(row, "output"))
 
 
-def _prompt_completion(row: RawFields) -> Conversation:
+def _read_prompt_completion(row: RawFields) -> Conversation:
     prompt, completion = row.get("prompt"), row.get("completion")
     if isinstance(prompt, list) and isinstance(completion, list):
-        return _chat([*prompt, *completion], "role", "content", {})
-    return _exchange(_words(row, "prompt"), _words(row, "completion"))
+        return _checked_conversation([*prompt, *completion])
+    return _single_exchange(_required_text(row, "prompt"), _required_text(row, "completion"))
 
 
-def _exchange(question: str, answer: str) -> Conversation:
-    return Conversation(messages=({"role": "user", "content": question}, {"role": "assistant", "content": answer}))
+def _read_text(row: RawFields) -> Conversation:
+    return Conversation(text=_required_text(row, "text"))
 
 
-def _text(row: RawFields) -> Conversation:
-    return Conversation(text=_words(row, "text"))
-
-
-def _baseline(row: RawFields) -> Conversation:
-    """Return the published baseline's text: `role: content` lines, the last message dropped, no EOS.
+def _read_baseline(row: RawFields) -> Conversation:
+    """Return the published baseline's text: `role: content` lines, the last message dropped, no EOS token.
 
     Source: the baseline's public training notebook, as decoded in the README.
     """
@@ -113,32 +74,102 @@ def _baseline(row: RawFields) -> Conversation:
     if not isinstance(messages, list | tuple) or len(messages) < 2:
         raise ValueError("fewer than two messages")
     try:
-        return Conversation(text="\n".join(f"{m['role']}: {m['content']}" for m in messages[:-1]), ends=False)
+        lines = [f"{message['role']}: {message['content']}" for message in messages[:-1]]
     except (TypeError, KeyError):
-        raise ValueError("a message has no 'role' and 'content'") from None
+        raise ValueError("a message needs 'role' and 'content'") from None
+    return Conversation(text="\n".join(lines), append_eos=False)
 
 
-FORMATS: Mapping[str, Format] = {
-    "messages": Format(columns=("messages",), read=_messages),
-    "sharegpt": Format(columns=("conversations",), read=_sharegpt),
-    "alpaca": Format(columns=("instruction", "output"), read=_alpaca),
-    "prompt_completion": Format(columns=("prompt", "completion"), read=_prompt_completion),
-    "text": Format(columns=("text",), read=_text, has_roles=False),
-    "baseline": Format(columns=("messages",), read=_baseline, has_roles=False),
+READERS: Mapping[str, Callable[[RawFields], Conversation]] = {
+    "messages": _read_messages,
+    "sharegpt": _read_sharegpt,
+    "alpaca": _read_alpaca,
+    "prompt_completion": _read_prompt_completion,
+    "text": _read_text,
+    "baseline": _read_baseline,
 }
+"""Format name -> the function that reads its rows."""
+
+
+def check_readers(readers: Iterable[str]) -> None:
+    """Check that every format of a recipe has a reader and that every reader has a format.
+
+    Raises:
+        RuntimeError: the two tables differ.
+    """
+    different = sorted(set(readers) ^ set(FORMATS))
+    if different:
+        raise RuntimeError(
+            f"data formats: {', '.join(different)} must be both in recipe/formats.py (FORMATS) and in data/formats.py "
+            "(READERS). Add the missing entry."
+        )
+
+
+check_readers(READERS)
 
 
 def detect_format(row: RawFields, where: str) -> str:
     """Return the name of the first format whose columns the row has.
 
     Raises:
-        DataError: no format fits.
+        DataError: no format has the row's columns.
     """
-    for name, kind in FORMATS.items():
-        if all(column in row for column in kind.columns):
+    detected = {name: kind.columns for name, kind in FORMATS.items() if kind.detected}
+    for name, columns in detected.items():
+        if all(column in row for column in columns):
             return name
-    shapes = "; ".join(f"{name}: {', '.join(kind.columns)}" for name, kind in FORMATS.items() if name != "baseline")
+    known = "; ".join(f"{name}: {', '.join(columns)}" for name, columns in detected.items())
     raise DataError(
         f"{where}: no known format has the columns {', '.join(map(str, row)) or '(none)'}. "
-        f"Rename them to one of these ({shapes}), or name data.format."
+        f"Rename them to those of a format ({known}), or set data.format."
     )
+
+
+def _checked_conversation(
+    messages: object, role_key: str = "role", text_key: str = "content", roles: Mapping[str, str] | None = None
+) -> Conversation:
+    """Return the conversation of a list of messages; `roles` maps the file's role names to the known ones."""
+    if messages is None:
+        raise ValueError("there are no messages")
+    if not isinstance(messages, list | tuple):
+        raise ValueError(f"the messages are of type {type(messages).__name__}, not a list")
+    if not messages:
+        raise ValueError("the conversation is empty")
+    checked = tuple(
+        _checked_message(message, f"message {number}", role_key, text_key, roles or {})
+        for number, message in enumerate(messages, start=1)
+    )
+    if all(message["role"] != "assistant" for message in checked):
+        raise ValueError("no assistant turn")
+    return Conversation(messages=checked)
+
+
+def _checked_message(message: object, place: str, role_key: str, text_key: str, roles: Mapping[str, str]) -> Message:
+    """Return one message with its role translated and its content stripped; `place` begins each error."""
+    if not isinstance(message, Mapping) or role_key not in message or text_key not in message:
+        raise ValueError(f"{place} needs '{role_key}' and '{text_key}'")
+    role, content = str(message[role_key]), message[text_key]
+    role = roles.get(role, role)
+    if role not in KNOWN_ROLES:
+        raise ValueError(f"{place} has the unknown role {role!r}; known: {', '.join(KNOWN_ROLES)}")
+    if not isinstance(content, str):
+        raise ValueError(f"{place} is of type {type(content).__name__}, not text")
+    if not content.strip():
+        raise ValueError(f"{place} is empty")
+    return {"role": role, "content": content.strip()}
+
+
+def _required_text(row: RawFields, column: str) -> str:
+    """Return the stripped text of a column that must not be empty."""
+    value = row.get(column)
+    if value is None:
+        raise ValueError(f"'{column}' is empty")
+    if not isinstance(value, str):
+        raise ValueError(f"'{column}' is not text")
+    if not value.strip():
+        raise ValueError(f"'{column}' is empty")
+    return value.strip()
+
+
+def _single_exchange(question: str, answer: str) -> Conversation:
+    return Conversation(messages=({"role": "user", "content": question}, {"role": "assistant", "content": answer}))

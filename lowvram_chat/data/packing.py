@@ -1,14 +1,14 @@
-"""Packed rows: conversations placed within rows of one length, best-fit decreasing, each a document of its own.
+"""Packs several conversations into each row, with the best-fit decreasing method; each conversation is one document.
 
-TRL's `bfd` packing flattens a batch into one row, which without FlashAttention needs a mask of (B * T)^2. Here a row stays
-a row: (B, T), positions that restart with each document, and attention within documents only.
+TRL's `bfd` packing flattens a batch into one row, which without FlashAttention needs a mask of (B * T)^2 elements. Here a
+batch stays (B, T): positions restart with each document, and attention is computed within documents only.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import datasets
@@ -17,23 +17,25 @@ log = logging.getLogger(__name__)
 
 
 def best_fit_decreasing(lengths: Iterable[int], capacity: int) -> list[list[int]]:
-    """Return bins of indices into `lengths`, none fuller than `capacity`: the longest first, each into the fullest bin
-    that still holds it.
+    """Return bins of indices into `lengths`, each of at most `capacity`.
 
-    The spaces that are left in bins are bits of one integer, so that the tightest one that holds an item is found by a shift:
-    200,000 rows take half a second. Source of the method: Johnson, "Near-optimal bin packing algorithms" (1973).
+    Items are placed in order of decreasing length, each into the fullest bin that still has space for it. The amounts of
+    space left in the bins are the bits of one integer, so that a shift finds the smallest sufficient one: 200,000 rows take
+    half a second.
+
+    Source: Johnson, "Near-optimal bin packing algorithms" (1973).
     """
     sizes = list(lengths)
     bins: list[list[int]] = []
-    with_space: list[list[int]] = [[] for _ in range(capacity + 1)]
-    spaces = 0
+    bins_by_space: list[list[int]] = [[] for _ in range(capacity + 1)]
+    spaces = 0  # bit n is set where some bin has space for exactly n more
     for item in sorted(range(len(sizes)), key=lambda number: -sizes[number]):
         size = sizes[item]
-        enough = spaces >> size << size
-        if enough:
-            space = (enough & -enough).bit_length() - 1
-            bin_number = with_space[space].pop()
-            if not with_space[space]:
+        sufficient = spaces >> size << size
+        if sufficient:
+            space = (sufficient & -sufficient).bit_length() - 1
+            bin_number = bins_by_space[space].pop()
+            if not bins_by_space[space]:
                 spaces &= ~(1 << space)
         else:
             space, bin_number = capacity, len(bins)
@@ -41,19 +43,20 @@ def best_fit_decreasing(lengths: Iterable[int], capacity: int) -> list[list[int]
         bins[bin_number].append(item)
         left = space - size
         if left:
-            with_space[left].append(bin_number)
+            bins_by_space[left].append(bin_number)
             spaces |= 1 << left
     return bins
 
 
 class JoinDocuments:
-    """What makes a packed row out of the numbers of its documents, when the row is read; it can be pickled."""
+    """Builds packed rows from the numbers of their documents when the rows are read. It can be pickled."""
 
     def __init__(self, rows: datasets.Dataset) -> None:
+        """Keep the rows that the documents are read from."""
         self.rows = rows.select_columns(["input_ids", "labels"]).with_format("numpy")
 
-    def __call__(self, batch: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
-        """Return `input_ids`, `labels` (T,) of each row, and the lengths of its `documents`."""
+    def __call__(self, batch: Mapping[str, list[list[int]]]) -> dict[str, list[object]]:
+        """Return `input_ids` (T,), `labels` (T,) and the lengths of the `documents` of each row."""
         import numpy
 
         parts = [self.rows[documents] for documents in batch["rows"]]
@@ -65,9 +68,9 @@ class JoinDocuments:
 
 
 def pack_rows(rows: datasets.Dataset, max_length: int) -> datasets.Dataset:
-    """Return packed rows: columns `input_ids`, `labels` (T,), `documents` (their lengths) and `length` (T).
+    """Return packed rows: columns `input_ids` (T,), `labels` (T,), `documents` (their lengths) and `length` (T).
 
-    Nothing is copied: a packed row is read out of the rows that it is made of.
+    No tokens are copied here: a packed row is assembled from its documents each time it is read.
     """
     import datasets
 

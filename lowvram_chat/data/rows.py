@@ -1,7 +1,7 @@
-"""Token rows: cut to length, split into held-out and training, and collated into rectangular batches.
+"""Cuts token rows to length, splits them into training and held-out rows, and collates them into batches.
 
-A row's padding stands on the right and the model is causal, so no real token ever sees it: batches carry no attention
-mask, and attention runs its plain causal kernel. Packed rows carry positions that restart with each document.
+Rows are padded on the right and the model is causal, so no real token attends to the padding. Batches therefore need no
+attention mask, and attention runs its plain causal kernel. Packed rows have positions that restart with each document.
 """
 
 from __future__ import annotations
@@ -12,79 +12,93 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import datasets
+    import torch
 
 IGNORED_LABEL = -100
-"""Label of a token that carries no loss (torch.nn.functional.cross_entropy's default)."""
+"""Label of a token that carries no loss; the default of torch.nn.functional.cross_entropy."""
 
 MODEL_INPUTS = ("input_ids", "labels", "loss_positions", "position_ids", "attention_mask")
-"""What of a batch the model is given, where the batch has it."""
+"""Keys of a batch that are passed to the model, where the batch has them."""
+
+Batch = dict[str, Any]
+"""Tensors of a batch by name, and `real_tokens`, the number of its tokens without padding."""
 
 
 @dataclass(frozen=True)
 class TokenRow:
-    """Tokens that stand together: ids and labels of equal length; the first label is always ignored."""
+    """Token ids and labels of equal length. The first label is always `IGNORED_LABEL`: nothing before it predicts it."""
 
     input_ids: list[int]
     labels: list[int]
 
     @property
     def loss_tokens(self) -> int:
-        """Tokens that carry loss."""
+        """Number of tokens that carry loss."""
         return len(self.labels) - self.labels.count(IGNORED_LABEL)
 
 
 def cut_to_length(tokens: list[int], labels: list[int], max_length: int, overflow: str) -> Iterator[TokenRow]:
-    """Yield a conversation's rows: the first `max_length` tokens, or (`split`) windows that together hold all.
+    """Yield the rows of a conversation: its first `max_length` tokens, or with `split` windows that together hold all.
 
-    Windows overlap by one token, so that the first label of a window is predicted by the last one of the window before
-    and none is lost: a row's own first token has nothing before it to be predicted from.
+    Windows overlap by one token. The first token of a row has nothing before it that could predict it, so that token of a
+    later window carries its loss in the window before, where it is the last one. No label is lost.
     """
-    ends = range(0, max(1, len(tokens) - 1), max_length - 1) if overflow == "split" else range(1)
-    for start in ends:
-        part = slice(start, start + max_length)
-        yield TokenRow(tokens[part], [IGNORED_LABEL, *labels[part][1:]])
+    starts = range(0, max(1, len(tokens) - 1), max_length - 1) if overflow == "split" else range(1)
+    for start in starts:
+        window = slice(start, start + max_length)
+        yield TokenRow(tokens[window], [IGNORED_LABEL, *labels[window][1:]])
 
 
 def split_by_conversation(
     rows: datasets.Dataset, conversations: int, fraction: float, seed: int, limit: int | None
 ) -> tuple[datasets.Dataset, datasets.Dataset]:
-    """Return (training, held-out) rows: a seeded share of the source's `conversations`, at most `limit` of them held out.
+    """Return (training rows, held-out rows).
 
-    The choice depends on a conversation's number alone, not on its length or loss, so that the same ones are held out
-    whatever the rows are made for; all windows of a conversation stand on the same side.
+    A seeded choice excludes the share `fraction` of the source's `conversations` from training. The rows of at most `limit`
+    of them are held out (None: of all).
+
+    The choice depends only on the number of a conversation, not on its length or loss. The same conversations are therefore
+    held out with other settings of the rows. All windows of a conversation are on the same side.
     """
     import numpy
 
-    of_row = numpy.asarray(rows["conversation"][:])
+    conversation_of_row = numpy.asarray(rows["conversation"][:])
     order = numpy.random.default_rng(seed).permutation(conversations)
     chosen = order[: max(1, round(fraction * conversations))]
-    is_chosen = numpy.isin(of_row, chosen)
-    scored = is_chosen if limit is None else numpy.isin(of_row, numpy.unique(of_row[is_chosen])[:limit])
-    return rows.select(numpy.flatnonzero(~is_chosen)), rows.select(numpy.flatnonzero(scored))
+    is_chosen = numpy.isin(conversation_of_row, chosen)
+    is_held_out = is_chosen
+    if limit is not None:
+        first_chosen = numpy.unique(conversation_of_row[is_chosen])[:limit]
+        is_held_out = numpy.isin(conversation_of_row, first_chosen)
+    return rows.select(numpy.flatnonzero(~is_chosen)), rows.select(numpy.flatnonzero(is_held_out))
 
 
 class Collator:
-    """Rows become a batch: right-padded (B, T) int64 tensors, and where its loss is.
+    """Collates rows into a batch of right-padded (B, T) int64 tensors.
 
-    `loss_positions` (N,) are the places, in the flattened (B * T,) batch, of the tokens that predict a labelled one. They
-    are found here, on the host, so that the loss needs no device synchronisation. `position_ids` (B, T) only come with
-    packed rows, `attention_mask` (B, T) only where it is asked for.
+    `loss_positions` (N,) are the indices, in the flattened (B * T,) batch, of the tokens that predict a labelled token. They
+    are computed here, on the host, so that the loss need not synchronize with the device. Packed rows also give
+    `position_ids` (B, T). `attention_mask` (B, T) is made only where it is requested.
     """
 
     def __init__(
         self, pad_token_id: int, *, length: int | None = None, rows: int | None = None, attention_mask: bool = False
     ) -> None:
-        """Keep what batches look like.
+        """Set the shape of batches.
 
-        `length` and `rows` are those of every batch, the missing rows of an epoch's last one being padding; None: as long
-        as a batch's longest row, and as many rows as there are.
+        Args:
+            pad_token_id: token of the padding.
+            length: T of every batch; None: the length of a batch's longest row.
+            rows: B of every batch, where missing rows are padding; None: the number of rows given.
+            attention_mask: whether batches have an attention mask.
         """
         self.pad_token_id = pad_token_id
         self.length = length
         self.rows = rows
         self.attention_mask = attention_mask
 
-    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    def __call__(self, rows: Sequence[Mapping[str, Sequence[int]]]) -> Batch:
+        """Return the batch of rows with `input_ids`, `labels` and, where they are packed, `documents`."""
         import torch
 
         lengths = [len(row["input_ids"]) for row in rows]
@@ -94,24 +108,24 @@ class Collator:
         for number, (row, length) in enumerate(zip(rows, lengths, strict=True)):
             input_ids[number, :length] = torch.as_tensor(row["input_ids"], dtype=torch.int64)
             labels[number, :length] = torch.as_tensor(row["labels"], dtype=torch.int64)
-        batch = {
+        batch: Batch = {
             "input_ids": input_ids,
             "labels": labels,
             "loss_positions": labels.flatten().ne(IGNORED_LABEL).nonzero().flatten() - 1,
             "real_tokens": sum(lengths),
         }
         if "documents" in rows[0]:
-            documents = [row["documents"] for row in rows] + [[]] * (shape[0] - len(rows))
+            documents = [*(row["documents"] for row in rows), *[[]] * (shape[0] - len(rows))]
             batch["position_ids"] = torch.stack([_positions(parts, shape[1]) for parts in documents])
         if self.attention_mask:
-            seen = torch.tensor([*lengths, *[1] * (shape[0] - len(rows))])  # a row that sees nothing would be NaN
-            batch["attention_mask"] = (torch.arange(shape[1]) < seen[:, None]).long()
+            unmasked = torch.tensor([*lengths, *[1] * (shape[0] - len(rows))])  # a wholly masked row would give NaN
+            batch["attention_mask"] = (torch.arange(shape[1]) < unmasked[:, None]).long()
         return batch
 
 
-def _positions(documents: Sequence[int], length: int) -> Any:
-    """Return the positions (T,) of a row of documents; its padding is one more document, which nobody sees."""
+def _positions(documents: Sequence[int], length: int) -> torch.Tensor:
+    """Return the positions (T,) of a row of documents; the padding counts as one more document."""
     import torch
 
-    rest = length - sum(documents)
-    return torch.cat([torch.arange(part) for part in (*documents, rest)])
+    padding = length - sum(documents)
+    return torch.cat([torch.arange(part) for part in (*documents, padding)])

@@ -1,4 +1,4 @@
-"""Where conversations come from: files, globs, hub datasets and the built-in sample, as (place, raw row) pairs."""
+"""Opens sources of conversations: files, globs, hub datasets and the built-in sample, read as (place, raw row) pairs."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from lowvram_chat.errors import DataError, NotFoundError, did_you_mean
 from lowvram_chat.hub import explain
@@ -24,34 +23,36 @@ BUILTIN_DATASETS = {
 
 @dataclass(frozen=True)
 class BadRow:
-    """A row that could not even be read."""
+    """A row that could not be parsed."""
 
     reason: str
 
 
-RawRow = Mapping[str, Any] | BadRow
+RawRow = Mapping[str, object] | BadRow
 PlacedRows = Iterator[tuple[str, RawRow]]
+"""Pairs of a place, such as `chats.jsonl:3`, and the row that was read there."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """Rows that can be read more than once, and a fingerprint of their content."""
+    """A source of rows that can be read more than once."""
 
     name: str
     rows: Callable[[], PlacedRows]
+    """Starts a new reading from the first row."""
     fingerprint: str
-    """Changes when the content changes."""
+    """Digest of the content: it changes when the content changes."""
 
 
 def open_source(source: str | list[str], *, split: str, subset: str | None) -> Source:
-    """Return what a recipe's `data.source` names.
+    """Return the source that a recipe's `data.source` names; several names are read one after the other.
 
     Raises:
-        NotFoundError: no such file or dataset, or no way to reach the hub.
-        DataError: files of a kind that is not read.
+        NotFoundError: there is no such file or dataset, or the hub cannot be reached.
+        DataError: the list is empty, or a file has an unknown suffix.
     """
     names = [source] if isinstance(source, str) else source
-    parts = [_open_one(name, split, subset) for name in names]
+    parts = [_open_name(name, split, subset) for name in names]
     if not parts:
         raise DataError("data.source: the list is empty. Name at least one file or dataset.")
     if len(parts) == 1:
@@ -60,7 +61,7 @@ def open_source(source: str | list[str], *, split: str, subset: str | None) -> S
     return Source(", ".join(names), lambda: (pair for part in parts for pair in part.rows()), digest)
 
 
-def _open_one(name: str, split: str, subset: str | None) -> Source:
+def _open_name(name: str, split: str, subset: str | None) -> Source:
     if name.startswith("builtin:"):
         if name not in BUILTIN_DATASETS:
             raise NotFoundError(
@@ -80,25 +81,26 @@ def _open_one(name: str, split: str, subset: str | None) -> Source:
 
 
 def is_remote(name: str) -> bool:
-    """Return whether a model's or dataset's name can only be on the hub or in its cache."""
+    """Return whether the name of a model or dataset can only be that of one on the hub or in its cache."""
     local = name.startswith("builtin:") or _is_path(name)
     return not (local or Path(name).exists() or glob.glob(name, recursive=True))
 
 
 def _is_path(name: str) -> bool:
-    """Return whether no model or dataset of the hub can have this name."""
+    """Return whether a name is that of a path: no model or dataset on the hub can have it."""
     return Path(name).suffix in FILE_READERS or "\\" in name or name.startswith((".", "/", "~"))
 
 
 def _looks_like_a_path(name: str) -> bool:
-    return _is_path(name) or any(c in name for c in "*?") or name.count("/") != 1
+    """Return whether a name is not of the form owner/name of hub datasets."""
+    return _is_path(name) or "*" in name or "?" in name or name.count("/") != 1
 
 
 def _files(name: str, paths: list[Path]) -> Source:
     """Return local files as one source.
 
     Raises:
-        DataError: a file's ending is not known.
+        DataError: a file has an unknown suffix.
     """
     for path in paths:
         if path.suffix not in FILE_READERS:
@@ -124,7 +126,7 @@ def _jsonl(path: Path) -> PlacedRows:
 
 NOT_UTF8 = BadRow("not UTF-8 text")
 NOT_UTF8_BYTE = re.compile(r"[\udc80-\udcff]|\\udc[89a-f]")
-"""A byte that is not UTF-8, as Python's surrogateescape holds and shows it."""
+"""A byte that is not UTF-8, in the form that Python's surrogateescape handler gives it and as `repr` shows it."""
 
 
 def _json_object(line: str) -> RawRow:
@@ -142,7 +144,7 @@ def _json(path: Path) -> PlacedRows:
         rows = json.loads(path.read_text(encoding="utf-8-sig"))
     except ValueError as error:
         raise DataError(
-            f"{path}: not JSON ({error}). A .json file holds one list of rows; one row a line is .jsonl."
+            f"{path}: not JSON ({error}). A .json file holds one list of rows; one row on each line is a .jsonl file."
         ) from None
     if not isinstance(rows, list):
         raise DataError(f"{path}: holds a {type(rows).__name__}, not a list of rows. Put the rows into a list.")
@@ -151,7 +153,7 @@ def _json(path: Path) -> PlacedRows:
 
 
 def _csv(path: Path) -> PlacedRows:
-    csv.field_size_limit(2**31 - 1)  # a long conversation in one cell; larger overflows C's long on Windows
+    csv.field_size_limit(2**31 - 1)  # for long conversations; a larger limit overflows C's long on Windows
     with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
         reader = csv.DictReader(file)
         for row in reader:
@@ -184,7 +186,7 @@ def _hub(name: str, split: str, subset: str | None) -> Source:
     """Return one split of a hub dataset, from the network or from the hub cache.
 
     Raises:
-        NotFoundError: it is neither reachable nor cached, or has no such split or subset.
+        NotFoundError: the dataset is neither reachable nor cached, or has no such split or subset.
     """
     import datasets
 
@@ -192,7 +194,7 @@ def _hub(name: str, split: str, subset: str | None) -> Source:
         data = datasets.load_dataset(name, subset, split=split)
     except OSError as error:
         raise NotFoundError(explain("dataset", name, error)) from None
-    except ValueError as error:  # an unknown split or subset; the library's sentence lists the known ones
+    except ValueError as error:  # an unknown split or subset; the message of datasets lists the known ones
         raise NotFoundError(
             f"{name}: {str(error).splitlines()[0]} Set data.split or data.subset to a known one."
         ) from None

@@ -1,31 +1,34 @@
-"""A file of token rows that is written block by block, and gone on with where it was cut short.
+"""A file of token rows that is written in blocks and can be continued after an interruption.
 
-An Arrow stream is a schema and record batches one after the other, each of which can be written by itself. Beside the file
-stands what was written so far: its length, its checksum, and where the writer was.
+An Arrow stream consists of a schema and record batches, each of which can be appended separately. A state file beside it
+records the length and checksum of what was written so far, and the progress of the writer.
 """
 
 from __future__ import annotations
 
 import json
 import zlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Generic, TypeVar
 
 from lowvram_chat.files import write_text
 
 if TYPE_CHECKING:
     import pyarrow
 
+State = TypeVar("State", bound=Mapping[str, object])
+
 END_OF_STREAM = b"\xff\xff\xff\xff\x00\x00\x00\x00"
-"""Source: Apache Arrow's columnar format, "IPC Streaming Format"."""
+"""End-of-stream marker. Source: Apache Arrow's columnar format, "IPC Streaming Format"."""
 
 STATE_SUFFIX = ".state"
-"""Ending of what is known of an unfinished file; the finished one's facts have another."""
+"""Suffix of the state file beside an unfinished stream."""
 
 
 def crc32(path: Path, length: int | None = None) -> int:
-    """Return the checksum of a file, or of its first `length` bytes."""
+    """Return the CRC-32 of a file or of its first `length` bytes; -1 where the file is shorter."""
     value, left = 0, path.stat().st_size if length is None else length
     with path.open("rb") as file:
         while left and (block := file.read(min(left, 1 << 22))):
@@ -35,22 +38,24 @@ def crc32(path: Path, length: int | None = None) -> int:
 
 
 @dataclass
-class RowStream:
-    """A stream that is being written."""
+class RowStream(Generic[State]):
+    """A stream that is being written; `State` is the progress of its writer, a mapping that JSON can hold."""
 
     path: Path
-    """Of the unfinished file; what is known of it stands beside it, in .state."""
+    """The unfinished file; the state file beside it has the suffix .state."""
     length: int = 0
+    """Bytes written so far."""
     checksum: int = 0
-    state: dict[str, Any] | None = None
-    """Where the writer was when the last block was written; None: at the beginning."""
+    """CRC-32 of these bytes."""
+    state: State | None = None
+    """Progress of the writer after the last block; None: no block was written."""
 
     @classmethod
-    def open(cls, path: Path, schema: pyarrow.Schema) -> RowStream:
-        """Return the stream as it was left, or a new one where none was begun or it is damaged."""
+    def open(cls, path: Path, schema: pyarrow.Schema) -> RowStream[State]:
+        """Return the unfinished stream at a path, or a new one where there is none or it is damaged."""
         try:
-            known = json.loads(path.with_suffix(STATE_SUFFIX).read_text(encoding="utf-8"))
-            stream = cls(path, known["length"], known["checksum"], known["state"])
+            stored = json.loads(path.with_suffix(STATE_SUFFIX).read_text(encoding="utf-8"))
+            stream = cls(path, stored["length"], stored["checksum"], stored["state"])
             if crc32(path, stream.length) == stream.checksum:
                 with path.open("r+b") as file:
                     file.truncate(stream.length)
@@ -62,22 +67,22 @@ class RowStream:
         stream._append(schema.serialize().to_pybytes())
         return stream
 
-    def write(self, batch: pyarrow.RecordBatch, state: dict[str, Any]) -> None:
-        """Append a block, after which the writer is at `state`."""
+    def write(self, batch: pyarrow.RecordBatch, state: State) -> None:
+        """Append a block and record the writer's progress after it."""
         self._append(batch.serialize().to_pybytes())
         self.state = state
-        beside = self.path.with_suffix(STATE_SUFFIX)
-        write_text(beside, json.dumps({"length": self.length, "checksum": self.checksum, "state": state}))
+        state_file = self.path.with_suffix(STATE_SUFFIX)
+        write_text(state_file, json.dumps({"length": self.length, "checksum": self.checksum, "state": state}))
 
     def finish(self, final: Path) -> int:
-        """End the stream under its final name; returns its checksum."""
+        """End the stream, move it to its final name and return its checksum."""
         self._append(END_OF_STREAM)
         self.path.replace(final)
         self.path.with_suffix(STATE_SUFFIX).unlink(missing_ok=True)
         return self.checksum
 
     def discard(self) -> None:
-        """Forget the stream."""
+        """Delete the stream and its state file."""
         self.path.unlink(missing_ok=True)
         self.path.with_suffix(STATE_SUFFIX).unlink(missing_ok=True)
 

@@ -1,4 +1,4 @@
-"""The chat template: how messages become text, set on the tokenizer so that it is saved with every model."""
+"""Chat templates: the text of messages. The template is set on the tokenizer, so that it is saved with every model."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def read_template(name: str) -> str:
     """Return the Jinja text of a shipped template (`plain`, `chatml`) or of a .jinja file.
 
     Raises:
-        NotFoundError: neither a shipped name nor a file.
+        NotFoundError: the name is neither that of a shipped template nor of a file.
     """
     path = TEMPLATE_FOLDER / f"{name}.jinja" if name in SHIPPED_TEMPLATES else Path(name)
     if not path.is_file():
@@ -37,15 +37,16 @@ def marks_answers(tokenizer: PreTrainedTokenizerBase) -> bool:
 
 
 def set_template(tokenizer: PreTrainedTokenizerBase, name: str, loss_on: str) -> None:
-    """Give the tokenizer its chat template and a padding token, without adding a token to its vocabulary.
+    """Set the tokenizer's chat template and padding token, without adding a token to its vocabulary.
 
     Raises:
-        DataError: `own` where the tokenizer has none, a template that does not mark the assistant's words, a template
-            whose tokens the tokenizer lacks, or a tokenizer without an EOS token.
+        DataError: the tokenizer has no EOS token; the name is `own` and the tokenizer has no template; the tokenizer lacks
+            the template's tokens; or the loss is on the assistant and the template does not mark its words.
+        NotFoundError: see `read_template`.
     """
     if tokenizer.eos_token is None:
-        raise DataError("The tokenizer has no end-of-text token, so answers could not end. Use another tokenizer.")
-    if tokenizer.pad_token is None:  # padding is masked by position, so that the real EOS is still learned
+        raise DataError("The tokenizer has no end-of-text token, so that answers could not end. Use another tokenizer.")
+    if tokenizer.pad_token is None:  # padding gets no labels, so that the real EOS tokens are still learned
         tokenizer.pad_token = tokenizer.eos_token
     if name == "own":
         if not tokenizer.chat_template:
@@ -58,6 +59,6 @@ def set_template(tokenizer: PreTrainedTokenizerBase, name: str, loss_on: str) ->
         raise DataError("data.chat_template: chatml, but the tokenizer lacks its tokens. Set data.chat_template=plain.")
     if loss_on == "assistant" and not marks_answers(tokenizer):
         raise DataError(
-            f"data.chat_template: {name} has no {{% generation %}} marks, so the assistant's words are not known. "
+            f"data.chat_template: {name} has no {{% generation %}} marks, so that the assistant's words cannot be found. "
             "Set data.loss_on=all, or use the template plain or chatml."
         )

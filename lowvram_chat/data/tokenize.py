@@ -1,4 +1,4 @@
-"""Conversations become rows of token ids and labels: once, on disk, under a key made of everything they depend on."""
+"""Tokenises conversations once and keeps the rows on disk, under a key made of everything that they depend on."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from filelock import FileLock
 
-from lowvram_chat.data.reader import Facts, Reader
+from lowvram_chat.data.reader import Facts, Reader, ReaderState
 from lowvram_chat.data.rows import TokenRow
 from lowvram_chat.data.sources import Source
 from lowvram_chat.data.stream import RowStream, crc32
@@ -27,37 +27,39 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 CACHE_VERSION = 2
-"""Raised whenever the same text would give other rows."""
+"""Increased whenever the same text gives different rows."""
 ROWS_PER_WRITE = 2000
-"""Rows that are written at once; what an interruption loses at most."""
+"""Rows that are written at once, and the most that an interruption loses."""
 
 
 @dataclass(frozen=True)
 class Tokenized:
-    """Rows on disk: columns `input_ids`, `labels` (T,), `length` (T) and `conversation` (its number in the source)."""
+    """The token rows of a source, memory-mapped from the cache."""
 
     rows: datasets.Dataset
+    """Columns `input_ids` (T,), `labels` (T,), `length` (T) and `conversation` (its number in the source)."""
     facts: Facts
     name: str
+    """Name of the source."""
 
 
 def cache_folder() -> Path:
-    """Return where token rows are kept: `LOWVRAM_CHAT_CACHE`, else beside the Hugging Face caches."""
+    """Return the folder of the token rows: `LOWVRAM_CHAT_CACHE`, or else one beside the Hugging Face caches."""
     home = os.environ.get("HF_HOME", str(Path.home() / ".cache" / "huggingface"))
     return Path(os.environ.get("LOWVRAM_CHAT_CACHE", Path(home) / "lowvram_chat"))
 
 
 def tokenize(source: Source, tokenizer: PreTrainedTokenizerBase, data: Data, limit: int | None) -> Tokenized:
-    """Return the token rows of a source, from the cache where it holds them.
+    """Return the token rows of the first `limit` conversations of a source (None: all), from the cache if it holds them.
 
     Raises:
-        DataError: more than `data.max_bad_rows` rows that cannot be used, or no row that carries loss.
+        DataError: more than `data.max_bad_rows` rows cannot be used, or no row carries loss.
     """
     import datasets
 
     path = cache_folder() / f"{_key(source, tokenizer, data, limit)}.arrow"
     path.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(path.with_suffix(".lock")):  # the processes of one run want the same rows
+    with FileLock(path.with_suffix(".lock")):  # the processes of a distributed run tokenise the same source
         facts = _cached(path)
         if facts is None:
             log.info("%s: tokenising ...", source.name)
@@ -70,15 +72,15 @@ def tokenize(source: Source, tokenizer: PreTrainedTokenizerBase, data: Data, lim
 
 
 def _key(source: Source, tokenizer: PreTrainedTokenizerBase, data: Data, limit: int | None) -> str:
-    """Return a digest of all that the rows depend on."""
-    shape = (CACHE_VERSION, source.fingerprint, limit, data.format, data.loss_on, data.max_length, data.overflow)
+    """Return a digest of everything that the rows depend on."""
+    settings = (CACHE_VERSION, source.fingerprint, limit, data.format, data.loss_on, data.max_length, data.overflow)
     vocabulary = (sorted(tokenizer.get_vocab().items()), tokenizer.backend_tokenizer.to_str())
-    text = repr((shape, tokenizer.chat_template, tokenizer.eos_token_id, vocabulary))
+    text = repr((settings, tokenizer.chat_template, tokenizer.eos_token_id, vocabulary))
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
 def _cached(path: Path) -> Facts | None:
-    """Return the facts of rows that are whole in the cache."""
+    """Return the facts of cached rows; None where they are missing or damaged."""
     try:
         stored = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
         if stored["crc32"] == crc32(path):
@@ -87,26 +89,26 @@ def _cached(path: Path) -> Facts | None:
         return None
     except (ValueError, KeyError, TypeError):
         pass
-    log.warning("%s: the cached rows are damaged; made anew.", path)
+    log.warning("%s: the cached rows are damaged and are made again.", path)
     return None
 
 
 def _write(path: Path, source: Source, tokenizer: PreTrainedTokenizerBase, data: Data, limit: int | None) -> Facts:
-    """Tokenise the source into the cache, from where an interrupted run left off.
+    """Tokenise the source into the cache, continuing after an interruption.
 
-    Nothing under the final name is ever half-written.
+    A file never has its final name before it is complete.
     """
     import pyarrow
 
     columns = {"input_ids": pyarrow.list_(pyarrow.int32()), "labels": pyarrow.list_(pyarrow.int32())}
     schema = pyarrow.schema({**columns, "length": pyarrow.int32(), "conversation": pyarrow.int32()})
-    stream = RowStream.open(path.with_suffix(".partial"), schema)
+    stream: RowStream[ReaderState] = RowStream.open(path.with_suffix(".partial"), schema)
     reader = Reader(source, tokenizer, data, limit, stream.state)
     if stream.state:
-        log.info("%s: going on after %s conversations", source.name, f"{reader.facts.conversations:,}")
+        log.info("%s: continuing after %s conversations", source.name, f"{reader.facts.conversations:,}")
     rows: list[tuple[int, TokenRow]] = []
-    for number, made in reader.rows():
-        rows += [(number, row) for row in made]
+    for number, token_rows in reader.rows():
+        rows += [(number, row) for row in token_rows]
         if len(rows) >= ROWS_PER_WRITE:
             stream.write(_record_batch(rows, schema), reader.state())
             rows = []
@@ -122,6 +124,7 @@ def _write(path: Path, source: Source, tokenizer: PreTrainedTokenizerBase, data:
 
 
 def _record_batch(rows: list[tuple[int, TokenRow]], schema: pyarrow.Schema) -> pyarrow.RecordBatch:
+    """Return pairs of a conversation's number and a row as columns of the schema."""
     import pyarrow
 
     ids, labels = [row.input_ids for _, row in rows], [row.labels for _, row in rows]
@@ -129,16 +132,16 @@ def _record_batch(rows: list[tuple[int, TokenRow]], schema: pyarrow.Schema) -> p
 
 
 def _check(facts: Facts, name: str, data: Data) -> None:
-    """Refuse too many bad rows and an empty result; tell of everything that was left out or changed.
+    """Refuse a source with too many unusable rows or without rows, and log everything that was left out or changed.
 
     Raises:
-        DataError: as above.
+        DataError: more than `data.max_bad_rows` rows cannot be used, or no row carries loss.
     """
     listed = "".join(f"\n  {line}" for line in facts.bad_examples)
     if facts.bad_rows > data.max_bad_rows:
         raise DataError(
             f"{name}: {facts.bad_rows} or more rows cannot be used and data.max_bad_rows is {data.max_bad_rows}. "
-            f"Mend them, or raise data.max_bad_rows to skip them.{listed}"
+            f"Correct them, or raise data.max_bad_rows to skip them.{listed}"
         )
     if not facts.rows:
         raise DataError(
@@ -146,15 +149,24 @@ def _check(facts: Facts, name: str, data: Data) -> None:
             "a row needs at least one token that carries loss."
         )
     if facts.bad_rows:
-        log.warning("%s: skipped %d rows that cannot be used:%s", name, facts.bad_rows, listed)
+        log.warning("%s: skipped %s that cannot be used:%s", name, _count(facts.bad_rows, "row"), listed)
     if facts.without_loss:
-        log.info("%s: left out %d conversations with no loss within data.max_length", name, facts.without_loss)
+        log.info(
+            "%s: left out %s with no loss within data.max_length", name, _count(facts.without_loss, "conversation")
+        )
     if facts.special_tokens_removed:
-        log.info("%s: removed special tokens spelled out in %d conversations", name, facts.special_tokens_removed)
+        log.info(
+            "%s: removed special tokens from the text of %s", name, _count(facts.special_tokens_removed, "conversation")
+        )
 
 
 def _summary(facts: Facts) -> str:
     return (
-        f"{facts.conversations:,} conversations, {facts.rows:,} rows, {facts.tokens:,} tokens, "
-        f"{facts.loss_tokens:,} of them with loss, {facts.shortened:,} conversations over the length"
+        f"{_count(facts.conversations, 'conversation')}, {_count(facts.rows, 'row')}, {_count(facts.tokens, 'token')}, "
+        f"{facts.loss_tokens:,} of them with loss, {_count(facts.shortened, 'conversation')} over the length"
     )
+
+
+def _count(number: int, noun: str) -> str:
+    """Return a number and its noun: "1 row", "1,809 rows"."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"

@@ -1,1 +1,1 @@
-"""What the user wants: typed, checked, every problem at once. Nothing here imports torch."""
+"""Recipes: typed settings that are checked as a whole. Nothing in this folder imports torch."""

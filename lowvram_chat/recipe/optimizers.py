@@ -1,4 +1,4 @@
-"""The optimizers a recipe can name: one row, one choice."""
+"""The optimizers that a recipe can name."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True)
 class Optimizer:
-    """One optimizer: its name in transformers and which of the recipe's settings it reads."""
+    """One optimizer: its name in transformers and the settings of the recipe that it uses."""
 
     optim: str
-    """Value of `TrainingArguments.optim`."""
+    """The value of `TrainingArguments.optim`."""
     reads: frozenset[str]
-    """Fields of the recipe's `optimizer` section that this optimizer uses besides `name` and `weight_decay`."""
+    """Fields of the recipe's `optimizer` section that it uses, besides `name` and `weight_decay`."""
     paged: bool = False
-    """Whether the states live in CUDA unified memory, outside the allocator's count."""
+    """Whether its states are in CUDA unified memory, which the allocator does not count."""
 
 
 ADAM = frozenset({"beta1", "beta2", "eps"})
@@ -29,3 +29,4 @@ OPTIMIZERS: Mapping[str, Optimizer] = {
     "adafactor": Optimizer(optim="adafactor", reads=frozenset()),
     "sgd": Optimizer(optim="sgd", reads=frozenset({"momentum"})),
 }
+"""Name in a recipe -> its properties."""

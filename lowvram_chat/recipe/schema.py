@@ -1,45 +1,23 @@
-"""What a recipe may say: seven frozen sections, a docstring under each field (its help and its JSON-schema text)."""
+"""The settings of a recipe: seven frozen sections.
+
+The docstring under each field is its help and its description in the JSON schema.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from lowvram_chat.errors import did_you_mean
-from lowvram_chat.gpus import GPUS
-from lowvram_chat.recipe.adapters import ADAPTERS, REFUSED_ADAPTERS, REFUSED_TARGETS
-from lowvram_chat.recipe.optimizers import OPTIMIZERS
+from lowvram_chat.recipe.adapters import REFUSED_TARGETS
+from lowvram_chat.recipe.choices import AdapterKind, FormatName, GpuName, OptimizerName, Positive, Share
+from lowvram_chat.recipe.conflicts import find_conflicts
 
-FORMATS = ("messages", "sharegpt", "alpaca", "prompt_completion", "text", "baseline")
 POSITIONS_OF_GPT2 = 1024
 
 
-def _one_of(known: Iterable[str]) -> tuple[AfterValidator, Any]:
-    """Return what makes a `str` field a choice out of a table: the check and its JSON-schema `enum`."""
-    names = list(known)
-
-    def check(value: str) -> str:
-        if value in REFUSED_ADAPTERS and value not in names:
-            raise ValueError(f"'{value}' {REFUSED_ADAPTERS[value]}; known: {', '.join(names)}")
-        if value not in names:
-            raise ValueError(f"unknown choice; known: {', '.join(names)}.{did_you_mean(value, names)}".rstrip("."))
-        return value
-
-    return AfterValidator(check), Field(json_schema_extra={"enum": [*names]})
-
-
-OptimizerName = Annotated[str, *_one_of(OPTIMIZERS)]
-AdapterKind = Annotated[str, *_one_of(ADAPTERS)]
-GpuName = Annotated[str, *_one_of(GPUS)]
-FormatName = Annotated[str, *_one_of(FORMATS)]
-Positive = Annotated[int, Field(gt=0)]
-Share = Annotated[float, Field(ge=0, lt=1)]
-
-
 class Section(BaseModel):
-    """A part of a recipe: frozen, and a key that is not a field is an error."""
+    """One section of a recipe: it is frozen, and an unknown key is an error."""
 
     model_config = ConfigDict(
         extra="forbid", frozen=True, use_attribute_docstrings=True, validate_default=True, allow_inf_nan=False
@@ -50,48 +28,50 @@ class Model(Section):
     """The base model."""
 
     name: str = "openai-community/gpt2"
-    """Hub id, local folder, or `builtin:tiny-gpt2`."""
+    """The base model: a Hugging Face hub id, a local folder, or `builtin:tiny-gpt2`."""
     revision: str | None = None
-    """Branch, tag or commit of a hub model."""
+    """Branch, tag or commit of a hub model; null: the hub's default branch."""
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"
-    """Type the base weights are held in. Trained weights must be float32 under fp16; a frozen base may be smaller."""
+    """Data type of the base weights. Weights that are trained must be float32; a frozen base may use a 16-bit type."""
     load_in: Literal["4bit"] | None = None
-    """`4bit`: hold the frozen base as nf4 (QLoRA); needs an adapter."""
+    """`4bit`: quantise the frozen base weights to nf4 (QLoRA), which needs an adapter; null: keep them in `dtype`."""
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
     """Attention implementation of transformers."""
     dropout: Share | None = None
-    """Every dropout probability of the base model; null keeps the model's own (GPT-2: 0.1)."""
+    """Probability of every dropout layer of the base model; null: the model's own values (GPT-2: 0.1)."""
     fused_gelu: bool = True
-    """Run GPT-2's `gelu_new` as one kernel (the same function in half the activation memory)."""
+    """Run GPT-2's `gelu_new` as one kernel: the same function with half the activation memory."""
     fused_loss: bool = True
-    """Score labelled tokens only, in tiles that never hold all logits; false: the model's own loss, for comparison."""
+    """Use the fused linear cross-entropy: it scores only the labelled tokens, in tiles, and never holds all logits.
+    false: the model's own loss, for comparison."""
     document_attention: bool = True
-    """Packed rows on a CPU, not compiled: attend within each document, without a mask; false: under a mask over whole rows."""
+    """For packed rows on a CPU without `compile`: compute attention for each document by itself, without a mask.
+    false: compute it over whole rows with a document mask."""
     pad_vocabulary: bool = True
-    """Round the vocabulary up to a multiple of 64 in the loss's half-precision matrix products, which run faster so;
-    the weights stay as they are."""
+    """Pad the vocabulary to a multiple of 64 in the half-precision matrix products of the loss, which makes them faster.
+    The weights themselves are not padded."""
 
 
 class Adapter(Section):
-    """A low-rank adapter; `adapter: null` is full fine-tuning."""
+    """A low-rank adapter; `adapter: null` means full fine-tuning."""
 
     kind: AdapterKind = "lora"
-    """lora, rslora, dora or pissa."""
+    """Kind of adapter: `lora`, `rslora`, `dora` or `pissa`."""
     r: Positive = 16
-    """Rank."""
+    """Rank of the adapter matrices."""
     alpha: Positive = 32
-    """Scaling numerator: the update is multiplied by alpha / r (rslora: alpha / sqrt(r))."""
+    """Numerator of the scale: the adapter's output is multiplied by alpha / r (rslora: alpha / sqrt(r))."""
     dropout: Share = 0.0
-    """Dropout in front of the adapter."""
+    """Dropout probability of the adapter's input."""
     fused: bool = True
-    """Add a plain adapter's product to its layer's output in one kernel (on a CPU in fp32: fold it into a copy of the
-    weight); false: PEFT's own forward, for comparison."""
+    """Use fused LoRA: add the adapter's product to the layer's output in one kernel (in fp32 on a CPU: add it to a copy of
+    the weight). It applies to adapters without dropout and without DoRA. false: PEFT's own forward, for comparison."""
     target_modules: list[str] | None = None
-    """Names of the layers that get an adapter; null: every linear layer of the blocks."""
+    """Names of the layers that get an adapter, such as `c_attn`; null: every linear layer of the blocks."""
 
     @field_validator("target_modules")
     @classmethod
-    def _no_tied_target(cls, names: list[str] | None) -> list[str] | None:
+    def _refuse_tied_targets(cls, names: list[str] | None) -> list[str] | None:
         for name in names or []:
             if name in REFUSED_TARGETS:
                 raise ValueError(f"'{name}' {REFUSED_TARGETS[name]}; leave it out")
@@ -99,93 +79,101 @@ class Adapter(Section):
 
 
 class Data(Section):
-    """The conversations."""
+    """The conversations to train on and to evaluate on."""
 
     source: str | list[str] = "HuggingFaceH4/ultrachat_200k"
-    """Hub dataset id, local files or globs (.jsonl .json .csv .parquet), or `builtin:chitchat`."""
+    """Training conversations: a hub dataset id, `builtin:chitchat`, files or globs (.jsonl, .json, .csv, .parquet), or a
+    list of these."""
     subset: str | None = None
-    """Configuration name of a hub dataset that has several."""
+    """Configuration of a hub dataset that has several; null: its default."""
     split: str = "train"
-    """Split of a hub dataset to train on."""
+    """Split of the hub dataset to train on."""
     eval_source: str | list[str] | None = None
-    """Held-out conversations of their own: hub id, files or globs."""
+    """Held-out conversations, named as in `source`; null: none, or those of `eval_split` or `eval_fraction`."""
     eval_split: str | None = None
-    """Held-out split of the hub dataset."""
+    """Split of the hub dataset to hold out; null: none, or see `eval_source` and `eval_fraction`."""
     eval_fraction: Annotated[float, Field(gt=0, lt=1)] | None = None
-    """Share of the training conversations to hold out (seeded by train.seed), where there is no eval source or split."""
+    """Share of the training conversations to hold out, chosen with `train.seed`; null: none, or see `eval_source` and
+    `eval_split`."""
     format: FormatName | None = None
-    """Row format; null: detected from the first row."""
+    """Format of the rows: `messages`, `sharegpt`, `alpaca`, `prompt_completion`, `text` or `baseline`; null: detected from
+    the columns of the first row."""
     limit: Positive | None = None
-    """Use only the first so many training conversations."""
+    """Number of training conversations to use, from the first; null: all."""
     eval_limit: Positive | None = None
-    """Use only the first so many held-out conversations."""
+    """Number of held-out conversations to use, from the first; null: all."""
     max_bad_rows: Annotated[int, Field(ge=0)] = 0
-    """Rows that cannot be used to skip before the run is refused."""
+    """Number of unusable rows to skip; the run is refused when there are more."""
     loss_on: Literal["assistant", "all"] = "assistant"
-    """Which tokens carry loss: the assistant's words and the EOS after them, or all."""
+    """Tokens that carry loss: those of the assistant's messages and the EOS token after each, or all tokens."""
     max_length: Annotated[int, Field(ge=8, le=POSITIONS_OF_GPT2)] = POSITIONS_OF_GPT2
-    """Tokens of a row at most; GPT-2 has 1,024 positions."""
+    """Maximum length of a row, in tokens. GPT-2 has 1,024 positions."""
     overflow: Literal["truncate", "split"] = "truncate"
-    """What becomes of a longer conversation: cut off, or split into windows so that no text is lost."""
+    """Treatment of conversations longer than `max_length`: `truncate` drops the rest; `split` cuts them into windows, so that
+    no text is lost."""
     rows: Literal["padded", "grouped", "packed"] = "padded"
-    """How rows become batches: `padded` in random order; `grouped` with others of like length, the longest first;
-    `packed`: several conversations in a row of max_length, none of which sees another."""
+    """How rows form batches. `padded`: in random order; `grouped`: rows of similar length together, the longest first;
+    `packed`: several conversations in each row of `max_length` tokens, with attention only within a conversation."""
     attention_mask: bool = False
-    """Hand the model the mask of padded batches. It changes no loss, since padding stands where no token looks, and costs
-    attention its fast kernel; for comparison."""
+    """Pass the attention mask of padded batches to the model. The loss is the same without it, because no real token attends
+    to the padding, and attention can then use its fast kernel; for comparison."""
     chat_template: str = "plain"
-    """`plain` (user: ... / assistant: ... lines), `chatml`, `own` (the tokenizer's), or a .jinja file."""
+    """Chat template: `plain` (`user: ...` and `assistant: ...` lines), `chatml`, `own` (the tokenizer's), or the path of a
+    .jinja file."""
 
 
 class Train(Section):
-    """The training loop, in the words of TRL and transformers."""
+    """The training loop; the names are those of TRL and transformers."""
 
     num_train_epochs: Annotated[float, Field(gt=0)] = 1.0
-    """Passes over the training rows."""
+    """Number of passes over the training rows."""
     max_steps: Positive | None = None
-    """Stop after so many optimizer steps (also sets the schedule's length); null: by epochs."""
+    """Number of optimizer steps, which is also the length of the learning-rate schedule; null: given by
+    `num_train_epochs`."""
     per_device_train_batch_size: Positive = 4
-    """Rows of a micro-batch."""
+    """Rows in a micro-batch."""
     gradient_accumulation_steps: Positive = 1
-    """Micro-batches of an optimizer step."""
+    """Micro-batches in an optimizer step."""
     micro_batch: Literal["given", "planned"] = "given"
-    """`planned`: cut the optimizer step (per_device_train_batch_size x gradient_accumulation_steps rows, which stay) into
-    the largest micro-batches that fit the card, and checkpoint only where not one row fits without."""
+    """`given`: use `per_device_train_batch_size` and `gradient_accumulation_steps` as they are. `planned`: keep their product,
+    the effective batch size, but divide it into the largest micro-batches that fit the device, with gradient checkpointing
+    only where not even one row fits without it."""
     per_device_eval_batch_size: Positive = 8
-    """Rows of an evaluation batch."""
+    """Rows in an evaluation batch."""
     learning_rate: Annotated[float, Field(gt=0)] = 5e-5
     """Peak learning rate."""
     lr_scheduler_type: Literal["cosine", "linear", "constant_with_warmup", "constant"] = "cosine"
-    """Shape of the learning rate over the run."""
+    """Learning-rate schedule."""
     warmup_ratio: Share = 0.03
-    """Share of the steps over which the learning rate rises from 0."""
+    """Share of the optimizer steps over which the learning rate rises from 0 to its peak."""
     max_grad_norm: Annotated[float, Field(ge=0)] = 1.0
-    """Gradient norm to clip to; 0: no clipping."""
+    """Gradient norm above which gradients are clipped; 0: no clipping."""
     precision: Literal["fp16", "bf16", "fp32"] = "fp16"
-    """Type of the matrix products (autocast); weights that are trained stay fp32."""
+    """Data type of the matrix products (autocast). Weights that are trained stay in fp32."""
     gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass: less memory, about a third more time."""
+    """Recompute activations in the backward pass: less memory for about a third more time."""
     compile: bool | Literal["if_possible"] = False
-    """Compile the blocks (torch.compile, batches of one shape). true refuses where a compiler is missing; if_possible goes
-    on without."""
+    """Compile the blocks with torch.compile, on batches of one shape. true: refuse the run where no compiler is installed;
+    `if_possible`: run without compilation there."""
     fp16_accumulation: bool = False
-    """Sum fp16 matrix products in fp16: up to twice the rate on GeForce cards, and a risk: sums can overflow or round."""
+    """Accumulate fp16 matrix products in fp16: up to twice as fast on GeForce cards, but sums can overflow and are rounded more
+    coarsely."""
     dataloader_num_workers: Annotated[int, Field(ge=0)] | None = None
-    """Processes that prepare batches; null: 2 on CUDA, none on a CPU."""
+    """Number of processes that prepare batches; null: 2 on CUDA, 0 on a CPU."""
     seed: Annotated[int, Field(ge=0)] = 42
-    """Seed of shuffling, dropout, adapter weights and the held-out split."""
+    """Seed of shuffling, dropout, the adapter's initial weights and the choice of held-out conversations."""
     logging_steps: Positive = 10
     """Optimizer steps between two lines of metrics.jsonl."""
     eval_steps: Positive | None = None
-    """Optimizer steps between two evaluations; null: before and after the run only."""
+    """Optimizer steps between two evaluations; null: evaluate only before and after the run."""
     save_steps: Positive | None = 500
-    """Optimizer steps between two checkpoints; null: none."""
+    """Optimizer steps between two checkpoints; null: no checkpoints."""
     save_total_limit: Positive = 2
-    """Checkpoints to keep."""
+    """Number of checkpoints to keep."""
 
     @property
     def effective_batch_size(self) -> int:
-        """Rows that one process works through for an optimizer step."""
+        """Rows that one process uses for an optimizer step."""
         return self.per_device_train_batch_size * self.gradient_accumulation_steps
 
 
@@ -193,48 +181,48 @@ class OptimizerSection(Section):
     """The optimizer."""
 
     name: OptimizerName = "adamw_8bit"
-    """A row of the optimizer table."""
+    """Name of the optimizer."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    """Decoupled weight decay (not on biases and layer norms)."""
+    """Decoupled weight decay; it is not applied to biases and layer norms."""
     beta1: Share = 0.9
-    """First-moment decay (Adam, Lion)."""
+    """Decay rate of the first moment (Adam, Lion)."""
     beta2: Share = 0.999
-    """Second-moment decay (Adam, Lion)."""
+    """Decay rate of the second moment (Adam, Lion)."""
     eps: Annotated[float, Field(gt=0)] = 1e-8
-    """Adam's denominator term."""
+    """Term added to the denominator for numerical stability (Adam)."""
     momentum: Share = 0.0
-    """SGD's momentum."""
+    """Momentum (SGD)."""
 
 
 class Memory(Section):
-    """The card that the run must fit."""
+    """The graphics card that the run must fit."""
 
     gpu: GpuName = "rtx-3050-laptop-4gb"
-    """A row of the card table."""
+    """Graphics card to plan for."""
     limit_mib: Positive | None = None
-    """Budget of this process on the device, MiB; on CUDA the process is capped to it. null: the whole card."""
+    """Memory that this process may use on the device, in MiB; CUDA enforces it. null: all of the card's usable memory."""
     on_oom: Literal["stop", "halve"] = "stop"
-    """What an out-of-memory error does: stop with advice, or halve the micro-batch, double the accumulation (the same
-    effective batch, the same rows in the same order) and go on from the last checkpoint."""
+    """Reaction to an out-of-memory error. `stop`: end with advice. `halve`: halve the micro-batch, double the gradient
+    accumulation and continue from the last checkpoint; the effective batch size and the order of the rows stay the same."""
 
 
 class Output(Section):
-    """Where the run goes and who is told."""
+    """Output directory, trackers and sample answers."""
 
     dir: str = "runs/run"
     """Run folder."""
     report_to: list[str] = []
-    """Trackers known to transformers: tensorboard, wandb, mlflow, trackio, ..."""
+    """Experiment trackers that transformers knows: tensorboard, wandb, mlflow, trackio, ..."""
     sample_prompts: list[str] = [
         "Hello, how are you today?",
         "What do you like to do on the weekend?",
         "What is the capital of France?",
     ]
-    """Questions that the model answers before the run and after it, for report.html; []: none."""
+    """Prompts that the model answers before and after training, for report.html; []: none."""
 
 
 class Recipe(Section):
-    """A whole recipe: what `python -m lowvram_chat.sft` runs."""
+    """All settings of a run, as `python -m lowvram_chat.sft` takes them."""
 
     model: Model = Model()
     adapter: Adapter | None = None
@@ -245,50 +233,8 @@ class Recipe(Section):
     output: Output = Output()
 
     @model_validator(mode="after")
-    def _sections_agree(self) -> Recipe:
-        problems = [text for wrong, text in _disagreements(self) if wrong]
+    def _check_across_sections(self) -> Recipe:
+        problems = list(find_conflicts(self))
         if problems:
             raise ValueError("\n".join(problems))
         return self
-
-
-def _disagreements(recipe: Recipe) -> list[tuple[bool, str]]:
-    """Return (is it so, the problem and what to do) for settings that exclude each other."""
-    model, data, optimizer = recipe.model, recipe.data, recipe.optimizer
-    full = recipe.adapter is None
-    held_out = [data.eval_source, data.eval_split, data.eval_fraction]
-    read = OPTIMIZERS[optimizer.name].reads
-    return [
-        (
-            model.load_in == "4bit" and full,
-            "model.load_in: 4bit weights cannot be trained themselves. Add an adapter section, or set model.load_in=null.",
-        ),
-        (
-            model.load_in == "4bit" and recipe.adapter is not None and recipe.adapter.kind == "pissa",
-            "adapter.kind: pissa starts from the base's own weights, which 4-bit ones cannot give. Set adapter.kind=lora.",
-        ),
-        (
-            full and model.dtype != "float32",
-            f"model.dtype: {model.dtype} weights cannot be trained under autocast. Set model.dtype=float32, or add an adapter.",
-        ),
-        (
-            sum(value is not None for value in held_out) > 1,
-            "data: eval_source, eval_split and eval_fraction exclude each other. Keep one.",
-        ),
-        (
-            data.rows == "packed" and data.attention_mask,
-            "data.attention_mask: packed rows are told apart by their positions, which a mask would override. Leave it out.",
-        ),
-        (
-            recipe.train.fp16_accumulation and recipe.train.precision != "fp16",
-            f"train.fp16_accumulation: sums of {recipe.train.precision} products are not fp16. Leave it out, or set "
-            "train.precision=fp16.",
-        ),
-        *[
-            (
-                name in optimizer.model_fields_set and name not in read,
-                f"optimizer.{name}: {optimizer.name} does not read it. Leave it out.",
-            )
-            for name in ("beta1", "beta2", "eps", "momentum")
-        ],
-    ]

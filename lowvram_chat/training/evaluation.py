@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from lowvram_chat.data.dataset import held_out_source, load_held_out, load_rows
-from lowvram_chat.data.formats import FORMATS, detect_format
+from lowvram_chat.data.formats import detect_format
 from lowvram_chat.data.rows import Collator
 from lowvram_chat.data.sources import BadRow
 from lowvram_chat.data.template import marks_answers, set_template
@@ -13,6 +13,7 @@ from lowvram_chat.model.loss import attach_loss
 from lowvram_chat.model.pretrained import check_positions
 from lowvram_chat.model.saved import open_model
 from lowvram_chat.model.scoring import Score, score
+from lowvram_chat.recipe.formats import FORMATS
 from lowvram_chat.recipe.schema import Data
 
 if TYPE_CHECKING:

@@ -1,4 +1,4 @@
-"""The shipped recipes run under their real names from a hub cache laid out by hand, with the network switched off."""
+"""The shipped recipes run with their real model and data names from a prepared hub cache, without a network."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ COMMIT = "607a30d783dfa663caf39e06633721c8d4cfcd7e"
 SPLITS = {"train_sft": 40, "test_sft": 8, "train_gen": 40, "test_gen": 8}
 
 
-def lay_out_model(cache: Path, name: str) -> Path:
-    """Put a tiny GPT-2 where huggingface_hub keeps `name`: refs/main names a commit, snapshots/COMMIT holds the files."""
+def prepare_model(cache: Path, name: str) -> Path:
+    """Save a tiny GPT-2 where huggingface_hub caches `name`: refs/main names a commit, snapshots/COMMIT has the files."""
     folder = cache / f"models--{name.replace('/', '--')}"
     (folder / "refs").mkdir(parents=True)
     (folder / "refs" / "main").write_text(COMMIT, encoding="utf-8")
@@ -29,8 +29,8 @@ def lay_out_model(cache: Path, name: str) -> Path:
     return folder
 
 
-def lay_out_dataset(cache: Path, name: str) -> Path:
-    """Put tiny splits where `datasets` keeps the Arrow files of `name`: owner___name/config/version/hash."""
+def prepare_dataset(cache: Path, name: str) -> Path:
+    """Write small splits where `datasets` caches the Arrow files of `name`: owner___name/config/version/hash."""
     owner, _, short = name.partition("/")
     folder = cache / f"{owner}___{short}" / "default" / "0.0.0" / COMMIT
     folder.mkdir(parents=True)
@@ -57,22 +57,23 @@ def lay_out_dataset(cache: Path, name: str) -> Path:
 
 
 def ultrachat_row(row: dict[str, Any]) -> dict[str, Any]:
+    """Return a row with the columns of ultrachat_200k."""
     messages = [{"content": message["content"], "role": message["role"]} for message in row["messages"]]
     return {"prompt": messages[0]["content"], "prompt_id": "0", "messages": messages}
 
 
 @pytest.fixture(scope="module", autouse=True)
 def hub_cache() -> Iterator[None]:
-    """A model and a dataset under their real names in this session's own caches."""
+    """Prepare a model and a dataset with their real names in the caches of this session."""
     import datasets
     from huggingface_hub.constants import HF_HUB_CACHE
 
-    made = [
-        lay_out_model(Path(HF_HUB_CACHE), "openai-community/gpt2"),
-        lay_out_dataset(Path(datasets.config.HF_DATASETS_CACHE), "HuggingFaceH4/ultrachat_200k"),
+    prepared = [
+        prepare_model(Path(HF_HUB_CACHE), "openai-community/gpt2"),
+        prepare_dataset(Path(datasets.config.HF_DATASETS_CACHE), "HuggingFaceH4/ultrachat_200k"),
     ]
     yield
-    for folder in made:
+    for folder in prepared:
         shutil.rmtree(folder)
 
 
@@ -80,16 +81,16 @@ def hub_cache() -> Iterator[None]:
 def test_a_hub_recipe_runs_offline_from_the_cache(name: str, tmp_path: Path) -> None:
     run = tmp_path / name
     words = [str(ROOT / "recipes" / f"{name}.yaml"), "train.precision=fp32", "--max-steps", "2", f"output.dir={run}"]
-    # --force: in fp32 on a CPU the card that the recipe names is never seen
+    # --force: the run is on a CPU in fp32, not on the card of the recipe
     assert sft.main([*words, "--force"]) == 0
-    said = result(run)
-    assert said["steps"] == 2
-    assert said["data"]["conversations"] == 40
-    assert (said["held_out_loss_before"] is None) == (name == "baseline_7h27m")
-    if "adapter" in said:
+    outcome = result(run)
+    assert outcome["steps"] == 2
+    assert outcome["data"]["conversations"] == 40
+    assert (outcome["held_out_loss_before"] is None) == (name == "baseline_7h27m")
+    if "adapter" in outcome:
         config = json.loads((run / "adapter" / "adapter_config.json").read_text(encoding="utf-8"))
         assert config["base_model_name_or_path"] == "openai-community/gpt2"
-    card = (run / ("adapter" if "adapter" in said else "model") / "README.md").read_text(encoding="utf-8")
+    card = (run / ("adapter" if "adapter" in outcome else "model") / "README.md").read_text(encoding="utf-8")
     assert "base_model: openai-community/gpt2" in card
     assert "- HuggingFaceH4/ultrachat_200k" in card
 
@@ -105,7 +106,7 @@ def test_an_unknown_split_names_the_known_ones(tmp_path: Path, capsys: pytest.Ca
 
 
 @pytest.mark.parametrize("setting", ["model.name=openai-community/gpt2-nosuch", "data.source=HuggingFaceH4/nosuch"])
-def test_a_name_that_is_not_in_the_cache_is_said(
+def test_a_name_that_is_not_in_the_cache_is_refused(
     setting: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     recipe = str(ROOT / "recipes" / "full_fp16.yaml")
@@ -116,13 +117,13 @@ def test_a_name_that_is_not_in_the_cache_is_said(
     assert not (tmp_path / "r").exists()
 
 
-def test_a_hub_that_does_not_answer_is_not_called_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hub_that_does_not_answer_is_not_reported_as_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
     from lowvram_chat import hub
 
     monkeypatch.setenv("HF_HUB_OFFLINE", "0")
     monkeypatch.delitem(sys.modules, "huggingface_hub")
     monkeypatch.setattr(hub, "reachable", lambda: False)
-    monkeypatch.setattr(hub, "_given_up", False)
+    monkeypatch.setattr(hub, "_found_unreachable", False)
     hub.work_offline_if_unreachable()
     assert "the hub could not be reached" in hub.explain("model", "a/b", OSError())
 
@@ -153,10 +154,10 @@ def test_local_files_and_globs_do_not_ask_for_the_hub(
 ) -> None:
     from lowvram_chat import hub
 
-    asked: list[bool] = []
-    monkeypatch.setattr(hub, "work_offline_if_unreachable", lambda: asked.append(True))
+    requests: list[bool] = []
+    monkeypatch.setattr(hub, "work_offline_if_unreachable", lambda: requests.append(True))
     bench.run("r", data__source=str(train_file.parent / pattern), train__max_steps=1)
-    assert not asked
+    assert not requests
 
 
 @pytest.mark.network

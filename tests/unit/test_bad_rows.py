@@ -1,4 +1,4 @@
-"""Rows that cannot be used are reported by place, counted, and skipped only as far as the recipe allows."""
+"""Unusable rows are reported with their place, counted, and skipped only as far as the recipe allows."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_one_bad_row_stops_the_run_by_default_with_its_place(
     assert "data.max_bad_rows" in str(caught.value)
 
 
-def test_bad_rows_are_skipped_up_to_the_limit_and_said(
+def test_bad_rows_are_skipped_up_to_the_limit_and_logged(
     tmp_path: Path, tokenizer: PreTrainedTokenizerBase, caplog: pytest.LogCaptureFixture
 ) -> None:
     path = write_jsonl(tmp_path / "r.jsonl", [BAD, *conversations(3, 0), BAD])

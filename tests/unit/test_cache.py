@@ -1,8 +1,9 @@
-"""Token rows are kept under all that they depend on, found again, said, and made anew when damaged."""
+"""Token rows are cached under everything that they depend on, and made again when the cache is damaged."""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,7 @@ from lowvram_chat.data import encode as encode_module
 from lowvram_chat.data import reader as reader_module
 from lowvram_chat.data import rows as rows_module
 from lowvram_chat.data import tokenize as tokenize_module
+from lowvram_chat.data.rows import TokenRow
 from lowvram_chat.data.sources import open_source
 from lowvram_chat.data.template import set_template
 from lowvram_chat.data.tokenize import Tokenized, tokenize
@@ -24,7 +26,7 @@ if TYPE_CHECKING:
 
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> Path:
-    """An empty cache for each test, and our words recorded."""
+    """Give each test an empty cache, and record the log of the package."""
     caplog.set_level(logging.INFO, logger="lowvram_chat")
     monkeypatch.setenv("LOWVRAM_CHAT_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache"
@@ -40,7 +42,7 @@ def read(path: Path, tokenizer: PreTrainedTokenizerBase, limit: int | None = Non
     return tokenize(source, tokenizer, Data.model_validate({"max_length": 64} | settings), limit)
 
 
-def test_the_second_reading_comes_from_the_cache_and_says_so(
+def test_the_second_reading_comes_from_the_cache_and_is_logged(
     file: Path, tokenizer: PreTrainedTokenizerBase, own_cache: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     first = read(file, tokenizer)
@@ -101,7 +103,7 @@ def test_another_version_of_this_code_is_another_entry(
 
 @pytest.mark.parametrize("ending", ["arrow", "json"])
 @pytest.mark.parametrize("damage", ["cut", "changed", "emptied"])
-def test_a_damaged_entry_is_made_anew(
+def test_a_damaged_entry_is_made_again(
     file: Path,
     tokenizer: PreTrainedTokenizerBase,
     own_cache: Path,
@@ -109,30 +111,30 @@ def test_a_damaged_entry_is_made_anew(
     damage: str,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    wanted = read(file, tokenizer).rows["input_ids"][:]
+    expected = read(file, tokenizer).rows["input_ids"][:]
     [path] = own_cache.glob(f"*.{ending}")
     content = path.read_bytes()
     middle = len(content) // 2
     changed = content[:middle] + bytes([content[middle] ^ 255]) + content[middle + 1 :]
-    path.unlink()  # the rows already read stay mapped
+    path.unlink()  # rows that were already read stay memory-mapped
     path.write_bytes({"cut": content[:middle], "changed": changed, "emptied": b""}[damage])
     caplog.clear()
-    assert read(file, tokenizer).rows["input_ids"][:] == wanted
-    assert "damaged; made anew" in caplog.text
+    assert read(file, tokenizer).rows["input_ids"][:] == expected
+    assert "damaged and are made again" in caplog.text
 
 
 @pytest.mark.parametrize("ending", ["arrow", "json"])
-def test_half_an_entry_is_made_anew(
+def test_half_an_entry_is_made_again(
     file: Path, tokenizer: PreTrainedTokenizerBase, own_cache: Path, ending: str
 ) -> None:
-    wanted = read(file, tokenizer).rows["input_ids"][:]
+    expected = read(file, tokenizer).rows["input_ids"][:]
     [path] = own_cache.glob(f"*.{ending}")
     path.unlink()
-    assert read(file, tokenizer).rows["input_ids"][:] == wanted
+    assert read(file, tokenizer).rows["input_ids"][:] == expected
 
 
 def kept(cache: Path) -> list[str]:
-    """Return the endings of what is in the cache; an empty lock file says nothing of rows."""
+    """Return the suffixes of the files in the cache, except lock files, which are always empty."""
     return sorted(path.suffix for path in cache.glob("*") if path.suffix != ".lock")
 
 
@@ -147,7 +149,7 @@ def test_a_failed_reading_leaves_nothing_in_the_cache(
 
 @pytest.fixture
 def many(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A file that takes ten blocks, with rows that cannot be used among them."""
+    """Return a file that takes ten blocks to write and contains unusable rows."""
     monkeypatch.setattr(tokenize_module, "ROWS_PER_WRITE", 10)
     monkeypatch.setattr(encode_module, "CONVERSATIONS_PER_BATCH", 8)
     raw = conversations(100, seed=2)
@@ -157,19 +159,19 @@ def many(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def interrupt(monkeypatch: pytest.MonkeyPatch, conversation: int) -> None:
-    """Let Ctrl-C come at a conversation."""
+    """Raise KeyboardInterrupt when the rows of a conversation are made."""
     original, count = rows_module.cut_to_length, iter(range(10**6))
 
-    def cut(*args: Any) -> Any:
+    def cut(tokens: list[int], labels: list[int], max_length: int, overflow: str) -> Iterator[TokenRow]:
         if next(count) == conversation:
             raise KeyboardInterrupt
-        return original(*args)
+        return original(tokens, labels, max_length, overflow)
 
-    monkeypatch.setattr(reader_module, "cut", cut)
+    monkeypatch.setattr(reader_module, "cut_to_length", cut)
 
 
 @pytest.mark.parametrize("conversation", [0, 5, 37, 80])
-def test_an_interrupted_reading_goes_on_where_it_was(
+def test_an_interrupted_reading_continues_where_it_stopped(
     conversation: int,
     many: Path,
     tokenizer: PreTrainedTokenizerBase,
@@ -183,7 +185,7 @@ def test_an_interrupted_reading_goes_on_where_it_was(
             read(many, tokenizer, max_bad_rows=9)
     assert ".arrow" not in kept(own_cache)
     again = read(many, tokenizer, max_bad_rows=9)
-    assert ("going on after" in caplog.text) == (conversation > 10)
+    assert ("continuing after" in caplog.text) == (conversation > 10)
     monkeypatch.setenv("LOWVRAM_CHAT_CACHE", str(own_cache / "other"))
     whole = read(many, tokenizer, max_bad_rows=9)
     assert again.facts == whole.facts
@@ -192,7 +194,7 @@ def test_an_interrupted_reading_goes_on_where_it_was(
     assert kept(own_cache) == ["", ".arrow", ".json"]  # "" is the other cache
 
 
-def test_a_damaged_unfinished_reading_begins_anew(
+def test_a_damaged_unfinished_reading_starts_again(
     many: Path,
     tokenizer: PreTrainedTokenizerBase,
     own_cache: Path,
@@ -207,4 +209,4 @@ def test_a_damaged_unfinished_reading_begins_anew(
     content = partial.read_bytes()
     partial.write_bytes(content[:500] + bytes([content[500] ^ 255]) + content[501:])
     assert read(many, tokenizer, max_bad_rows=9).facts.conversations == 100
-    assert "going on after" not in caplog.text
+    assert "continuing after" not in caplog.text

@@ -1,4 +1,4 @@
-"""The command line: exit codes, one-line mistakes, quick answers."""
+"""The command line: exit codes, one-line error messages, fast answers, and which warnings are silenced."""
 
 from __future__ import annotations
 
@@ -7,11 +7,13 @@ import os
 import subprocess
 import sys
 import time
+import warnings
 
 import pytest
 
 from lowvram_chat import __version__, cli, doctor
 from lowvram_chat.errors import LowVramError, ProofError, RecipeError
+from lowvram_chat.quiet import quiet_libraries
 from tests.samples import ROOT
 
 
@@ -82,9 +84,34 @@ def test_a_missing_package_is_a_sentence(capsys: pytest.CaptureFixture[str], mon
 
 
 @pytest.mark.parametrize(
+    ("module", "category", "message", "shown"),
+    [
+        ("transformers.training_args", FutureWarning, "`gradient_checkpointing` is deprecated and", False),
+        ("transformers.modeling_utils", FutureWarning, "`is_gradient_checkpointing` is deprecated and", False),
+        (
+            "peft.tuners.lora.layer",
+            UserWarning,
+            "fan_in_fan_out is set to False but the target module is `Conv1D`.",
+            False,
+        ),
+        ("transformers.training_args", FutureWarning, "`warmup_ratio` is deprecated", True),
+        ("bitsandbytes.optim.optimizer", UserWarning, "Paged optimizers are not supported on CPU.", False),
+        ("bitsandbytes.optim.optimizer", UserWarning, "Another warning", True),
+        ("torch.nn", UserWarning, "`gradient_checkpointing` is deprecated and", True),
+    ],
+)
+def test_only_the_listed_warnings_are_silenced(module: str, category: type[Warning], message: str, shown: bool) -> None:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.resetwarnings()
+        quiet_libraries()
+        warnings.warn_explicit(message, category, f"{module}.py", 1, module)
+    assert bool(caught) is shown
+
+
+@pytest.mark.parametrize(
     "error", [ModuleNotFoundError("No module named 'torch'"), OSError("[WinError 126] c10.dll.\n")]
 )
-def test_doctor_looks_on_where_a_library_is_broken(
+def test_doctor_continues_where_a_library_is_broken(
     error: Exception, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def gpu() -> doctor.Finding:
@@ -93,12 +120,12 @@ def test_doctor_looks_on_where_a_library_is_broken(
     monkeypatch.setattr(doctor, "CHECKS", (gpu, doctor.disk))
     assert cli.main(["doctor"]) == 0
     printed = capsys.readouterr().out
-    assert f"gpu           cannot be looked at: {str(error).strip().rstrip('.')}\n" in printed
+    assert f"gpu           cannot be checked: {str(error).strip().rstrip('.')}\n" in printed
     assert "-> Run pip install" in printed
     assert "Disk" in printed
 
 
-def test_doctor_looks_at_everything_and_advises(capsys: pytest.CaptureFixture[str]) -> None:
+def test_doctor_checks_everything_and_advises(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["doctor", "--json"]) == 0
     lines = capsys.readouterr().out.splitlines()
     found = json.loads(lines[-1])["findings"]
@@ -107,14 +134,14 @@ def test_doctor_looks_at_everything_and_advises(capsys: pytest.CaptureFixture[st
     assert len(found) == len(doctor.CHECKS)
     for finding in found:
         assert finding["found"]
-        assert finding["good"] or finding["advice"], f"{finding['name']}: a lack without advice"
+        assert finding["good"] or finding["advice"], f"{finding['name']}: missing, without advice"
         assert any(finding["name"] in line and finding["found"] in line for line in lines)
     hub = next(finding for finding in found if finding["name"] == "Hub")
     assert "HF_HUB_OFFLINE" in hub["found"]
 
 
 def quickest(words: list[str]) -> tuple[float, subprocess.CompletedProcess[str]]:
-    """Return the best time of three runs, and one of them; which modules were imported stands in its stderr."""
+    """Return the shortest time of three runs, and the last run, whose stderr lists the imported modules."""
     seconds = []
     for _ in range(3):
         started = time.perf_counter()

@@ -1,4 +1,4 @@
-"""Tokens and labels are those of the tokenizer's own chat template, whether a text was cut before or not."""
+"""Tokens and labels are those of the tokenizer's own chat template, whether or not the text was cut first."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import random
 from typing import TYPE_CHECKING
 
 import pytest
+from transformers import BatchEncoding
 
 from lowvram_chat.data import encode as encode_module
 from lowvram_chat.data.encode import Encoder
@@ -33,7 +34,7 @@ WORDS = [
 
 
 def conversation(seed: int, words: int) -> Conversation:
-    """A conversation of ugly text; every fifth message is long."""
+    """Return a conversation of difficult text; every fifth message is long."""
     choose = random.Random(seed)
     messages = []
     for number in range(2 * choose.randint(1, 4)):
@@ -47,11 +48,12 @@ def test_tokens_and_labels_are_those_of_the_template(loss_on: str, tokenizer: Pr
     set_template(tokenizer, "plain", loss_on)
     talks = [conversation(seed, 20) for seed in range(40)]
     for talk, (ids, labels) in zip(talks, Encoder(tokenizer, loss_on, None)(talks), strict=True):
-        wanted = tokenizer.apply_chat_template(
+        expected = tokenizer.apply_chat_template(
             list(talk.messages), tokenize=True, return_dict=True, return_assistant_tokens_mask=loss_on == "assistant"
         )
-        assert ids == wanted["input_ids"]
-        marks = wanted["assistant_masks"] if loss_on == "assistant" else [1] * len(ids)
+        assert isinstance(expected, BatchEncoding)
+        assert ids == expected["input_ids"]
+        marks = expected["assistant_masks"] if loss_on == "assistant" else [1] * len(ids)
         assert labels == [token if mark else IGNORED_LABEL for token, mark in zip(ids, marks, strict=True)]
 
 
@@ -63,12 +65,12 @@ def test_a_text_that_is_cut_first_gives_the_same_head(
     set_template(tokenizer, "plain", "assistant")
     talks = [conversation(seed, 60) for seed in range(100)]
     whole = list(Encoder(tokenizer, "assistant", None)(talks))
-    headed = list(Encoder(tokenizer, "assistant", keep)(talks))
-    assert any(len(cut[0]) < len(full[0]) for cut, full in zip(headed, whole, strict=True))
-    for (ids, labels), (all_ids, all_labels) in zip(headed, whole, strict=True):
+    heads = list(Encoder(tokenizer, "assistant", keep)(talks))
+    assert any(len(cut[0]) < len(full[0]) for cut, full in zip(heads, whole, strict=True))
+    for (ids, labels), (all_ids, all_labels) in zip(heads, whole, strict=True):
         assert ids[:keep] == all_ids[:keep]
         assert labels[:keep] == all_labels[:keep]
-        assert len(ids) >= min(len(all_ids), keep + 1)  # so that a conversation over the length is seen to be one
+        assert len(ids) >= min(len(all_ids), keep + 1)  # so that a conversation over the length is counted as one
 
 
 def test_a_text_of_long_words_that_proves_too_short_is_encoded_whole(tokenizer: PreTrainedTokenizerBase) -> None:
@@ -77,5 +79,5 @@ def test_a_text_of_long_words_that_proves_too_short_is_encoded_whole(tokenizer: 
         messages=({"role": "user", "content": " " * 5000 + "end"}, {"role": "assistant", "content": "ok"})
     )
     [(ids, _)] = Encoder(tokenizer, "assistant", 64)([wide])
-    [(wanted, _)] = Encoder(tokenizer, "assistant", None)([wide])
-    assert ids[:64] == wanted[:64]
+    [(expected, _)] = Encoder(tokenizer, "assistant", None)([wide])
+    assert ids[:64] == expected[:64]

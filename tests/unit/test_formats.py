@@ -1,22 +1,22 @@
-"""Every format reads right, and a row that cannot be used says why."""
+"""Every format reads its examples, and the error for an unusable row says why."""
 
 from __future__ import annotations
 
 import re
-from typing import Any
 
 import pytest
 
-from lowvram_chat.data.formats import FORMATS, Conversation, detect_format
+from lowvram_chat.data.formats import READERS, Conversation, check_readers, detect_format
 from lowvram_chat.errors import DataError
-from lowvram_chat.recipe import schema
+from lowvram_chat.recipe.formats import FORMATS
+from lowvram_chat.recipe.schema import Data
 
 USER = {"role": "user", "content": "Hi"}
 ANSWER = {"role": "assistant", "content": "Hello there"}
 SYSTEM = {"role": "system", "content": "Be kind"}
 EXCHANGE = Conversation(messages=(USER, ANSWER))
 
-EXAMPLES: dict[str, list[tuple[dict[str, Any], Conversation]]] = {
+EXAMPLES: dict[str, list[tuple[dict[str, object], Conversation]]] = {
     "messages": [
         ({"messages": [SYSTEM, USER, ANSWER]}, Conversation(messages=(SYSTEM, USER, ANSWER))),
         ({"messages": [USER | {"content": "  Hi\n"}, ANSWER], "id": 7}, EXCHANGE),
@@ -39,22 +39,22 @@ EXAMPLES: dict[str, list[tuple[dict[str, Any], Conversation]]] = {
     ],
     "text": [({"text": "Once upon a time \n"}, Conversation(text="Once upon a time"))],
     "baseline": [
-        ({"messages": [USER, ANSWER, USER]}, Conversation(text="user: Hi\nassistant: Hello there", ends=False)),
-        ({"messages": [USER | {"content": " Hi "}, ANSWER]}, Conversation(text="user:  Hi ", ends=False)),
+        ({"messages": [USER, ANSWER, USER]}, Conversation(text="user: Hi\nassistant: Hello there", append_eos=False)),
+        ({"messages": [USER | {"content": " Hi "}, ANSWER]}, Conversation(text="user:  Hi ", append_eos=False)),
     ],
 }
 
-USELESS = [
+UNUSABLE: list[tuple[str, dict[str, object], str]] = [
     ("messages", {"messages": []}, "the conversation is empty"),
     ("messages", {"messages": None}, "there are no messages"),
     ("messages", {"messages": [USER]}, "no assistant turn"),
     ("messages", {"messages": [USER | {"role": "robot"}, ANSWER]}, "message 1 has the unknown role 'robot'"),
-    ("messages", {"messages": [USER, ANSWER | {"content": 5}]}, "message 2 is not text but int"),
-    ("messages", {"messages": [USER, ANSWER | {"content": None}]}, "message 2 is not text but NoneType"),
+    ("messages", {"messages": [USER, ANSWER | {"content": 5}]}, "message 2 is of type int, not text"),
+    ("messages", {"messages": [USER, ANSWER | {"content": None}]}, "message 2 is of type NoneType, not text"),
     ("messages", {"messages": [USER | {"content": " \n"}, ANSWER]}, "message 1 is empty"),
-    ("messages", {"messages": ["Hi"]}, "message 1 has no 'role' and 'content'"),
+    ("messages", {"messages": ["Hi"]}, "message 1 needs 'role' and 'content'"),
     ("messages", {"messages": [{"role": ["user"], "content": "Hi"}, ANSWER]}, "message 1"),
-    ("sharegpt", {"conversations": [{"from": "human", "text": "Hi"}]}, "message 1 has no 'from' and 'value'"),
+    ("sharegpt", {"conversations": [{"from": "human", "text": "Hi"}]}, "message 1 needs 'from' and 'value'"),
     ("sharegpt", {"conversations": [{"from": "human", "value": "Hi"}]}, "no assistant turn"),
     ("alpaca", {"instruction": "", "output": "x"}, "'instruction' is empty"),
     ("alpaca", {"instruction": "Hi", "output": 3}, "'output' is not text"),
@@ -63,30 +63,41 @@ USELESS = [
     ("text", {"text": ""}, "'text' is empty"),
     ("text", {"text": "  "}, "'text' is empty"),
     ("baseline", {"messages": [USER]}, "fewer than two messages"),
-    ("baseline", {"messages": ["Hi", "Ho"]}, "no 'role' and 'content'"),
+    ("baseline", {"messages": ["Hi", "Ho"]}, "a message needs 'role' and 'content'"),
 ]
 
 
-def test_every_format_has_an_example_and_a_choice_in_the_recipe() -> None:
-    assert set(EXAMPLES) == set(FORMATS) == set(schema.FORMATS)
+def test_every_format_has_a_reader_an_example_and_a_choice_in_the_recipe() -> None:
+    assert set(EXAMPLES) == set(FORMATS) == set(READERS)
+    for name in FORMATS:
+        assert Data.model_validate({"format": name}).format == name
+
+
+@pytest.mark.parametrize(
+    "readers", [[*FORMATS, "yaml"], list(FORMATS)[1:]], ids=["a reader too many", "a reader too few"]
+)
+def test_tables_of_formats_and_readers_that_differ_are_refused_at_import(readers: list[str]) -> None:
+    [different] = set(readers) ^ set(FORMATS)
+    with pytest.raises(RuntimeError, match=f"data formats: {different} must be both in"):
+        check_readers(readers)
 
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_a_format_reads_its_examples(name: str) -> None:
     for row, conversation in EXAMPLES[name]:
-        assert FORMATS[name].read(row) == conversation
+        assert READERS[name](row) == conversation
 
 
-@pytest.mark.parametrize("name", [name for name in FORMATS if name != "baseline"])
+@pytest.mark.parametrize("name", [name for name, kind in FORMATS.items() if kind.detected])
 def test_a_format_is_detected_from_its_columns(name: str) -> None:
     for row, _ in EXAMPLES[name]:
         assert detect_format(row, "f.jsonl:1") == name
 
 
-@pytest.mark.parametrize(("name", "row", "reason"), USELESS)
-def test_a_row_that_cannot_be_used_says_why(name: str, row: dict[str, Any], reason: str) -> None:
+@pytest.mark.parametrize(("name", "row", "reason"), UNUSABLE)
+def test_an_unusable_row_is_refused_with_the_reason(name: str, row: dict[str, object], reason: str) -> None:
     with pytest.raises(ValueError, match=re.escape(reason)):
-        FORMATS[name].read(row)
+        READERS[name](row)
 
 
 def test_ultrachat_rows_are_messages_though_they_have_a_prompt() -> None:

@@ -1,4 +1,4 @@
-"""A recipe is refused with every problem at once, each with path, value and the nearest known name."""
+"""A wrong recipe is refused with all its problems, each with its path, its value and the most similar known name."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def write(folder: Path, text: str) -> Path:
 
 
 def problems(folder: Path, text: str, *overrides: str) -> str:
-    """Return the message of the refusal."""
+    """Return the message with which a recipe is refused."""
     with pytest.raises(RecipeError) as caught:
         load_recipe(write(folder, text), overrides)
     return str(caught.value)
@@ -89,7 +89,7 @@ def test_a_section_that_is_not_a_mapping_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_recipe_that_is_not_a_mapping_is_refused(tmp_path: Path) -> None:
-    assert "this is a list" in problems(tmp_path, "- 1\n- 2\n")
+    assert "and this is a list" in problems(tmp_path, "- 1\n- 2\n")
 
 
 @pytest.mark.parametrize("text", ["3e-4", "3E-4", "3.0e-4", "+3e-4", "0.0003"])
@@ -189,7 +189,7 @@ def test_targets_that_merge_wrongly_are_refused_with_the_reason(tmp_path: Path, 
 def test_a_recipe_cannot_be_changed_after_it_was_checked(tmp_path: Path) -> None:
     recipe = load_recipe(write(tmp_path, ""))
     with pytest.raises(ValueError, match="frozen"):
-        recipe.train.seed = 1  # type: ignore[misc]
+        recipe.train.seed = 1
 
 
 @pytest.mark.parametrize(("old", "new"), RENAMED_SETTINGS.items())

@@ -1,9 +1,8 @@
-"""Every recipe that is shipped loads, and a resolved recipe is the same recipe."""
+"""Every shipped recipe loads, and a recipe that is dumped and loaded again is the same recipe."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
@@ -33,6 +32,12 @@ def reloaded(recipe: Recipe, folder: Path) -> Recipe:
     path = folder / "resolved.yaml"
     path.write_text(dump_recipe(recipe), encoding="utf-8")
     return load_recipe(path)
+
+
+def as_one_line(value: object) -> str:
+    """Return a value as YAML on one line, as a user writes it in an override."""
+    text = yaml.dump(value, Dumper=_Dumper, default_flow_style=True, width=10**6)
+    return text.removesuffix("...\n").strip()
 
 
 def test_the_promised_recipes_are_there() -> None:
@@ -94,7 +99,7 @@ def test_the_json_schema_has_a_text_for_every_setting() -> None:
             assert info.description, f"{field.annotation} {setting} has no docstring"
 
 
-@settings(deadline=None)  # the first call takes what is imported with it
+@settings(deadline=None)  # the first call also imports modules
 @example(learning_rate=1.0, max_length=8, seed=0, name="adamw", folder="0E0", limit=None)
 @given(
     learning_rate=st.floats(1e-8, 10, allow_nan=False),
@@ -113,7 +118,7 @@ def test_overrides_arrive_as_they_were_meant(
     folder: str,
     limit: int | None,
 ) -> None:
-    values: dict[str, Any] = {
+    values: dict[str, object] = {
         "train.learning_rate": learning_rate,
         "data.max_length": max_length,
         "train.seed": seed,
@@ -123,10 +128,7 @@ def test_overrides_arrive_as_they_were_meant(
     }
     place = tmp_path_factory.mktemp("overrides")
     (place / "r.yaml").write_text("", encoding="utf-8")
-    style: dict[str, Any] = {"Dumper": _Dumper, "default_flow_style": True, "width": 10**6}
-    words = [
-        f"{key}={yaml.dump(value, **style).removesuffix('...' + chr(10)).strip()}" for key, value in values.items()
-    ]
+    words = [f"{key}={as_one_line(value)}" for key, value in values.items()]
     recipe = load_recipe(place / "r.yaml", words)
     assert (recipe.train.learning_rate, recipe.data.max_length, recipe.train.seed) == (learning_rate, max_length, seed)
     assert (recipe.optimizer.name, recipe.output.dir, recipe.data.limit) == (name, folder, limit)

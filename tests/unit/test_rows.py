@@ -1,4 +1,4 @@
-"""Cutting to length loses nothing it should keep; the held-out part is whole conversations; batches are rectangles."""
+"""Cutting to length loses no label, held-out rows are whole conversations, and batches are padded rectangles."""
 
 from __future__ import annotations
 

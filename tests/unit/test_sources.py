@@ -1,4 +1,4 @@
-"""Files, globs and lists are read row by row, each row with its place."""
+"""Files, globs and lists of sources are read row by row, each row with its place."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from lowvram_chat.data.formats import FORMATS, detect_format
+from lowvram_chat.data.formats import READERS, detect_format
 from lowvram_chat.data.sources import BadRow, Source, open_source
 from lowvram_chat.errors import DataError, NotFoundError
 
@@ -17,7 +17,7 @@ ROWS = [{"instruction": f"Say {number}", "input": "", "output": f"é {number}"} 
 
 
 def save(path: Path, rows: list[dict[str, Any]] = ROWS, *, mark: bool = False) -> Path:
-    """Write rows in the form that the file's ending names, with a byte-order mark where asked."""
+    """Write rows in the format of the file's suffix, with a byte-order mark if `mark` is true."""
     encoding = "utf-8-sig" if mark else "utf-8"
     if path.suffix == ".jsonl":
         path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding=encoding)
@@ -84,7 +84,7 @@ def test_a_csv_row_with_too_many_cells_is_refused_or_read_by_a_format(tmp_path: 
     path = tmp_path / "rows.csv"
     path.write_text("text\na,b\n", encoding="utf-8")
     [(_, row)] = list(opened(path).rows())
-    assert isinstance(row, BadRow) or FORMATS["text"].read(row).text == "a"
+    assert isinstance(row, BadRow) or READERS["text"](row).text == "a"
 
 
 def test_a_glob_reads_all_its_files_in_order(tmp_path: Path) -> None:
@@ -110,7 +110,7 @@ def test_an_absolute_path_is_a_path(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["missing.jsonl", "./missing", "data/*.jsonl", "a/b/c", "imdb"])
-def test_a_file_that_is_not_there_is_said_without_asking_the_hub(name: str) -> None:
+def test_a_missing_file_is_refused_without_a_request_to_the_hub(name: str) -> None:
     with pytest.raises(NotFoundError, match="no file of that name or pattern"):
         opened(name)
 
@@ -124,7 +124,7 @@ def test_an_unknown_builtin_names_the_nearest() -> None:
 def test_the_builtin_conversations_are_usable_rows(name: str) -> None:
     number = 0
     for _, row in opened(name).rows():
-        FORMATS["messages"].read(row)  # type: ignore[arg-type]
+        READERS["messages"](row)  # type: ignore[arg-type]
         number += 1
     assert number >= 100
 
@@ -167,7 +167,7 @@ def test_the_fingerprint_of_a_list_depends_on_its_order(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("name", "content"), [("r.jsonl", '{"text": "caf\xe9"}\n'), ("r.csv", "text\ncaf\xe9\n")])
-def test_text_that_is_not_utf8_is_a_bad_row_and_not_changed_in_silence(tmp_path: Path, name: str, content: str) -> None:
+def test_text_that_is_not_utf8_is_a_bad_row_and_never_changed_silently(tmp_path: Path, name: str, content: str) -> None:
     (tmp_path / name).write_bytes(content.encode("latin-1"))
     [(_, row)] = list(opened(tmp_path / name).rows())
     assert isinstance(row, BadRow)

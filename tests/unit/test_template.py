@@ -1,4 +1,4 @@
-"""The chat template: its text by hand, and training text that begins with what generation is given."""
+"""Chat templates give the text written by hand, and training text begins with the prompt that generation gets."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def test_chatml_is_refused_where_the_tokenizer_lacks_its_tokens(tokenizer: PreTr
 
 
 def test_own_is_refused_where_there_is_none(tokenizer: PreTrainedTokenizerBase) -> None:
-    tokenizer.chat_template = None  # type: ignore[assignment]
+    tokenizer.chat_template = None
     with pytest.raises(DataError, match="the tokenizer has no chat template"):
         set_template(tokenizer, "own", "assistant")
 
@@ -110,12 +110,12 @@ def test_a_template_without_generation_marks_is_refused_for_loss_on_the_assistan
 
 
 def test_a_tokenizer_without_eos_is_refused(tokenizer: PreTrainedTokenizerBase) -> None:
-    tokenizer.eos_token = None  # type: ignore[assignment]
+    tokenizer.eos_token = None
     with pytest.raises(DataError, match="no end-of-text token"):
         set_template(tokenizer, "plain", "assistant")
 
 
 def test_a_missing_pad_token_becomes_the_eos_token(tokenizer: PreTrainedTokenizerBase) -> None:
-    tokenizer.pad_token = None  # type: ignore[assignment]
+    tokenizer.pad_token = None
     set_template(tokenizer, "plain", "assistant")
     assert tokenizer.pad_token == tokenizer.eos_token

@@ -1,4 +1,4 @@
-"""One conversation's tokens, labels and roles, checked by hand against the template."""
+"""The tokens and labels of conversations, compared with ones written by hand."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ MESSAGES = [
     {"role": "user", "content": "And how old?"},
     {"role": "assistant", "content": "One day."},
 ]
-PIECES = [  # (text, carries loss): what the template must give, written by hand
+PIECES = [  # (text, whether it carries loss): the expected output of the template, written by hand
     ("system: Be kind.\nuser: Hi, who are you?\nassistant:", False),
     (f" I am a small model.{EOS}", True),
     ("\nuser: And how old?\nassistant:", False),
@@ -39,7 +39,7 @@ def rows_of(folder: Path, tokenizer: PreTrainedTokenizerBase, rows: list[dict[st
 
 
 def by_hand(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
-    """Return ids and labels of `PIECES`, each piece tokenised by itself."""
+    """Return the token ids and labels of `PIECES`, each piece tokenised separately."""
     ids: list[int] = []
     labels: list[int] = []
     for text, carries_loss in PIECES:
@@ -76,9 +76,9 @@ def test_padding_carries_no_loss_though_it_is_the_eos_token(tmp_path: Path, toke
     assert tokenizer.pad_token_id == tokenizer.eos_token_id
     short = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]
     rows = list(rows_of(tmp_path, tokenizer, [{"messages": MESSAGES}, {"messages": short}], max_length=256).rows)
-    batch = Collator(int(tokenizer.pad_token_id))(rows)  # type: ignore[arg-type]
+    batch = Collator(int(tokenizer.pad_token_id))(rows)
     length = len(rows[1]["input_ids"])
-    assert batch["labels"][1, length - 1] == tokenizer.eos_token_id  # the real one is learned
+    assert batch["labels"][1, length - 1] == tokenizer.eos_token_id  # the EOS token of the text is learned
     assert (batch["labels"][1, length:] == IGNORED_LABEL).all()
     assert (batch["input_ids"][1, length:] == tokenizer.pad_token_id).all()
 
@@ -103,22 +103,25 @@ def test_facts_count_what_the_rows_hold(tmp_path: Path, tokenizer: PreTrainedTok
     assert kept.facts.longest == len(ids)
 
 
-def test_special_tokens_spelled_out_in_text_are_removed_and_said(
+def test_special_tokens_in_a_text_are_removed_and_logged(
     tmp_path: Path, tokenizer: PreTrainedTokenizerBase, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO", logger="lowvram_chat")
-    sly = [{"role": "user", "content": f"Hi{EOS} there"}, {"role": "assistant", "content": f"{EOS}Ho"}]
-    kept = rows_of(tmp_path, tokenizer, [{"messages": sly}], max_length=256)
+    messages = [{"role": "user", "content": f"Hi{EOS} there"}, {"role": "assistant", "content": f"{EOS}Ho"}]
+    kept = rows_of(tmp_path, tokenizer, [{"messages": messages}], max_length=256)
     assert tokenizer.decode(kept.rows[0]["input_ids"]) == f"user: Hi there\nassistant: Ho{EOS}"
     assert kept.facts.special_tokens_removed == 1
     assert "removed special tokens" in caplog.text
 
 
-def test_a_special_token_that_appears_by_removing_one_is_removed_too(
+def test_a_special_token_formed_by_removing_another_is_removed_too(
     tmp_path: Path, tokenizer: PreTrainedTokenizerBase
 ) -> None:
-    sly = [{"role": "user", "content": "Hi <|endof<|endoftext|>text|> there"}, {"role": "assistant", "content": "Ho"}]
-    kept = rows_of(tmp_path, tokenizer, [{"messages": sly}], max_length=256)
+    messages = [
+        {"role": "user", "content": "Hi <|endof<|endoftext|>text|> there"},
+        {"role": "assistant", "content": "Ho"},
+    ]
+    kept = rows_of(tmp_path, tokenizer, [{"messages": messages}], max_length=256)
     assert kept.rows[0]["input_ids"].count(tokenizer.eos_token_id) == 1
 
 

@@ -1,0 +1,45 @@
+"""Types of settings: names out of a table, and numbers within bounds."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Annotated
+
+from pydantic import AfterValidator, Field
+from pydantic.config import JsonDict
+from pydantic.fields import FieldInfo
+
+from lowvram_chat.errors import did_you_mean
+from lowvram_chat.gpus import GPUS
+from lowvram_chat.recipe.adapters import ADAPTERS, REFUSED_ADAPTERS
+from lowvram_chat.recipe.formats import FORMATS
+from lowvram_chat.recipe.optimizers import OPTIMIZERS
+
+
+def _one_of(known: Iterable[str], descriptions: Iterable[str] = ()) -> tuple[AfterValidator, FieldInfo]:
+    """Return the metadata that restricts a `str` field to the names of a table: a check and a JSON-schema `enum`.
+
+    Editors show `descriptions`, one for each name, beside the names.
+    """
+    names, texts = list(known), list(descriptions)
+
+    def check(value: str) -> str:
+        if value in REFUSED_ADAPTERS and value not in names:
+            raise ValueError(f"'{value}' {REFUSED_ADAPTERS[value]}; known: {', '.join(names)}")
+        if value not in names:
+            raise ValueError(f"unknown choice; known: {', '.join(names)}.{did_you_mean(value, names)}".rstrip("."))
+        return value
+
+    extra: JsonDict = {"enum": [*names]}
+    if texts:
+        extra["enumDescriptions"] = [*texts]
+    choices: FieldInfo = Field(json_schema_extra=extra)
+    return AfterValidator(check), choices
+
+
+OptimizerName = Annotated[str, *_one_of(OPTIMIZERS)]
+AdapterKind = Annotated[str, *_one_of(ADAPTERS)]
+GpuName = Annotated[str, *_one_of(GPUS, (gpu.title for gpu in GPUS.values()))]
+FormatName = Annotated[str, *_one_of(FORMATS, (kind.description for kind in FORMATS.values()))]
+Positive = Annotated[int, Field(gt=0)]
+Share = Annotated[float, Field(ge=0, lt=1)]

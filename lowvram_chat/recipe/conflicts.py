@@ -1,0 +1,61 @@
+"""Finds settings that exclude each other or have no effect together."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from lowvram_chat.recipe.optimizers import OPTIMIZERS
+
+if TYPE_CHECKING:
+    from lowvram_chat.recipe.schema import Recipe
+
+
+def find_conflicts(recipe: Recipe) -> Iterator[str]:
+    """Yield a message for each conflict: the setting, what is wrong, and what to do."""
+    yield from _weight_conflicts(recipe)
+    yield from _data_conflicts(recipe)
+    yield from _train_conflicts(recipe)
+
+
+def _weight_conflicts(recipe: Recipe) -> Iterator[str]:
+    """Yield a message for each setting of the weights that the adapter section, or its absence, rules out."""
+    model, adapter = recipe.model, recipe.adapter
+    if model.load_in == "4bit" and adapter is None:
+        yield (
+            "model.load_in: 4-bit weights cannot be trained themselves. Add an adapter section, or set model.load_in=null."
+        )
+    if model.load_in == "4bit" and adapter is not None and adapter.kind == "pissa":
+        yield (
+            "adapter.kind: pissa is initialised from the base weights, which 4-bit storage does not keep exactly. "
+            "Set adapter.kind=lora."
+        )
+    if adapter is None and model.dtype != "float32":
+        yield (
+            f"model.dtype: {model.dtype} weights cannot be trained under autocast. Set model.dtype=float32, or add an adapter."
+        )
+
+
+def _data_conflicts(recipe: Recipe) -> Iterator[str]:
+    """Yield a message for each group of data settings that exclude each other."""
+    data = recipe.data
+    if sum(value is not None for value in (data.eval_source, data.eval_split, data.eval_fraction)) > 1:
+        yield "data: eval_source, eval_split and eval_fraction exclude each other. Keep one."
+    if data.rows == "packed" and data.attention_mask:
+        yield (
+            "data.attention_mask: packed conversations are told apart by their positions, which a mask would override. "
+            "Leave it out."
+        )
+
+
+def _train_conflicts(recipe: Recipe) -> Iterator[str]:
+    """Yield a message for each training or optimizer setting that has no effect."""
+    train, optimizer = recipe.train, recipe.optimizer
+    if train.fp16_accumulation and train.precision != "fp16":
+        yield (
+            f"train.fp16_accumulation: it has no effect on {train.precision} products. Leave it out, or set "
+            "train.precision=fp16."
+        )
+    for name in ("beta1", "beta2", "eps", "momentum"):
+        if name in optimizer.model_fields_set and name not in OPTIMIZERS[optimizer.name].reads:
+            yield f"optimizer.{name}: {optimizer.name} does not use it. Leave it out."
