@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch.nn import functional as F
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, BatchEncoding
 
 from lowvram_chat import api, evaluate
 from tests.runs import Bench, result
@@ -27,6 +27,7 @@ def by_hand(model_folder: Path, file: Path, *, max_length: int) -> dict[str, tup
         encoded = tokenizer.apply_chat_template(
             json.loads(line)["messages"], return_dict=True, return_assistant_tokens_mask=True
         )
+        assert isinstance(encoded, BatchEncoding)
         ids = torch.tensor(encoded["input_ids"][:max_length])
         mask = torch.tensor(encoded["assistant_masks"][:max_length]).bool()[1:]
         losses = F.cross_entropy(model(ids[None]).logits[0, :-1], ids[1:], reduction="none")

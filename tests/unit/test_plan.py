@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from lowvram_chat import plan as command
 from lowvram_chat.model.configs import KNOWN_CONFIGS, config_for
 from lowvram_chat.planning import search
-from lowvram_chat.planning.changes import apply_change, as_overrides
+from lowvram_chat.planning.changes import Change, apply_change, as_overrides
 from lowvram_chat.planning.prediction import card_rules, longest_rows_run, make_plan
 from lowvram_chat.planning.replay import replay
 from lowvram_chat.planning.runs import traced_steps
@@ -148,7 +148,7 @@ def test_what_is_advised_fits_and_the_cheapest_comes_first(monkeypatch: pytest.M
 def test_the_words_of_a_change_load_as_that_change(tmp_path: Path) -> None:
     file = tmp_path / "recipe.yaml"
     file.write_text(f"model: {{name: '{gpt2()}'}}\n")
-    change = {"train.gradient_checkpointing": True, "optimizer.name": "adamw_8bit", "adapter.kind": "lora"}
+    change: Change = {"train.gradient_checkpointing": True, "optimizer.name": "adamw_8bit", "adapter.kind": "lora"}
     assert load_recipe(file, as_overrides(change).split()) == apply_change(load_recipe(file), change)
 
 

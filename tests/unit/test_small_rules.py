@@ -14,11 +14,13 @@ from lowvram_chat.gpus import CONTEXT_MIB
 from lowvram_chat.model.pretrained import load_tokenizer
 from lowvram_chat.planning import prediction
 from lowvram_chat.planning.allocator import CachingAllocator
+from lowvram_chat.planning.replay import Replay, replay
 from lowvram_chat.planning.runs import SHUFFLED_RUNS, composed_runs, traced_steps
 from lowvram_chat.recipe.schema import Recipe
 from lowvram_chat.results.compare import compare
 from lowvram_chat.results.record import Machine, Metric, Record
 from lowvram_chat.tracing.cuda_rules import TEMPORARY_BUFFERS
+from lowvram_chat.tracing.recorder import Event
 from lowvram_chat.tracing.run import trace_run
 from lowvram_chat.training import budget
 from lowvram_chat.units import MIB
@@ -93,19 +95,21 @@ def test_a_plan_replays_a_resumed_run_whose_states_come_before_its_first_step(mo
     runs = list(composed_runs(traced))
     assert len(runs) == 2 + SHUFFLED_RUNS
 
-    def first(events: list[object], category: str) -> int:
-        return next(n for n, event in enumerate(runs_events(events)) if event == category)
-
-    def runs_events(events: list[object]) -> list[str]:
-        return [event.storage.category for event in events[traced.steps[0][0] :]]  # type: ignore[attr-defined]
+    def first(events: list[Event], category: str) -> int:
+        categories = [event.storage.category for event in events[traced.steps[0][0] :]]
+        return categories.index(category)
 
     fresh, resumed = runs[0], runs[1]
-    assert first(list(fresh), "optimizer state") > first(list(fresh), "batch")
-    assert first(list(resumed), "optimizer state") < first(list(resumed), "batch")
+    assert first(fresh, "optimizer state") > first(fresh, "batch")
+    assert first(resumed, "optimizer state") < first(resumed, "batch")
 
     replayed: list[int] = []
-    replay = prediction.replay
-    monkeypatch.setattr(prediction, "replay", lambda *given: (replayed.append(len(given[0])), replay(*given))[1])
+
+    def counted(events: list[Event], limit_bytes: int | None = None) -> Replay:
+        replayed.append(len(events))
+        return replay(events, limit_bytes)
+
+    monkeypatch.setattr(prediction, "replay", counted)
     prediction._cached_plan.cache_clear()
     prediction.make_plan(TINY)
     assert sorted(replayed) == sorted(map(len, runs))
