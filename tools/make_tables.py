@@ -1,10 +1,10 @@
-"""Write README's generated tables from the stored results of the benchmarks.
+"""Write the generated tables of the documentation from the stored results of the benchmarks.
 
-    python tools/make_tables.py            rewrites README's tables from benchmarks/results
-    python tools/make_tables.py --check    only says whether README holds what the results say
+    python tools/make_tables.py            writes the tables from benchmarks/results
+    python tools/make_tables.py --check    only reports whether the tables agree with the results
 
-`pytest benchmarks/ --full --store` renews the results; `make validate STORE=--store` those of the planner's error, in an
-environment of its own (transformers 4.51.3, the model code that the measured runs ran).
+`pytest benchmarks/ --full --store` makes the results again. `make validate STORE=--store` does so for the planner's error, in a
+separate environment with transformers 4.51.3, whose model code the measured runs used.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from lowvram_chat.reporting.suite_page import format_hours
 from lowvram_chat.results.record import Metric, Record, load_all, slug
 
 ROOT = Path(__file__).parent.parent
-README = ROOT / "README.md"
+DOCS = ROOT / "docs"
 RESULTS = ROOT / "benchmarks" / "results"
 MEASURED = ROOT / "benchmarks" / "data" / "vram_measured.csv"
 PREDICTORS = {"xMem": "xmem_mib", "DNNMem": "dnnmem_mib", "SchedTune": "schedtune_mib", "LLMem": "llmem_mib"}
@@ -31,12 +31,12 @@ Cases = Mapping[str, Record]
 
 
 def plan_table(cases: Cases) -> str:
-    """Return the table of recipes."""
+    """Return the predicted memory of each recipe and the largest micro-batch that fits."""
     head = ["recipe", "micro-batch", "predicted on the card, MiB", "to spare, Linux", "to spare, Windows"]
     head += ["largest micro-batch, Linux", "largest micro-batch, Windows"]
     rows, largest = [], cases_of("micro_batch", "")
     for name, case in cases.items():
-        if " on " in name:  # another card than the recipe's own
+        if " on " in name:  # predicted for a card other than the recipe's own
             continue
         spare = [_spare(case.metrics[f"spare_{system}"].value) for system in ("linux", "windows")]
         most = [_figure(largest[name], f"largest_micro_batch_{system}") for system in ("linux", "windows")]
@@ -60,7 +60,7 @@ def speed_table(cases: Cases) -> str:
 
 
 def throughput_table(cases: Cases) -> str:
-    """Return what was measured beside stock TRL on a CPU."""
+    """Return the measured speed, memory and held-out loss on a CPU, compared with stock TRL."""
     head = [
         "case",
         "real tokens/s",
@@ -80,7 +80,7 @@ def throughput_table(cases: Cases) -> str:
 
 
 def ablation_table(cases: Cases) -> str:
-    """Return what each substitution brings, on top of those before it."""
+    """Return the gain in speed of each substitution, added to those before it."""
     first = next(iter(cases.values())).metrics["tokens_per_second"].value
     rows, before = [], first
     for name, case in cases.items():
@@ -104,7 +104,7 @@ def ablation_table(cases: Cases) -> str:
 
 
 def turns_table(cases: Cases) -> str:
-    """Return the ratios of runs whose steps took turns."""
+    """Return the speed ratios of pairs of runs whose steps alternated."""
     rows = []
     for name, case in cases.items():
         first, second = (_figure(case, metric) for metric in case.metrics if metric != "ratio")
@@ -113,7 +113,7 @@ def turns_table(cases: Cases) -> str:
 
 
 def validation_table(cases: Cases) -> str:
-    """Return the planner's error beside that of four published predictors, on the rows that each predicts."""
+    """Return the errors of the planner and of four published predictors, each on the runs that it predicts."""
     with MEASURED.open(encoding="utf-8", newline="") as file:
         rows = {row["id"]: row for row in csv.DictReader(file)}
     errors = {
@@ -126,22 +126,23 @@ def validation_table(cases: Cases) -> str:
         _errors("this planner, without rows marked hard", [e for name, e in errors.items() if not rows[name]["hard"]]),
     ]
     for title, column in PREDICTORS.items():
-        theirs = [
+        predictor_errors = [
             abs(float(row[column]) / float(row["measured_mib"]) - 1) * 100
             for row in rows.values()
             if row.get(column) and row["measured_mib"]
         ]
-        lines.append(_errors(title, theirs))
+        lines.append(_errors(title, predictor_errors))
     return _table(["predictor", "rows", "median error", "within 1 %", "largest error"], lines)
 
 
 def _errors(title: str, errors: list[float]) -> list[str]:
+    """Return a row of the validation table; the errors are in per cent."""
     within = sum(error <= 1 for error in errors) / len(errors)
     return [title, str(len(errors)), f"{statistics.median(errors):.2f} %", f"{within:.0%}", f"{max(errors):.1f} %"]
 
 
 def figures_table(cases: Cases) -> str:
-    """Return every figure of a benchmark's cases."""
+    """Return all metrics of a benchmark's cases."""
     names = list(next(iter(cases.values())).metrics)
     rows = [[case, *(_with_unit(record.metrics[name]) for name in names)] for case, record in cases.items()]
     return _table(["case", *(name.replace("_", " ") for name in names)], rows)
@@ -153,25 +154,33 @@ def _with_unit(metric: Metric) -> str:
     return f"{metric.value:,.0f} {metric.unit}" if metric.value >= 100 else f"{metric.value:.3g} {metric.unit}"
 
 
-TABLES: Mapping[str, tuple[str, str, Callable[[Cases], str]]] = {
-    "plans": ("vram", "", plan_table),
-    "speeds": ("baseline", "", speed_table),
-    "validation": ("planner", "", validation_table),
-    "throughput-tiny": ("throughput", "tiny: ", throughput_table),
-    "throughput-gpt2": ("throughput", "gpt2: ", throughput_table),
-    "step": ("step", "", figures_table),
-    "tokenize": ("tokenize", "", figures_table),
-    "ablation": ("ablation", "tiny: ", ablation_table),
-    "turns": ("turns", "", turns_table),
+Table = tuple[str, str, Callable[[Cases], str]]
+
+TABLES: Mapping[str, Mapping[str, Table]] = {
+    "memory.md": {
+        "plans": ("vram", "", plan_table),
+        "validation": ("planner", "", validation_table),
+    },
+    "speed.md": {
+        "speeds": ("baseline", "", speed_table),
+        "throughput-tiny": ("throughput", "tiny: ", throughput_table),
+        "throughput-gpt2": ("throughput", "gpt2: ", throughput_table),
+        "step": ("step", "", figures_table),
+        "turns": ("turns", "", turns_table),
+        "ablation": ("ablation", "tiny: ", ablation_table),
+    },
+    "data.md": {
+        "tokenize": ("tokenize", "", figures_table),
+    },
 }
-"""Place in README -> benchmark, what its cases' names begin with, and what makes the table."""
+"""Page in docs/ -> marker -> benchmark, prefix of its cases' names, and the function that makes the table."""
 
 
 def cases_of(benchmark: str, prefix: str) -> Cases:
-    """Return case (without the prefix) -> record, of the one machine that ran the most cases.
+    """Return case (without the prefix) -> record, from the machine that ran the most cases.
 
     Raises:
-        LowVramError: a result that cannot be read, or none.
+        LowVramError: there are no results, or one cannot be read.
     """
     folders = [path for path in RESULTS.glob(f"*/{slug(benchmark)}") if path.is_dir()]
     records = [record for record in load_all(folders or [RESULTS / benchmark]) if record.case.startswith(prefix)]
@@ -190,30 +199,37 @@ def _figure(case: Record, metric: str) -> str:
     return "-" if value is None else f"{value:,.0f}"
 
 
-def write(text: str, name: str, table: str) -> str:
-    """Return the text with what stands between the markers of a table replaced."""
+def insert_table(text: str, name: str, table: str, page: str) -> str:
+    """Return the text of a page with a new table between the markers."""
     begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
     before, _, rest = text.partition(begin)
     _, found, after = rest.partition(end)
     if not found:
-        sys.exit(f"README.md: the markers {begin} and {end} are missing. Put them where the table goes.")
+        sys.exit(f"docs/{page}: the markers {begin} and {end} are missing. Insert them where the table belongs.")
     return f"{before}{begin}\n{table}\n{end}{after}"
 
 
+def updated_page(page: str) -> str:
+    """Return the text of a page with all of its tables made from the stored results."""
+    text = (DOCS / page).read_text(encoding="utf-8")
+    for name, (benchmark, prefix, make) in TABLES[page].items():
+        text = insert_table(text, name, make(cases_of(benchmark, prefix)), page)
+    return text
+
+
 def main() -> None:
-    """Write or check."""
-    old = new = README.read_text(encoding="utf-8")
+    """Write the tables, or check them with `--check`."""
     try:
-        for name, (benchmark, prefix, make) in TABLES.items():
-            new = write(new, name, make(cases_of(benchmark, prefix)))
+        pages = {page: updated_page(page) for page in TABLES}
     except LowVramError as error:
         sys.exit(str(error))
     except (KeyError, ValueError) as error:
-        sys.exit(f"benchmarks/results: cases are missing ({error}). pytest benchmarks/ --full --store makes them.")
-    if "--check" not in sys.argv:
-        README.write_text(new, encoding="utf-8")
-    elif new != old:
-        sys.exit("README.md: its tables are not what benchmarks/results says. Run python tools/make_tables.py.")
+        sys.exit(f"benchmarks/results: cases are missing ({error}). Run pytest benchmarks/ --full --store.")
+    for page, text in pages.items():
+        if "--check" not in sys.argv:
+            (DOCS / page).write_text(text, encoding="utf-8")
+        elif text != (DOCS / page).read_text(encoding="utf-8"):
+            sys.exit(f"docs/{page}: the tables differ from benchmarks/results. Run python tools/make_tables.py.")
 
 
 if __name__ == "__main__":
