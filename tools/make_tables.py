@@ -1,4 +1,4 @@
-"""Write the generated tables of README.md from the stored results of the benchmarks.
+"""Write the generated tables of the documentation from the stored results of the benchmarks.
 
     python tools/make_tables.py            writes the tables from benchmarks/results
     python tools/make_tables.py --check    only reports whether the tables agree with the results
@@ -21,7 +21,7 @@ from lowvram_chat.reporting.suite_page import format_hours
 from lowvram_chat.results.record import Metric, Record, load_all, slug
 
 ROOT = Path(__file__).parent.parent
-README = ROOT / "README.md"
+DOCS = ROOT / "docs"
 RESULTS = ROOT / "benchmarks" / "results"
 MEASURED = ROOT / "benchmarks" / "data" / "vram_measured.csv"
 PREDICTORS = {"xMem": "xmem_mib", "DNNMem": "dnnmem_mib", "SchedTune": "schedtune_mib", "LLMem": "llmem_mib"}
@@ -154,18 +154,26 @@ def _with_unit(metric: Metric) -> str:
     return f"{metric.value:,.0f} {metric.unit}" if metric.value >= 100 else f"{metric.value:.3g} {metric.unit}"
 
 
-TABLES: Mapping[str, tuple[str, str, Callable[[Cases], str]]] = {
-    "plans": ("vram", "", plan_table),
-    "speeds": ("baseline", "", speed_table),
-    "validation": ("planner", "", validation_table),
-    "throughput-tiny": ("throughput", "tiny: ", throughput_table),
-    "throughput-gpt2": ("throughput", "gpt2: ", throughput_table),
-    "step": ("step", "", figures_table),
-    "tokenize": ("tokenize", "", figures_table),
-    "ablation": ("ablation", "tiny: ", ablation_table),
-    "turns": ("turns", "", turns_table),
+Table = tuple[str, str, Callable[[Cases], str]]
+
+TABLES: Mapping[str, Mapping[str, Table]] = {
+    "memory.md": {
+        "plans": ("vram", "", plan_table),
+        "validation": ("planner", "", validation_table),
+    },
+    "speed.md": {
+        "speeds": ("baseline", "", speed_table),
+        "throughput-tiny": ("throughput", "tiny: ", throughput_table),
+        "throughput-gpt2": ("throughput", "gpt2: ", throughput_table),
+        "step": ("step", "", figures_table),
+        "turns": ("turns", "", turns_table),
+        "ablation": ("ablation", "tiny: ", ablation_table),
+    },
+    "data.md": {
+        "tokenize": ("tokenize", "", figures_table),
+    },
 }
-"""Marker in README.md -> benchmark, prefix of its cases' names, and the function that makes the table."""
+"""Page in docs/ -> marker -> benchmark, prefix of its cases' names, and the function that makes the table."""
 
 
 def cases_of(benchmark: str, prefix: str) -> Cases:
@@ -191,30 +199,37 @@ def _figure(case: Record, metric: str) -> str:
     return "-" if value is None else f"{value:,.0f}"
 
 
-def write(text: str, name: str, table: str) -> str:
-    """Return the text with a new table between the markers."""
+def insert_table(text: str, name: str, table: str, page: str) -> str:
+    """Return the text of a page with a new table between the markers."""
     begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
     before, _, rest = text.partition(begin)
     _, found, after = rest.partition(end)
     if not found:
-        sys.exit(f"README.md: the markers {begin} and {end} are missing. Insert them where the table belongs.")
+        sys.exit(f"docs/{page}: the markers {begin} and {end} are missing. Insert them where the table belongs.")
     return f"{before}{begin}\n{table}\n{end}{after}"
+
+
+def updated_page(page: str) -> str:
+    """Return the text of a page with all of its tables made from the stored results."""
+    text = (DOCS / page).read_text(encoding="utf-8")
+    for name, (benchmark, prefix, make) in TABLES[page].items():
+        text = insert_table(text, name, make(cases_of(benchmark, prefix)), page)
+    return text
 
 
 def main() -> None:
     """Write the tables, or check them with `--check`."""
-    old = new = README.read_text(encoding="utf-8")
     try:
-        for name, (benchmark, prefix, make) in TABLES.items():
-            new = write(new, name, make(cases_of(benchmark, prefix)))
+        pages = {page: updated_page(page) for page in TABLES}
     except LowVramError as error:
         sys.exit(str(error))
     except (KeyError, ValueError) as error:
         sys.exit(f"benchmarks/results: cases are missing ({error}). Run pytest benchmarks/ --full --store.")
-    if "--check" not in sys.argv:
-        README.write_text(new, encoding="utf-8")
-    elif new != old:
-        sys.exit("README.md: the tables differ from benchmarks/results. Run python tools/make_tables.py.")
+    for page, text in pages.items():
+        if "--check" not in sys.argv:
+            (DOCS / page).write_text(text, encoding="utf-8")
+        elif text != (DOCS / page).read_text(encoding="utf-8"):
+            sys.exit(f"docs/{page}: the tables differ from benchmarks/results. Run python tools/make_tables.py.")
 
 
 if __name__ == "__main__":
