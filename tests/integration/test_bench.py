@@ -53,7 +53,7 @@ def test_a_slowed_step_fails_the_comparison(bench: Bench, monkeypatch: pytest.Mo
     recipe = bench.recipe("r")
 
     def result() -> Record:
-        speed = own_run._speed(measure.measure_steps(recipe, 6, "speed"))
+        speed = own_run.speed_metrics(measure.measure_steps(recipe, 6, "speed"))
         return Record(benchmark="run", case="r", metrics=speed, machine=this_machine())
 
     store(result(), tmp_path / "old")

@@ -124,7 +124,7 @@ def git(folder: Path, *words: str) -> None:
 
 def test_results_of_a_dirty_tree_are_not_stored(tmp_path: Path) -> None:
     results = tmp_path / "benchmarks" / "results"
-    with pytest.raises(UsageError, match="no git checkout"):
+    with pytest.raises(UsageError, match="not a git checkout"):
         machine.check_clean(tmp_path, results)
     git(tmp_path, "init", "-q")
     (tmp_path / "code.py").write_text("x = 1\n")
