@@ -99,7 +99,7 @@ def _title(recipe: Recipe) -> str:
     adapter = "full fine-tuning" if recipe.adapter is None else recipe.adapter.kind
     return (
         f"predicted memory: {recipe.model.name}, {adapter}, micro-batch {recipe.train.per_device_train_batch_size} x "
-        f"{recipe.data.max_length}\nrehearsal, evaluation, first step, then full steps and evaluations"
+        f"{recipe.data.max_length}\npreflight, evaluation, first step, then full steps and evaluations"
     )
 
 

@@ -11,7 +11,8 @@ import pytest
 from lowvram_chat import bench
 from lowvram_chat.reporting.charts import Bar, areas, bars, curves
 from lowvram_chat.reporting.html import CONTENT_SECURITY_POLICY, table
-from lowvram_chat.reporting.suite_page import suite_page, text_table
+from lowvram_chat.reporting.results_table import text_table
+from lowvram_chat.reporting.suite_page import suite_page
 from lowvram_chat.results.record import Machine, Metric, MetricKind, Record, store
 from tests.samples import ROOT
 
@@ -167,5 +168,5 @@ def test_predicted_and_measured_have_columns_of_their_own() -> None:
     }
     kinds: tuple[MetricKind, ...] = ("predicted", "measured")
     drawn = bars("t", [Bar(label=kind, value=1, kind=kind, text=f"1 {kind}") for kind in kinds], unit="h")
-    assert re.findall(r"<th scope[^>]*>(.*?)</th>", drawn) == ["what", "predicted", "measured"]
+    assert re.findall(r"<th scope[^>]*>(.*?)</th>", drawn) == ["name", "predicted", "measured"]
     assert re.findall(r"<td\b[^>]*>(.*?)</td>", drawn) == ["predicted", "1 predicted", "", "measured", "", "1 measured"]
