@@ -1,7 +1,4 @@
-"""Charts in HTML and SVG that need no script. The data of each chart is also a table.
-
-Labels are HTML rather than SVG text, so that they stay legible on a narrow screen.
-"""
+"""Charts in HTML and SVG that need no script. The data of each chart is also a table."""
 
 from __future__ import annotations
 
@@ -9,22 +6,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 
+from lowvram_chat.reporting import svg
 from lowvram_chat.reporting.html import folded, table
 from lowvram_chat.results.record import MetricKind
 
 COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#f0e442", "#999999")
 """Colours of series. Source: the palette of Okabe and Ito, which colour-blind people can tell apart."""
-PLOT_WIDTH, PLOT_HEIGHT = 1000, 300
-"""Size of a plot in its own coordinates. The page stretches it to the available width."""
 MAX_TABLE_ROWS = 24
 """Rows of the table below a chart, give or take the last point and the peak."""
-HATCH_PATTERN = (
-    '<defs><pattern id="hatch" width="7" height="7" patternUnits="userSpaceOnUse" patternTransform="rotate(45)">'
-    '<path d="M0 0V7" stroke="#fff" stroke-opacity=".55" stroke-width="2.5"/></pattern></defs>'
-)
-
-Point = tuple[float, float]
-"""(x, y)"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,25 +25,6 @@ class Bar:
     kind: MetricKind
     text: str
     """The value with its unit, as shown beside the bar."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Axes:
-    """The vertical range of a plot, the labels of its ends, and the limits to mark."""
-
-    low: float = 0.0
-    high: float
-    unit: str
-    ends: tuple[str, str]
-    limits: Mapping[str, float]
-
-    def share(self, value: float) -> float:
-        """Return the height of a value: 0 at the bottom of the plot, 1 at the top."""
-        return (value - self.low) / (self.high - self.low)
-
-    def at(self, share: float) -> float:
-        """Return the value at a height."""
-        return self.low + (self.high - self.low) * share
 
 
 def bars(title: str, rows: Sequence[Bar], *, unit: str, marks: Mapping[str, float] | None = None) -> str:
@@ -88,17 +58,17 @@ def areas(
     top = 1.05 * max([*totals, *limits.values()])
     shapes = _stacked_bands(series, top)
     if kind == "predicted":
-        shapes += f'<path fill="url(#hatch)" d="{_band_path([0.0] * len(totals), totals, top)}"/>'
-    axes = _Axes(high=top, unit=unit, ends=("first", "last"), limits=limits)
+        shapes += f'<path fill="url(#hatch)" d="{svg.band_path([0.0] * len(totals), totals, top)}"/>'
+    axes = svg.Axes(high=top, unit=unit, ends=("first", "last"), limits=limits)
     peak = max(range(len(totals)), key=totals.__getitem__)
     caption = f"{title} ({unit}, {kind}; the peak is at position {peak + 1} of {len(totals)})"
-    plot = _plot(title, HATCH_PATTERN + shapes, axes)
+    plot = svg.plot(title, svg.HATCH_PATTERN + shapes, axes)
     return _figure(title, _legend(series) + plot, _areas_table(caption, series, totals, peak))
 
 
 def curves(
     title: str,
-    series: Mapping[str, Sequence[Point]],
+    series: Mapping[str, Sequence[svg.Point]],
     *,
     unit: str,
     x: str,
@@ -112,17 +82,17 @@ def curves(
         return ""
     limits = limits or {}
     low, high = _value_range([*(y for _, y in points), *limits.values()], from_zero=from_zero)
-    first, last = min(x for x, _ in points), max(x for x, _ in points)
-    axes = _Axes(low=low, high=high, unit=unit, ends=(f"{x} {first:g}", f"{x} {last:g}"), limits=limits)
+    first, last = min(point[0] for point in points), max(point[0] for point in points)
+    axes = svg.Axes(low=low, high=high, unit=unit, ends=(f"{x} {first:g}", f"{x} {last:g}"), limits=limits)
     shapes = "".join(
-        _line(line_points, colour, axes, first, last)
+        svg.line(line_points, colour, axes, first, last)
         for colour, line_points in zip(_colours(series), series.values(), strict=True)
     )
     tables = "".join(
         table(f"{title}: {name}", [x, unit], [[f"{a:g}", f"{b:.6g}"] for a, b in _sampled(line_points)])
         for name, line_points in series.items()
     )
-    return _figure(title, _legend(series) + _plot(title, shapes, axes), tables)
+    return _figure(title, _legend(series) + svg.plot(title, shapes, axes), tables)
 
 
 def _bar_item(bar: Bar, longest: float, lines: str) -> str:
@@ -155,24 +125,9 @@ def _stacked_bands(series: Mapping[str, Sequence[float]], top: float) -> str:
     below = [0.0] * len(next(iter(series.values())))
     for colour, values in zip(_colours(series), series.values(), strict=True):
         above = [lower + value for lower, value in zip(below, values, strict=True)]
-        bands.append(f'<path fill="{colour}" d="{_band_path(below, above, top)}"/>')
+        bands.append(f'<path fill="{colour}" d="{svg.band_path(below, above, top)}"/>')
         below = above
     return "".join(bands)
-
-
-def _band_path(below: Sequence[float], above: Sequence[float], top: float) -> str:
-    """Return the SVG path of the band between two step functions."""
-    width = PLOT_WIDTH / len(above)
-
-    def corners(values: Sequence[float]) -> list[Point]:
-        return [
-            (width * (position + end), PLOT_HEIGHT * (1 - value / top))
-            for position, value in enumerate(values)
-            for end in (0, 1)
-        ]
-
-    outline = [*corners(above), *reversed(corners(below))]
-    return "M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in outline) + "Z"
 
 
 def _value_range(values: Sequence[float], *, from_zero: bool) -> tuple[float, float]:
@@ -180,17 +135,6 @@ def _value_range(values: Sequence[float], *, from_zero: bool) -> tuple[float, fl
     low, high = (0.0 if from_zero else min(values)), max(values)
     margin = 0.05 * ((high - low) or abs(high) or 1.0)
     return low - (0 if from_zero else margin), high + margin
-
-
-def _line(points: Sequence[Point], colour: str, axes: _Axes, first: float, last: float) -> str:
-    """Return the SVG path of a line; a single point is drawn as a dot."""
-    width = (last - first) or 1.0
-    shares = [((x - first) / width, axes.share(y)) for x, y in points]
-    path = "L".join(f"{PLOT_WIDTH * x:.1f} {PLOT_HEIGHT * (1 - y):.1f}" for x, y in shares)
-    is_dot = len(points) == 1
-    path += "h.01" if is_dot else ""
-    stroke = f'stroke="{colour}" stroke-width="{6 if is_dot else 2}" stroke-linecap="round"'
-    return f'<path fill="none" {stroke} d="M{path}"/>'
 
 
 def _figure(title: str, chart: str, data_table: str) -> str:
@@ -209,46 +153,8 @@ def _legend(series: Mapping[str, object]) -> str:
     return f'<ul class="key">{items}</ul>'
 
 
-def _plot(title: str, shapes: str, axes: _Axes) -> str:
-    """Return a plot with its shapes, the lines of its limits, and the labels of its axes."""
-    label = f"{escape(title, quote=True)}; the table below holds the values"
-    svg = f'viewBox="0 0 {PLOT_WIDTH} {PLOT_HEIGHT}" preserveAspectRatio="none" aria-hidden="true" focusable="false"'
-    return (
-        f'<p>{escape(axes.unit)}</p><div class="plot" role="img" aria-label="{label}">'
-        f"<svg {svg}>{shapes}{_limit_lines(axes)}</svg>{_axis_labels(axes)}</div>"
-    )
-
-
-def _limit_lines(axes: _Axes) -> str:
-    return "".join(
-        f'<path stroke="var(--mark)" stroke-dasharray="6 4" stroke-width="1.5" '
-        f'd="M0 {PLOT_HEIGHT * (1 - axes.share(value)):.1f}H{PLOT_WIDTH}"/>'
-        for value in axes.limits.values()
-    )
-
-
-def _axis_labels(axes: _Axes) -> str:
-    y_labels = "".join(
-        f'<span class="y" style="bottom:{percent:.0f}%">{_tick_text(axes.at(percent / 100))}</span>'
-        for percent in (0, 25, 50, 75, 100)
-    )
-    limit_labels = "".join(
-        f'<span class="mark" style="bottom:{100 * axes.share(value):.2f}%">{escape(name)}</span>'
-        for name, value in axes.limits.items()
-    )
-    first, last = axes.ends
-    return (
-        f'{y_labels}{limit_labels}<span class="x" style="left:0;transform:none">{escape(first)}</span>'
-        f'<span class="x" style="left:100%">{escape(last)}</span>'
-    )
-
-
-def _sampled(points: Sequence[Point]) -> list[Point]:
+def _sampled(points: Sequence[svg.Point]) -> list[svg.Point]:
     """Return about `MAX_TABLE_ROWS` points, the last one among them."""
     step = max(1, len(points) // MAX_TABLE_ROWS)
     sampled = list(points[::step])
     return sampled if sampled[-1] == points[-1] else [*sampled, points[-1]]
-
-
-def _tick_text(value: float) -> str:
-    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"

@@ -10,8 +10,9 @@ from pathlib import Path
 
 from lowvram_chat.recipe.schema import Recipe
 from lowvram_chat.recipe.yaml_file import dump_recipe
-from lowvram_chat.reporting.charts import Bar, Point, bars, curves
+from lowvram_chat.reporting.charts import Bar, bars, curves
 from lowvram_chat.reporting.html import fill_legend, page, table
+from lowvram_chat.reporting.svg import Point
 from lowvram_chat.results.record import MetricKind
 from lowvram_chat.training.run_dir import Result, RunDir, read_result
 from lowvram_chat.training.samples import read_samples

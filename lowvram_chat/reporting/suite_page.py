@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
 
 from lowvram_chat.recipe.schema import Memory
 from lowvram_chat.reporting.charts import Bar, areas, bars
@@ -20,11 +19,6 @@ OTHER_BENCHMARKS = ("merge", "plan_time", "tokenize")
 """Benchmarks that have no section of their own."""
 
 SectionWriter = Callable[[Sequence[Record]], str]
-
-
-class _ModelCases(NamedTuple):
-    model: str
-    cases: dict[str, Record]
 
 
 def suite_page(records: Sequence[Record]) -> str:
@@ -132,7 +126,7 @@ def _predicted_speed_chart(records: Sequence[Record]) -> str:
 
 def _throughput_charts(records: Sequence[Record]) -> str:
     charts = []
-    for model, cases in _by_model(records_by_case(records, "throughput")):
+    for model, cases in _by_model(records_by_case(records, "throughput")).items():
         machines = ", ".join(sorted({record.machine.name for record in cases.values()}))
         rows = [_bar(name, record.metrics["tokens_per_second"]) for name, record in cases.items()]
         title = f"Tokens per second without padding, {model} model, measured on {machines}"
@@ -192,7 +186,7 @@ def _errors_section(records: Sequence[Record]) -> str:
 
 def _ablation_section(records: Sequence[Record]) -> str:
     charts = []
-    for model, cases in _by_model(records_by_case(records, "ablation")):
+    for model, cases in _by_model(records_by_case(records, "ablation")).items():
         rows = [_bar(name.split(" ", 1)[1], record.metrics["tokens_per_second"]) for name, record in cases.items()]
         title = f"{model} model: each substitution added to those above it, measured"
         charts.append(bars(title, rows, unit="tokens/s"))
@@ -238,13 +232,13 @@ def _bar(label: str, metric: Metric) -> Bar:
     return Bar(label=label, value=metric.value, kind=metric.kind, text=text)
 
 
-def _by_model(cases: Mapping[str, Record]) -> list[_ModelCases]:
-    """Group cases that are named "<model>: <case>" by their model."""
+def _by_model(cases: Mapping[str, Record]) -> dict[str, dict[str, Record]]:
+    """Return model -> case -> record for cases that are named "<model>: <case>"."""
     groups: dict[str, dict[str, Record]] = {}
     for name, record in cases.items():
         model, _, case = name.partition(": ")
         groups.setdefault(model, {})[case] = record
-    return [_ModelCases(model, group) for model, group in groups.items()]
+    return groups
 
 
 def _value_text(record: Record, metric: str) -> str:
