@@ -108,5 +108,5 @@ def _draw_limits(axes: Axes, recipe: Recipe) -> None:
     title = GPUS[recipe.memory.gpu].title if recipe.memory.limit_mib is None else "memory.limit_mib"
     for system, nbytes in card_limits(recipe).items():
         style = "--" if system == "linux" else ":"
-        label = f"{title}, {system}, without the CUDA context"
+        label = f"{title}, {system}, without context"
         axes.axhline(nbytes / MIB - CONTEXT_MIB, color="red", linestyle=style, label=label)
