@@ -17,7 +17,7 @@ from benchmarks.suite import RECIPES, Keeper
 from benchmarks.timed_runs import flops
 from lowvram_chat.quiet import quiet_libraries, quiet_transformers
 from lowvram_chat.recipe.yaml_file import load_recipe
-from lowvram_chat.results.machine import in_a_process
+from lowvram_chat.results.processes import run_in_new_process
 from lowvram_chat.results.record import Metric, Record, spread
 
 ROWS, LENGTH, STEPS = 4, 512, 5
@@ -57,7 +57,7 @@ def steps() -> tuple[list[float], list[float], list[float]]:
 
 def share(keeper: Keeper) -> Record:
     """Measure and keep the share."""
-    shares, rates, seconds = in_a_process(steps)
+    shares, rates, seconds = run_in_new_process(steps)
     metrics = {
         "share_of_matrix_peak": spread(shares, "1", better="higher", tolerance=0.15),
         "matrix_peak": spread([rate / 1e9 for rate in rates], "GFLOP/s"),

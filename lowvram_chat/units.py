@@ -16,3 +16,9 @@ def format_duration(seconds: float) -> str:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)
     return f"{minutes} m" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} m"
+
+
+def format_hours(hours: float) -> str:
+    """Return a time in hours and minutes: "2 h 59 m"."""
+    minutes = round(60 * hours)
+    return f"{minutes // 60} h {minutes % 60:02d} m"

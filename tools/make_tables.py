@@ -17,8 +17,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from lowvram_chat.errors import LowVramError
-from lowvram_chat.reporting.suite_page import format_hours
 from lowvram_chat.results.record import Metric, Record, load_all, slug
+from lowvram_chat.units import format_hours
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"

@@ -1,1 +1,1 @@
-"""Pages, charts and terminal tables."""
+"""HTML pages, charts and terminal tables."""

@@ -1,1 +1,1 @@
-"""Results of benchmarks: kept in files, compared, and shown."""
+"""Records of benchmark results: measured, stored as files, and compared."""

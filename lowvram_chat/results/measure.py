@@ -1,7 +1,7 @@
-"""A recipe's real steps, measured: on full rows of made-up tokens, so that no data set is needed.
+"""Measures the training steps of a recipe on full rows of random tokens, so that no data set is needed.
 
-Memory and speed are two passes, each meant for a process of its own: waiting for the device at every step, which timing
-needs, changes nothing of the memory, but a process that has run before does. A full device is a result, not an error.
+Memory and speed are two passes, each meant for its own process. Timing synchronizes with the device at every step, which
+does not change the memory. What ran earlier in the same process does. An out-of-memory error is a result here.
 """
 
 from __future__ import annotations
@@ -10,10 +10,10 @@ import logging
 import tempfile
 import time
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal, Required, TypedDict
 
 import torch
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from lowvram_chat.data.dataset import PreparedRows
 from lowvram_chat.data.packing import pack_rows
@@ -23,6 +23,7 @@ from lowvram_chat.model.configs import config_for
 from lowvram_chat.model.device import check_device
 from lowvram_chat.model.pretrained import load_tokenizer
 from lowvram_chat.recipe.schema import Recipe
+from lowvram_chat.results.record import Status
 from lowvram_chat.training import budget, run_dir
 from lowvram_chat.training.callbacks import peak_memory
 from lowvram_chat.training.oom import is_out_of_memory
@@ -31,73 +32,104 @@ from lowvram_chat.training.session import Session
 log = logging.getLogger(__name__)
 
 WARM_UP_STEPS = 3
-"""Optimizer steps that are left out: the first allocate the optimizer's states, and compile."""
+"""Optimizer steps that are not measured: the first ones allocate the optimizer's states and compile the model."""
+IGNORED_LABEL = -100
+"""Label of a token without loss."""
+
+Pass = Literal["memory", "speed"]
+PEAK_NAMES: tuple[Literal["peak_allocated_bytes", "peak_reserved_bytes", "peak_resident_bytes"], ...] = (
+    "peak_allocated_bytes",
+    "peak_reserved_bytes",
+    "peak_resident_bytes",
+)
+
+
+class Measurement(TypedDict, total=False):
+    """What one pass measured. `reason` is there unless `status` is "passed"; the other keys depend on the pass."""
+
+    status: Required[Status]
+    reason: str
+    seconds: list[float]
+    """Speed: the duration of each step."""
+    tokens_per_step: int
+    """Speed: tokens per optimizer step."""
+    peak_allocated_bytes: int
+    """Memory, on CUDA: the allocator's peak of allocated bytes."""
+    peak_reserved_bytes: int
+    """Memory, on CUDA: the allocator's peak of reserved bytes."""
+    device_bytes: int
+    """Memory, on CUDA: the most memory in use on the whole card at the end of a step, other processes included."""
+    peak_resident_bytes: int
+    """Memory, on a CPU: the peak resident set of the process."""
 
 
 class StepTimer(TrainerCallback):
-    """Takes the time from one optimizer step's end to the next one's, the device waited for and the fetching of rows included;
-    and the most of the device that is in use."""
+    """Times optimizer steps, and records how much of the device's memory is in use at the end of a step.
+
+    A step lasts from the end of the previous step to its own end. It includes the loading of its rows and ends when the
+    device has finished.
+    """
 
     def __init__(self) -> None:
         self.seconds: list[float] = []
         self.device_bytes = 0
-        self.ended = 0.0
+        self.ended_at = 0.0
 
-    def on_train_begin(self, *_: Any, **__: Any) -> None:
-        self.ended = time.perf_counter()
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object
+    ) -> None:
+        """Start the clock."""
+        self.ended_at = time.perf_counter()
 
-    def on_step_end(self, *_: Any, **__: Any) -> None:
-        _wait()
-        before, self.ended = self.ended, time.perf_counter()
-        self.seconds.append(self.ended - before)
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
+        """Synchronize with the device and record the step."""
+        _synchronize()
+        began_at, self.ended_at = self.ended_at, time.perf_counter()
+        self.seconds.append(self.ended_at - began_at)
         if torch.cuda.is_available():
             free, total = torch.cuda.mem_get_info()
             self.device_bytes = max(self.device_bytes, total - free)
 
 
-def measure_steps(recipe: Recipe, steps: int, of: Literal["memory", "speed"]) -> dict[str, Any]:
+def measure_steps(recipe: Recipe, steps: int, of: Pass) -> Measurement:
     """Run `steps` optimizer steps after the warm-up and return what was measured.
 
-    Both passes give "status": "passed" or "out_of_memory". "speed": "seconds" of each step, "tokens_per_step". "memory":
-    bytes at the peak ("peak_allocated_bytes", "peak_reserved_bytes", and "device_bytes" of the whole card, other
-    processes' share included; "peak_resident_bytes" on a CPU). On CUDA the process is held to the recipe's budget.
+    On CUDA, the memory of the process is capped to the recipe's budget. The status is "passed" or "out_of_memory".
 
     Raises:
-        LowVramError: as a run with this recipe.
+        LowVramError: as in a run with this recipe.
     """
     with tempfile.TemporaryDirectory(prefix="lowvram-chat-measure-", ignore_cleanup_errors=True) as name:
         folder = Path(name)
         recipe = training_steps_only(recipe, folder, steps)
         device = check_device(recipe)
         budget.cap_process_memory(recipe, device)
-        clock = StepTimer()
+        timer = StepTimer()
         try:
-            prepare_session(recipe, device, folder, steps).run_steps(run_dir.create(recipe, resume=False), clock)
+            prepare_session(recipe, device, folder, steps).run_steps(run_dir.create(recipe, resume=False), timer)
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
             return {"status": "out_of_memory", "reason": str(error).splitlines()[0]}
-        train = recipe.train
-        rows = train.effective_batch_size
-        figures: dict[str, Any] = {"status": "passed"}
-        if of == "speed":
-            return figures | {
-                "seconds": clock.seconds[WARM_UP_STEPS:],
-                "tokens_per_step": rows * recipe.data.max_length,
-            }
-        return figures | peak_memory() | ({"device_bytes": clock.device_bytes} if device.type == "cuda" else {})
+        if of == "memory":
+            return _memory_measurement(timer, device)
+        tokens_per_step = recipe.train.effective_batch_size * recipe.data.max_length
+        return {"status": "passed", "seconds": timer.seconds[WARM_UP_STEPS:], "tokens_per_step": tokens_per_step}
 
 
 def random_rows(recipe: Recipe, steps: int) -> PreparedRows:
-    """Return full rows of random tokens, all of which carry loss: enough for the warm-up and `steps` optimizer steps."""
+    """Return full rows of random tokens for the warm-up and `steps` optimizer steps.
+
+    Every token carries loss but the first of a row, which nothing predicts.
+    """
     import datasets
 
-    train, length = recipe.train, recipe.data.max_length
-    count = train.effective_batch_size * (steps + WARM_UP_STEPS)
-    vocabulary = int(config_for(recipe.model).vocab_size)
-    tokens = torch.randint(vocabulary, (count, length), generator=torch.Generator().manual_seed(0))
+    length = recipe.data.max_length
+    count = recipe.train.effective_batch_size * (steps + WARM_UP_STEPS)
+    vocabulary_size = int(config_for(recipe.model).vocab_size)
+    tokens = torch.randint(vocabulary_size, (count, length), generator=torch.Generator().manual_seed(0))
     labels = tokens.clone()
-    labels[:, 0] = -100
+    labels[:, 0] = IGNORED_LABEL
     rows = datasets.Dataset.from_dict(
         {"input_ids": tokens.tolist(), "labels": labels.tolist(), "length": [length] * count}
     )
@@ -108,10 +140,14 @@ def random_rows(recipe: Recipe, steps: int) -> PreparedRows:
 
 
 def training_steps_only(recipe: Recipe, folder: Path, steps: int) -> Recipe:
-    """Return the recipe without what is not a step: evaluation, checkpoints, trackers, a schedule over an epoch, a template
-    that the stand-in's tokenizer may lack."""
-    nothing = {"eval_source": None, "eval_split": None, "eval_fraction": None, "chat_template": "plain"}
-    data = recipe.data.model_copy(update=nothing)
+    """Return the recipe with the warm-up and `steps` optimizer steps, and nothing else.
+
+    Evaluation, checkpoints, trackers and sample prompts are off. The chat template is the plain one, because the tokenizer
+    that stands in for a missing model may lack the tokens of another.
+    """
+    data = recipe.data.model_copy(
+        update={"eval_source": None, "eval_split": None, "eval_fraction": None, "chat_template": "plain"}
+    )
     train = recipe.train.model_copy(
         update={"max_steps": steps + WARM_UP_STEPS, "save_steps": None, "eval_steps": None, "logging_steps": 10**6}
     )
@@ -120,20 +156,39 @@ def training_steps_only(recipe: Recipe, folder: Path, steps: int) -> Recipe:
 
 
 def prepare_session(recipe: Recipe, device: torch.device, folder: Path, steps: int) -> Session:
-    """Return the session; where the weights cannot be had, with random ones of the same shapes, which run as fast."""
+    """Return a session on random rows.
+
+    If the weights cannot be loaded, random weights of the same shapes are used, which run equally fast.
+    """
     rows = random_rows(recipe, steps)
     try:
         return Session.prepare(recipe, device=device, rows=rows)
     except NotFoundError:
-        from transformers import AutoModelForCausalLM
-
-        log.info("%s is not here: measuring with random weights of its shapes", recipe.model.name)
-        AutoModelForCausalLM.from_config(config_for(recipe.model)).save_pretrained(folder / "model")
-        load_tokenizer("builtin:tiny-gpt2").save_pretrained(folder / "model")
-        model = recipe.model.model_copy(update={"name": str(folder / "model"), "revision": None})
-        return Session.prepare(recipe.model_copy(update={"model": model}), device=device, rows=rows)
+        log.info("%s is not available: measuring with random weights of the same shapes", recipe.model.name)
+        return Session.prepare(_with_random_weights(recipe, folder / "model"), device=device, rows=rows)
 
 
-def _wait() -> None:
+def _with_random_weights(recipe: Recipe, folder: Path) -> Recipe:
+    """Write a randomly initialised model of the recipe's architecture and return the recipe that loads it."""
+    from transformers import AutoModelForCausalLM
+
+    AutoModelForCausalLM.from_config(config_for(recipe.model)).save_pretrained(folder)
+    load_tokenizer("builtin:tiny-gpt2").save_pretrained(folder)
+    model = recipe.model.model_copy(update={"name": str(folder), "revision": None})
+    return recipe.model_copy(update={"model": model})
+
+
+def _memory_measurement(timer: StepTimer, device: torch.device) -> Measurement:
+    measurement: Measurement = {"status": "passed"}
+    peaks = peak_memory()
+    for name in PEAK_NAMES:
+        if name in peaks:
+            measurement[name] = peaks[name]
+    if device.type == "cuda":
+        measurement["device_bytes"] = timer.device_bytes
+    return measurement
+
+
+def _synchronize() -> None:
     if torch.cuda.is_available():
         torch.cuda.synchronize()

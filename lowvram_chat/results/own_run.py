@@ -1,9 +1,9 @@
-"""`bench run`: a recipe measured on this machine, beside its prediction and the published baseline."""
+"""Measures a recipe on this machine, and compares it with its prediction and with the published baseline: `bench run`."""
 
 from __future__ import annotations
 
 from concurrent.futures.process import BrokenProcessPool
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from lowvram_chat import __version__
 from lowvram_chat.gpus import GPUS
@@ -11,39 +11,54 @@ from lowvram_chat.quiet import quiet_libraries, quiet_transformers
 from lowvram_chat.recipe.schema import Memory, Recipe
 from lowvram_chat.results import machine
 from lowvram_chat.results.baseline import BASELINE_TOKENS_PER_SECOND
+from lowvram_chat.results.processes import run_in_new_process
 from lowvram_chat.results.record import Machine, Metric, Record, spread
 from lowvram_chat.units import MIB
 
+if TYPE_CHECKING:
+    from lowvram_chat.planning.plan import Plan
+    from lowvram_chat.results.measure import Measurement, Pass
+
 BENCHMARK = "run"
 GPU_VARIANT_SUFFIXES = {"ti", "super", "max", "ada"}
-"""Words that make another card of a name."""
+"""Suffixes that denote another GPU."""
 SHARED_WITH_DESKTOP = {"3050"}
-"""Names that a desktop card with other figures has too, where drivers do say "laptop"."""
+"""Model numbers that a different desktop card has too. Drivers call the laptop card "laptop"."""
+MEMORY_TOLERANCE_OF_CARD = 0.1
+"""Largest relative difference between the memory that a driver reports and the card table's."""
 RATE_NOISE, MEMORY_NOISE = 0.05, 0.02
-"""Relative change that counts as noise: of a rate, of a peak."""
+"""Relative change that counts as noise, of a rate and of a memory peak."""
+MEMORY_METRICS: dict[
+    str, Literal["peak_allocated_bytes", "peak_reserved_bytes", "device_bytes", "peak_resident_bytes"]
+] = {
+    "allocated": "peak_allocated_bytes",
+    "reserved": "peak_reserved_bytes",
+    "device": "device_bytes",
+    "resident": "peak_resident_bytes",
+}
+"""Metric -> key of a measurement."""
 
 
 def measure_recipe(recipe: Recipe, name: str, steps: int) -> Record:
-    """Return the record of a recipe's `steps` steps on this machine, under this name; memory and speed each in a process of
-    its own.
+    """Measure `steps` optimizer steps of a recipe on this machine and return the record of the case `name`.
+
+    Memory, speed and prediction each get a new process, so that no CUDA context of this process takes memory on the card.
 
     Raises:
-        LowVramError: as a run with this recipe.
+        LowVramError: as in a run with this recipe.
     """
     here = machine.this_machine()
-    recipe = machine.in_a_process(_resolved, recipe, here)
-    passes = {of: _pass(recipe, steps, of) for of in ("memory", "speed")}
-    failed = next((figures for figures in passes.values() if figures["status"] != "passed"), None)
-    # In a process of its own too: this one must never hold a CUDA context, which would take its share of the card.
-    metrics = machine.in_a_process(_predictions, recipe, here) if here.card else {}
-    if failed is None:
-        metrics = _memory(passes["memory"]) | _speed(passes["speed"]) | metrics
+    recipe = run_in_new_process(_resolved, recipe, here)
+    memory, speed = _measure_pass(recipe, steps, "memory"), _measure_pass(recipe, steps, "speed")
+    failed = next((measurement for measurement in (memory, speed) if measurement["status"] != "passed"), None)
+    measured = memory_metrics(memory) | speed_metrics(speed) if failed is None else {}
+    predicted = run_in_new_process(_predicted_metrics, recipe, here) if here.card else {}
     return Record(
         benchmark=BENCHMARK,
         case=name,
         status="passed" if failed is None else failed["status"],
         reason=None if failed is None else failed["reason"],
-        metrics=metrics,
+        metrics=measured | predicted,
         recipe=recipe.model_dump(mode="json", exclude_defaults=True),
         machine=here,
         package=__version__,
@@ -52,58 +67,109 @@ def measure_recipe(recipe: Recipe, name: str, steps: int) -> Record:
 
 
 def summary_sentence(record: Record) -> str:
-    """Return in a line how a measured run compares with the baseline and with its prediction."""
+    """Return one line that compares a measured run with the baseline and with its prediction."""
     if record.status != "passed":
         return f"{record.case}: {record.status.replace('_', ' ')} ({record.reason})"
+    return f"{record.case}: {_speed_words(record)}; {_memory_words(record)}"
+
+
+def known_gpu(card: str, mib: int) -> str | None:
+    """Return the row of the card table for the name and the memory that a driver reports; None if no row matches.
+
+    "NVIDIA GeForce RTX 3050 Laptop GPU" with 4,096 MiB is rtx-3050-laptop-4gb. A row matches if the driver's name has all
+    words of the row's name and no suffix that denotes another GPU, and if the memory differs by less than a tenth. The word
+    "laptop" is implied, because drivers omit it for most laptop cards; `SHARED_WITH_DESKTOP` lists the exceptions.
+    """
+    words = {*card.lower().replace("-", " ").split()}
+    if not SHARED_WITH_DESKTOP & words:
+        words.add("laptop")
+    for name, gpu in GPUS.items():
+        row_words = {*name.split("-")[:-1]}
+        is_same_chip = row_words <= words and not (GPU_VARIANT_SUFFIXES & words) - row_words
+        if is_same_chip and abs(mib - gpu.total_mib) < mib * MEMORY_TOLERANCE_OF_CARD:
+            return name
+    return None
+
+
+def memory_metrics(measurement: Measurement) -> dict[str, Metric]:
+    """Return the peaks of a memory pass as metrics, in MiB."""
+    return {
+        name: Metric(
+            value=round(measurement[key] / MIB, 1), unit="MiB", kind="measured", better="lower", tolerance=MEMORY_NOISE
+        )
+        for name, key in MEMORY_METRICS.items()
+        if key in measurement
+    }
+
+
+def speed_metrics(measurement: Measurement) -> dict[str, Metric]:
+    """Return the tokens per second and the step times (ms) of a speed pass as metrics."""
+    seconds = measurement["seconds"]
+    rates = [measurement["tokens_per_step"] / step_seconds for step_seconds in seconds]
+    return {
+        "tokens_per_second": spread(rates, "tokens/s", better="higher", tolerance=RATE_NOISE),
+        "step": spread([1000 * step_seconds for step_seconds in seconds], "ms"),
+    }
+
+
+def _speed_words(record: Record) -> str:
     rate = record.metrics["tokens_per_second"]
-    words = f"{record.case}: measured {rate.value:,.0f} tokens/s, {rate.value / BASELINE_TOKENS_PER_SECOND:.2g}x the baseline's "
-    words += f"{BASELINE_TOKENS_PER_SECOND:,.0f}"
-    words += _beside(rate, record.metrics.get("predicted_tokens_per_second"), "tokens/s")
+    words = (
+        f"measured {rate.value:,.0f} tokens/s, {rate.value / BASELINE_TOKENS_PER_SECOND:.2g}x the baseline's "
+        f"{BASELINE_TOKENS_PER_SECOND:,.0f}"
+    )
+    words += _prediction_words(rate, record.metrics.get("predicted_tokens_per_second"), "tokens/s")
     if "assumed_power_limit" in record.metrics:
-        words += f" (predicted for {record.metrics['assumed_power_limit'].value:.0f} W: the driver tells no limit)"
-    if "reserved" in record.metrics:
-        reserved = record.metrics["reserved"]
-        words += f"; peak reserved {reserved.value:,.0f} MiB measured"
-        words += _beside(reserved, record.metrics.get("predicted_reserved"), "MiB")
-    else:
-        words += f"; {record.metrics['resident'].value:,.0f} MiB of this machine's memory (a card's is another figure)"
+        watts = record.metrics["assumed_power_limit"].value
+        words += f" (predicted for {watts:.0f} W, because the driver does not report the power limit)"
     return words
 
 
-def _beside(found: Metric, predicted: Metric | None, unit: str) -> str:
+def _memory_words(record: Record) -> str:
+    if "reserved" not in record.metrics:
+        resident = record.metrics["resident"].value
+        return f"peak {resident:,.0f} MiB of this machine's main memory (not comparable with GPU memory)"
+    reserved = record.metrics["reserved"]
+    words = f"peak reserved {reserved.value:,.0f} MiB measured"
+    return words + _prediction_words(reserved, record.metrics.get("predicted_reserved"), "MiB")
+
+
+def _prediction_words(measured: Metric, predicted: Metric | None, unit: str) -> str:
     if predicted is None:
         return ""
-    return f", predicted {predicted.value:,.0f} {unit} ({predicted.value / found.value - 1:+.1%})"
+    return f", predicted {predicted.value:,.0f} {unit} ({predicted.value / measured.value - 1:+.1%})"
 
 
 def _resolved(recipe: Recipe, here: Machine) -> Recipe:
-    """Return the recipe as it is run on this machine: its micro-batch planned, compiled or not, its card named."""
+    """Return the recipe with the choices that this machine decides: its card, the micro-batch, whether to compile."""
     quiet_libraries()
     from lowvram_chat.model.compilation import should_compile
     from lowvram_chat.model.device import check_device
     from lowvram_chat.training.budget import with_planned_micro_batch
 
     device = check_device(recipe)
-    known = known_gpu(here.card or "", here.card_mib or 0)
-    if known is not None and "gpu" not in recipe.memory.model_fields_set:
-        recipe = recipe.model_copy(update={"memory": Memory(**recipe.memory.model_dump() | {"gpu": known})})
+    gpu = _gpu_of(here)
+    if gpu is not None and "gpu" not in recipe.memory.model_fields_set:
+        recipe = recipe.model_copy(update={"memory": Memory(**recipe.memory.model_dump() | {"gpu": gpu})})
     recipe = with_planned_micro_batch(recipe, device)
     train = recipe.train.model_copy(update={"compile": should_compile(recipe.train, device)})
     return recipe.model_copy(update={"train": train})
 
 
-def _pass(recipe: Recipe, steps: int, of: Literal["memory", "speed"]) -> dict[str, Any]:
-    """Return what `train.measure.measure` gives in a new process; a process that was killed has failed."""
+def _gpu_of(here: Machine) -> str | None:
+    return known_gpu(here.card or "", here.card_mib or 0)
+
+
+def _measure_pass(recipe: Recipe, steps: int, of: Pass) -> Measurement:
+    """Run `measure_steps` in a new process. A process that is killed has failed."""
     try:
-        return machine.in_a_process(_measure, recipe, steps, of)
+        return run_in_new_process(_measure_quietly, recipe, steps, of)
     except BrokenProcessPool:
-        return {
-            "status": "failed",
-            "reason": "the system ended the process, as it does when the machine's memory is full",
-        }
+        reason = "the operating system ended the process, as it does when the main memory is full"
+        return {"status": "failed", "reason": reason}
 
 
-def _measure(recipe: Recipe, steps: int, of: Literal["memory", "speed"]) -> dict[str, Any]:
+def _measure_quietly(recipe: Recipe, steps: int, of: Pass) -> Measurement:
     quiet_libraries()
     from lowvram_chat.results.measure import measure_steps
 
@@ -111,62 +177,27 @@ def _measure(recipe: Recipe, steps: int, of: Literal["memory", "speed"]) -> dict
     return measure_steps(recipe, steps, of)
 
 
-def _memory(figures: dict[str, Any]) -> dict[str, Metric]:
-    names = {
-        "allocated": "peak_allocated_bytes",
-        "reserved": "peak_reserved_bytes",
-        "device": "device_bytes",
-        "resident": "peak_resident_bytes",
-    }
-    return {
-        name: Metric(
-            value=round(figures[key] / MIB, 1), unit="MiB", kind="measured", better="lower", tolerance=MEMORY_NOISE
-        )
-        for name, key in names.items()
-        if key in figures
-    }
-
-
-def _speed(figures: dict[str, Any]) -> dict[str, Metric]:
-    rates = [figures["tokens_per_step"] / seconds for seconds in figures["seconds"]]
-    return {
-        "tokens_per_second": spread(rates, "tokens/s", better="higher", tolerance=RATE_NOISE),
-        "step": spread([1000 * seconds for seconds in figures["seconds"]], "ms"),
-    }
-
-
-def _predictions(recipe: Recipe, here: Machine) -> dict[str, Metric]:
-    """Return what is predicted of the recipe on this card; of its speed only where the card is in the table."""
+def _predicted_metrics(recipe: Recipe, here: Machine) -> dict[str, Metric]:
+    """Return the predicted memory, and the predicted speed if the card is in the card table."""
     from lowvram_chat.planning.prediction import make_plan
+
+    gpu = _gpu_of(here)
+    if gpu is not None:
+        recipe = recipe.model_copy(update={"memory": recipe.memory.model_copy(update={"gpu": gpu})})
+    plan = make_plan(recipe)
+    reserved = Metric(value=round(plan.peak_reserved_bytes / MIB, 1), unit="MiB", kind="predicted")
+    speed = {} if gpu is None else _predicted_speed_metrics(recipe, plan, gpu, here.power_limit_watts)
+    return {"predicted_reserved": reserved, **speed}
+
+
+def _predicted_speed_metrics(recipe: Recipe, plan: Plan, gpu: str, watts: float | None) -> dict[str, Metric]:
+    """Return the predicted speed at the power limit that is closest to the card's; at the highest if it is unknown."""
     from lowvram_chat.timing.speed import predict_speed
 
-    known = known_gpu(here.card or "", here.card_mib or 0)
-    if known is not None:
-        recipe = recipe.model_copy(update={"memory": recipe.memory.model_copy(update={"gpu": known})})
-    planned = make_plan(recipe)
-    found = {
-        "predicted_reserved": Metric(value=round(planned.peak_reserved_bytes / MIB, 1), unit="MiB", kind="predicted")
-    }
-    if known is not None:
-        limits, watts = GPUS[known].fp16_tflops, here.power_limit_watts
-        nearest = max(limits) if watts is None else min(limits, key=lambda limit: abs(limit - watts))
-        rate = predict_speed(recipe, planned.work, known, nearest).tokens_per_second
-        found["predicted_tokens_per_second"] = Metric(value=round(rate, 1), unit="tokens/s", kind="predicted")
-        if watts is None and len(limits) > 1:
-            found["assumed_power_limit"] = Metric(value=nearest, unit="W", kind="predicted")
-    return found
-
-
-def known_gpu(card: str, mib: int) -> str | None:
-    """Return the row of the card table that a driver's name and memory mean; None where there is none.
-
-    "NVIDIA GeForce RTX 3050 Laptop GPU" of 4,096 MiB is rtx-3050-laptop-4gb: the words of the row's name are said, no variant
-    that is another chip is, and its memory is that within a tenth. Of most laptops' cards drivers do not say "laptop".
-    """
-    said = {*card.lower().replace("-", " ").split()}
-    said |= set() if SHARED_WITH_DESKTOP & said else {"laptop"}
-
-    def is_it(words: set[str], mib_of_row: int) -> bool:
-        return words <= said and not (GPU_VARIANT_SUFFIXES & said) - words and abs(mib - mib_of_row) < mib / 10
-
-    return next((name for name, gpu in GPUS.items() if is_it({*name.split("-")[:-1]}, gpu.total_mib)), None)
+    limits = GPUS[gpu].fp16_tflops
+    nearest = max(limits) if watts is None else min(limits, key=lambda limit: abs(limit - watts))
+    rate = predict_speed(recipe, plan.work, gpu, nearest).tokens_per_second
+    metrics = {"predicted_tokens_per_second": Metric(value=round(rate, 1), unit="tokens/s", kind="predicted")}
+    if watts is None and len(limits) > 1:
+        metrics["assumed_power_limit"] = Metric(value=nearest, unit="W", kind="predicted")
+    return metrics

@@ -1,4 +1,4 @@
-"""The benchmarks themselves: a recipe measured here, a slowed step found out, an interrupted suite that keeps what it has."""
+"""The benchmarks: a recipe is measured, a slower step is detected, and an interrupted suite keeps its finished cases."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import subprocess
 import sys
 import textwrap
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -24,7 +24,7 @@ from tests.samples import ROOT
 from tests.unit.test_results import git
 
 IN_CHILDREN = {"step_clock", "trl_clock", "turn_clock"}
-"""Modules of the suite that are imported in processes of their own."""
+"""Modules of the suite that are only imported in child processes."""
 
 
 def test_a_recipe_is_measured_on_this_machine(bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:
@@ -34,10 +34,10 @@ def test_a_recipe_is_measured_on_this_machine(bench: Bench, capsys: pytest.Captu
     assert record.status == "passed"
     assert record.metrics["tokens_per_second"].samples == 4
     assert record.metrics["tokens_per_second"].value > 0
-    assert {metric.kind for metric in record.metrics.values()} == {"measured"}  # nothing is predicted of a CPU
-    told = capsys.readouterr().out
-    assert "x the baseline's 3,666" in told
-    assert str(out) in told
+    assert {metric.kind for metric in record.metrics.values()} == {"measured"}  # the planner predicts nothing for a CPU
+    output = capsys.readouterr().out
+    assert "x the baseline's 3,666" in output
+    assert str(out) in output
     assert command.main(["report", str(out)]) == 0
     assert command.main(["run", str(bench.file("r")), "--steps", "0"]) == 2
     with pytest.raises(SystemExit):
@@ -52,57 +52,57 @@ def test_a_slowed_step_fails_the_comparison(bench: Bench, monkeypatch: pytest.Mo
 
     recipe = bench.recipe("r")
 
-    def result() -> Record:
-        speed = own_run._speed(measure.measure_steps(recipe, 6, "speed"))
+    def measured_record() -> Record:
+        speed = own_run.speed_metrics(measure.measure_steps(recipe, 6, "speed"))
         return Record(benchmark="run", case="r", metrics=speed, machine=this_machine())
 
-    store(result(), tmp_path / "old")
-    step = ChatTrainer.training_step
+    store(measured_record(), tmp_path / "old")
+    step: Callable[..., torch.Tensor] = ChatTrainer.training_step
 
-    def slowed(*args: Any, **kwargs: Any) -> Any:
+    def slowed(*args: object, **kwargs: object) -> torch.Tensor:
         time.sleep(0.2)
         return step(*args, **kwargs)
 
     monkeypatch.setattr(ChatTrainer, "training_step", slowed)
-    store(result(), tmp_path / "slow")
+    store(measured_record(), tmp_path / "slow")
     assert command.main(["compare", str(tmp_path / "old"), str(tmp_path / "slow")]) == 1
 
 
-def test_a_full_device_is_a_result(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_running_out_of_memory_is_a_result(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     from lowvram_chat.training.session import Session
 
-    def full(*_: object, **__: object) -> None:
+    def run_out_of_memory(*_: object, **__: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore")
 
-    monkeypatch.setattr(Session, "prepare", full)
-    found = measure.measure_steps(bench.recipe("r"), 2, "memory")
-    assert found == {"status": "out_of_memory", "reason": "CUDA out of memory. Tried to allocate 2.00 GiB."}
+    monkeypatch.setattr(Session, "prepare", run_out_of_memory)
+    measurement = measure.measure_steps(bench.recipe("r"), 2, "memory")
+    assert measurement == {"status": "out_of_memory", "reason": "CUDA out of memory. Tried to allocate 2.00 GiB."}
 
 
 @pytest.mark.parametrize("settings", [{}, {"data__rows": "packed"}, {"train__gradient_accumulation_steps": 2}])
 def test_the_steps_that_are_measured_are_full_rows(bench: Bench, settings: dict[str, object]) -> None:
     recipe = bench.recipe("r", **settings)
-    found = measure.measure_steps(recipe, 2, "speed")
-    assert len(found["seconds"]) == 2
-    assert found["tokens_per_step"] == 4 * 64 * recipe.train.gradient_accumulation_steps
+    measurement = measure.measure_steps(recipe, 2, "speed")
+    assert len(measurement["seconds"]) == 2
+    assert measurement["tokens_per_step"] == 4 * 64 * recipe.train.gradient_accumulation_steps
     rows = measure.random_rows(recipe, 2).train
     assert len(rows) == 4 * recipe.train.gradient_accumulation_steps * (2 + measure.WARM_UP_STEPS)
     assert {len(row["input_ids"]) for row in rows} == {64}
 
 
-def test_a_model_that_is_not_here_is_measured_with_random_weights_of_its_shapes(
+def test_a_model_that_cannot_be_loaded_is_measured_with_random_weights_of_its_shapes(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from lowvram_chat.model import configs
 
     small = {**configs.GPT2, "n_layer": 1, "n_embd": 64, "n_head": 2, "vocab_size": 9000}
     monkeypatch.setattr(configs, "KNOWN_CONFIGS", {"openai-community/gpt2": small})
-    # The stand-in's tokenizer lacks the tokens of this template, as of SmolLM2's.
+    # The tokenizer that stands in for the model's lacks the tokens of this template.
     recipe = bench.recipe("r", model={"name": "openai-community/gpt2"}, data__chat_template="chatml")
     assert measure.measure_steps(recipe, 1, "memory")["peak_resident_bytes"] > 0
 
 
-def test_the_sentence_says_how_it_compares() -> None:
+def test_the_summary_compares_with_the_baseline_and_the_prediction() -> None:
     card = Machine(name="c", platform="", processor="", threads=1, card="RTX 3050")
     figures = {"tokens_per_second": (8797.0, "measured"), "predicted_tokens_per_second": (9132.0, "predicted")}
     figures |= {"reserved": (2900.0, "measured"), "predicted_reserved": (2914.0, "predicted")}
@@ -131,12 +131,12 @@ def test_the_sentence_says_how_it_compares() -> None:
         ("NVIDIA H100 80GB HBM3", 81559, None),
     ],
 )
-def test_a_driver_s_name_finds_its_row(card: str, mib: int, row: str | None) -> None:
+def test_the_name_that_a_driver_reports_finds_its_row_of_the_card_table(card: str, mib: int, row: str | None) -> None:
     assert known_gpu(card, mib) == row
 
 
 def suite(folder: Path) -> Path:
-    """Return a checkout with a suite of two cases, the second of which never ends."""
+    """Return a git checkout with a suite of two cases, the second of which runs for a minute."""
     (folder / "conftest.py").write_text("from benchmarks.conftest import *\n")
     (folder / "test_two.py").write_text(
         textwrap.dedent(
@@ -160,16 +160,16 @@ def suite(folder: Path) -> Path:
 
 
 def _hear_ctrl_c() -> None:
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # what runs in the background was told to ignore it
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # background processes inherit a handler that ignores it
 
 
 @pytest.mark.skipif(
     sys.platform == "win32",
-    reason="Windows cannot send Ctrl-C to one process; that a case is stored at once is tested everywhere",
+    reason="Windows cannot send Ctrl-C to one process; another test checks that a case is stored at once",
 )
 def test_an_interrupted_suite_keeps_the_finished_cases(tmp_path: Path) -> None:
     folder = suite(tmp_path)
-    words = [
+    command_line = [
         sys.executable,
         "-m",
         "pytest",
@@ -183,7 +183,7 @@ def test_an_interrupted_suite_keeps_the_finished_cases(tmp_path: Path) -> None:
     ]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"}
     process = subprocess.Popen(
-        words, cwd=folder, env=environment, stdout=subprocess.PIPE, text=True, preexec_fn=_hear_ctrl_c
+        command_line, cwd=folder, env=environment, stdout=subprocess.PIPE, text=True, preexec_fn=_hear_ctrl_c
     )
     assert process.stdout is not None
     for line in process.stdout:
@@ -194,18 +194,18 @@ def test_an_interrupted_suite_keeps_the_finished_cases(tmp_path: Path) -> None:
     (kept,) = (folder / "results").rglob("*.json")
     assert json.loads(kept.read_text())["case"] == "first"
     (folder / "test_two.py").write_text("def test_one(keeper):\n    pass\n")
-    refused = subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True)
+    refused = subprocess.run(command_line, cwd=folder, env=environment, capture_output=True, text=True)
     assert refused.returncode != 0
     assert "the tree is dirty (test_two.py)" in refused.stderr
     assert command.main(["report", str(folder / "results")]) == 0
 
 
-def test_the_suite_s_own_process_looks_at_no_card() -> None:
-    # bitsandbytes asks for the card when it is imported, and a process that has done so may hold a share of it.
+def test_the_suite_s_own_process_imports_no_library_that_uses_the_card() -> None:
+    # bitsandbytes queries the card when it is imported, and a process that has done so may hold memory on it.
     modules = [f"benchmarks.{path.stem}" for path in (ROOT / "benchmarks").glob("*.py") if path.stem not in IN_CHILDREN]
     code = f"import sys, {', '.join(modules)}; print({{'bitsandbytes', 'peft', 'trl'}} & {{*sys.modules}})"
-    said = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert said.stdout.strip() == "set()"
+    process = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert process.stdout.strip() == "set()"
 
 
 def test_steps_that_take_turns_are_counted_after_the_warm_up(tmp_path: Path) -> None:

@@ -1,11 +1,11 @@
-"""The pages in a real headless browser: they render, complain of nothing, ask nobody for anything, fit a phone."""
+"""The pages in a headless browser: they render without errors, request nothing, and fit a phone."""
 
 from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Literal
 
 import pytest
 
@@ -13,6 +13,11 @@ from lowvram_chat.reporting.suite_page import suite_page
 from lowvram_chat.results.record import load_all
 from tests.runs import Bench
 from tests.samples import ROOT
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser, Page
+
+Scheme = Literal["light", "dark"]
 
 pytestmark = pytest.mark.browser
 FLAGS = [
@@ -26,7 +31,7 @@ SIZES = {"phone": (360, 740), "desktop": (1280, 800)}
 
 
 @pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
+def browser() -> Iterator[Browser]:
     from playwright.sync_api import sync_playwright
 
     path = next(found for name in ("chromium", "google-chrome", "chrome") if (found := shutil.which(name)))
@@ -38,7 +43,7 @@ def browser() -> Iterator[Any]:
 
 @pytest.fixture
 def pages(bench: Bench) -> dict[str, Path]:
-    """The two kinds of page, as files."""
+    """Return a benchmark page and a run's report, as files."""
     suite = bench.folder / "suite.html"
     suite.write_text(suite_page(load_all([ROOT / "benchmarks" / "results"])), encoding="utf-8")
     run = bench.run("r", output__sample_prompts=["Hello?"], train__max_steps=6, train__eval_steps=3)
@@ -46,29 +51,32 @@ def pages(bench: Bench) -> dict[str, Path]:
 
 
 def is_from_outside(url: str) -> bool:
+    """Return whether a URL is neither a file nor embedded data."""
     return not url.startswith(("file:", "data:"))
 
 
-def look(browser: Any, path: Path, size: tuple[int, int], scheme: str) -> tuple[Any, list[str]]:
-    """Return the opened page and everything it complained of or asked for."""
+def look(browser: Browser, path: Path, size: tuple[int, int], scheme: Scheme) -> tuple[Page, list[str]]:
+    """Return the opened page, with its console messages, errors and requests."""
     page = browser.new_page(viewport={"width": size[0], "height": size[1]}, color_scheme=scheme)
-    troubles: list[str] = []
-    page.on("console", lambda message: troubles.append(f"console: {message.text}"))
-    page.on("pageerror", lambda error: troubles.append(f"error: {error}"))
-    page.on("request", lambda asked: troubles.append(f"asked: {asked.url}") if is_from_outside(asked.url) else None)
+    problems: list[str] = []
+    page.on("console", lambda message: problems.append(f"console: {message.text}"))
+    page.on("pageerror", lambda error: problems.append(f"error: {error}"))
+    page.on(
+        "request", lambda request: problems.append(f"request: {request.url}") if is_from_outside(request.url) else None
+    )
     page.goto(path.as_uri())
-    return page, troubles
+    return page, problems
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("size", SIZES)
 def test_a_page_renders_in_any_size_and_scheme(
-    size: str, scheme: str, browser: Any, pages: dict[str, Path], tmp_path: Path
+    size: str, scheme: Scheme, browser: Browser, pages: dict[str, Path], tmp_path: Path
 ) -> None:
-    backgrounds = {"light": "rgb(255, 255, 255)", "dark": "rgb(17, 21, 26)"}
+    backgrounds: dict[Scheme, str] = {"light": "rgb(255, 255, 255)", "dark": "rgb(17, 21, 26)"}
     for name, path in pages.items():
-        page, troubles = look(browser, path, SIZES[size], scheme)
-        assert troubles == []
+        page, problems = look(browser, path, SIZES[size], scheme)
+        assert problems == []
         assert page.locator("h1").count() == 1
         assert page.evaluate("getComputedStyle(document.body).backgroundColor") == backgrounds[scheme]
         assert page.evaluate("document.documentElement.scrollWidth") <= SIZES[size][0], (
@@ -78,7 +86,7 @@ def test_a_page_renders_in_any_size_and_scheme(
         page.close()
 
 
-def test_plots_are_drawn_and_their_tables_open_by_keyboard(browser: Any, pages: dict[str, Path]) -> None:
+def test_charts_are_drawn_and_their_tables_open_by_keyboard(browser: Browser, pages: dict[str, Path]) -> None:
     for name, path in pages.items():
         page, _ = look(browser, path, SIZES["desktop"], "light")
         page.keyboard.press("Tab")

@@ -1,4 +1,4 @@
-"""What a run leaves to be looked at: report.html, and the model's answers before and after, which disturb nothing."""
+"""The report of a run: report.html, and the model's answers before and after, which do not change the training."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ PROMPTS = ["the cat sat on", "where <b>we</b> eat"]
 def test_a_run_leaves_a_report_with_its_curves_answers_and_settings(
     bench: Bench, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = [str(bench.file("r", output__sample_prompts=PROMPTS, train__eval_steps=4)), "memory.limit_mib=2000"]
-    assert sft.main(words) == 0
+    arguments = [str(bench.file("r", output__sample_prompts=PROMPTS, train__eval_steps=4)), "memory.limit_mib=2000"]
+    assert sft.main(arguments) == 0
     run = bench.folder / "r"
     assert f"report: {run / 'report.html'}" in capsys.readouterr().out
     page = (run / "report.html").read_text(encoding="utf-8")
@@ -32,16 +32,18 @@ def test_a_run_leaves_a_report_with_its_curves_answers_and_settings(
     samples = json.loads((run / "samples.json").read_text(encoding="utf-8"))
     assert [sample["prompt"] for sample in samples] == PROMPTS
     assert all(sample["before"] and sample["after"] for sample in samples)
-    assert any(sample["before"] != sample["after"] for sample in samples)  # the model has learned something
+    assert any(sample["before"] != sample["after"] for sample in samples)  # training changes an answer
 
 
-def test_answers_leave_the_run_as_it_was(bench: Bench, tmp_path: Path) -> None:
-    model = {"name": str(save_tiny_gpt2(tmp_path / "dropping", dropout=0.1))}  # random states show in every loss
+def test_answers_do_not_change_the_losses(bench: Bench, tmp_path: Path) -> None:
+    model = {
+        "name": str(save_tiny_gpt2(tmp_path / "dropping", dropout=0.1))
+    }  # a changed random state shows in every loss
     with_answers = bench.run("with", model=model, output__sample_prompts=PROMPTS)
     assert curve(with_answers) == curve(bench.run("without", model=model))
 
 
-def test_a_resumed_run_keeps_the_first_answers(bench: Bench) -> None:
+def test_a_resumed_run_keeps_the_answers_from_before_training(bench: Bench) -> None:
     settings = {"output__sample_prompts": PROMPTS, "train__save_steps": 4}
     run = bench.run("r", train__max_steps=4, **settings)
     before = [sample["before"] for sample in json.loads((run / "samples.json").read_text(encoding="utf-8"))]

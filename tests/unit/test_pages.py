@@ -1,4 +1,4 @@
-"""The pages: whole HTML, tables behind plots, predicted and measured told apart, nothing from outside."""
+"""The pages: valid HTML, a table for every chart, predicted and measured kept apart, nothing loaded from outside."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ import pytest
 from lowvram_chat import bench
 from lowvram_chat.reporting.charts import Bar, areas, bars, curves
 from lowvram_chat.reporting.html import CONTENT_SECURITY_POLICY, table
-from lowvram_chat.reporting.suite_page import suite_page, text_table
+from lowvram_chat.reporting.results_table import text_table
+from lowvram_chat.reporting.suite_page import suite_page
 from lowvram_chat.results.record import Machine, Metric, MetricKind, Record, store
 from tests.samples import ROOT
 
@@ -20,7 +21,7 @@ CARD = Machine(name="card", platform="Linux", processor="x86_64", threads=8, car
 
 
 class Tree(HTMLParser):
-    """Checks that what is opened is closed, and collects ids and links."""
+    """Checks that every opened tag is closed, and collects ids and links."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -38,7 +39,7 @@ class Tree(HTMLParser):
         self.links += [value for name, value in attrs if name in ("href", "src") and value]
 
     def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        """Nothing is left open by what closes itself."""
+        """Ignore tags that close themselves."""
 
     def handle_endtag(self, tag: str) -> None:
         assert self.open.pop() == tag
@@ -81,7 +82,7 @@ def records() -> list[Record]:
     ]
 
 
-def test_the_report_is_whole_and_needs_nothing_from_outside() -> None:
+def test_the_page_is_valid_and_loads_nothing_from_outside() -> None:
     page = suite_page(records())
     tree = Tree(page)
     assert len(tree.ids) == len(set(tree.ids))
@@ -94,7 +95,7 @@ def test_the_report_is_whole_and_needs_nothing_from_outside() -> None:
     assert "too &lt;large&gt;" in page
 
 
-def test_every_plot_has_its_table() -> None:
+def test_every_chart_has_its_table() -> None:
     page = suite_page(records())
     figures = re.findall(r"<figure>.*?</figure>", page, re.DOTALL)
     assert len(figures) >= 6
@@ -104,25 +105,25 @@ def test_every_plot_has_its_table() -> None:
 def test_predicted_and_measured_are_never_in_one_column() -> None:
     page = suite_page(records())
     tables = re.findall(r"<table>.*?</table>", page, re.DOTALL)
-    assert any("2,772" in one and "2,790" in one and "reserved, predicted" in one for one in tables)  # side by side
-    of_plans = next(one for one in tables if "does each recipe fit" in one)
-    assert "2,790" not in of_plans
-    assert "DOES NOT FIT" in of_plans
+    assert any("2,772" in text and "2,790" in text and "reserved, predicted" in text for text in tables)  # side by side
+    plans = next(text for text in tables if "does each recipe fit" in text)
+    assert "2,790" not in plans
+    assert "DOES NOT FIT" in plans
     assert 'class="predicted"' in page
     assert 'class="measured"' in page
 
 
-def test_an_empty_set_of_results_is_a_page_too() -> None:
+def test_a_record_without_metrics_gives_a_page_too() -> None:
     Tree(suite_page([Record(benchmark="merge", case="lora", machine=CARD)]))
 
 
-def test_bars_and_areas_are_as_long_as_their_values() -> None:
-    drawn = bars(
+def test_bars_are_as_long_as_their_values_and_predicted_areas_are_hatched() -> None:
+    chart = bars(
         "b",
         [Bar(label="a", value=1, kind="measured", text="1"), Bar(label="b", value=4, kind="predicted", text="4")],
         unit="s",
     )
-    assert re.findall(r'class="(\w+)" style="width:([\d.]+)%"', drawn) == [
+    assert re.findall(r'class="(\w+)" style="width:([\d.]+)%"', chart) == [
         ("measured", "25.00"),
         ("predicted", "100.00"),
     ]
@@ -137,10 +138,10 @@ def test_a_curve_of_one_point_or_equal_values_is_drawn() -> None:
     assert curves("c", {"a": []}, unit="nats", x="step") == ""
 
 
-def test_a_table_puts_figures_on_the_right_and_says_verdicts_in_words() -> None:
-    made = table("t", ["name", "MiB"], [["a", "1,024"], ["fits", "-"]])
-    assert '<td class="n">1,024</td>' in made
-    assert '<td class="yes">fits</td>' in made
+def test_a_table_aligns_numbers_to_the_right_and_colours_verdicts() -> None:
+    text = table("t", ["name", "MiB"], [["a", "1,024"], ["fits", "-"]])
+    assert '<td class="n">1,024</td>' in text
+    assert '<td class="yes">fits</td>' in text
 
 
 def test_the_command_writes_the_page_of_the_stored_results(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -154,7 +155,7 @@ def test_the_command_writes_the_page_of_the_stored_results(tmp_path: Path, capsy
     assert bench.main(["report", str(tmp_path / "nothing")]) == 2
 
 
-def test_predicted_and_measured_have_columns_of_their_own() -> None:
+def test_predicted_and_measured_each_have_a_column() -> None:
     published = Metric(value=3666, unit="tokens/s", kind="published")
     metrics = {"reserved": measured(2790), "predicted_reserved": predicted(2772), "theirs": published}
     head, [row] = text_table([Record(benchmark="run", case="r", metrics=metrics, machine=CARD)])
@@ -166,6 +167,6 @@ def test_predicted_and_measured_have_columns_of_their_own() -> None:
         "measured": "reserved 2,790 MiB",
     }
     kinds: tuple[MetricKind, ...] = ("predicted", "measured")
-    drawn = bars("t", [Bar(label=kind, value=1, kind=kind, text=f"1 {kind}") for kind in kinds], unit="h")
-    assert re.findall(r"<th scope[^>]*>(.*?)</th>", drawn) == ["what", "predicted", "measured"]
-    assert re.findall(r"<td\b[^>]*>(.*?)</td>", drawn) == ["predicted", "1 predicted", "", "measured", "", "1 measured"]
+    chart = bars("t", [Bar(label=kind, value=1, kind=kind, text=f"1 {kind}") for kind in kinds], unit="h")
+    assert re.findall(r"<th scope[^>]*>(.*?)</th>", chart) == ["name", "predicted", "measured"]
+    assert re.findall(r"<td\b[^>]*>(.*?)</td>", chart) == ["predicted", "1 predicted", "", "measured", "", "1 measured"]

@@ -1,4 +1,4 @@
-"""Results as files: written whole, read back, refused where they are none; compared within their tolerances."""
+"""Benchmark results: stored and loaded, refused if they are invalid, and compared within their tolerances."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ def test_a_record_is_kept_by_machine_benchmark_and_case_and_read_back(tmp_path: 
     assert path.relative_to(tmp_path).as_posix() == "some-card-linux/throughput/tiny-ours.json"
     assert load(path) == record()
     store(record(7.0), tmp_path)
-    assert [one.value("tokens_per_second") for one in load_all([tmp_path])] == [7.0]
+    assert [stored.value("tokens_per_second") for stored in load_all([tmp_path])] == [7.0]
 
 
 @pytest.mark.parametrize(
     "change",
     [{"schema_version": 2}, {"speed": 3}, {"metrics": {"a": {"value": "fast", "unit": "s", "kind": "measured"}}}],
 )
-def test_a_file_that_is_no_record_is_refused_with_its_place(change: dict[str, Any], tmp_path: Path) -> None:
+def test_a_file_that_is_not_a_record_is_refused_with_its_path(change: dict[str, Any], tmp_path: Path) -> None:
     path = tmp_path / "one.json"
     path.write_text(json.dumps(record().model_dump(mode="json") | change))
     with pytest.raises(UsageError, match=r"one\.json.*schema version 1"):
@@ -52,15 +52,15 @@ def test_a_file_that_is_no_record_is_refused_with_its_place(change: dict[str, An
         load(path)
 
 
-def test_nothing_to_read_is_said(tmp_path: Path) -> None:
+def test_a_path_without_results_is_refused(tmp_path: Path) -> None:
     for path in (tmp_path / "none", tmp_path):
         with pytest.raises(NotFoundError, match="pytest benchmarks/"):
             load_all([path])
 
 
 def test_a_spread_is_the_median_between_the_percentiles() -> None:
-    made = spread([5.0, 1.0, 2.0, 3.0, 4.0], "ms")
-    assert (made.p20, made.value, made.p80, made.samples) == (1.8, 3.0, 4.2, 5)
+    times = spread([5.0, 1.0, 2.0, 3.0, 4.0], "ms")
+    assert (times.p20, times.value, times.p80, times.samples) == (1.8, 3.0, 4.2, 5)
 
 
 @pytest.mark.parametrize(
@@ -68,13 +68,13 @@ def test_a_spread_is_the_median_between_the_percentiles() -> None:
     [(95.0, "higher", "equal"), (85.0, "higher", "worse"), (120.0, "higher", "better"), (120.0, "lower", "worse")],
 )
 def test_a_change_counts_beyond_its_tolerance(new: float, better: str, verdict: str) -> None:
-    old, other = (record(metrics={"rate": metric(value, better=better)}) for value in (100.0, new))
-    (found,) = compare([old], [other])
-    assert found.verdict == verdict
-    assert regressed([found]) is (verdict == "worse")
+    before, after = (record(metrics={"rate": metric(value, better=better)}) for value in (100.0, new))
+    (difference,) = compare([before], [after])
+    assert difference.verdict == verdict
+    assert regressed([difference]) is (verdict == "worse")
 
 
-def test_a_case_that_failed_or_lost_a_figure_is_worse() -> None:
+def test_a_case_that_fails_or_loses_a_metric_is_worse() -> None:
     assert regressed(compare([record()], [record(status="out_of_memory")]))
     assert regressed(compare([record()], [record(metrics={})]))
     assert not regressed(compare([record(status="failed")], [record()]))
@@ -99,7 +99,7 @@ def test_other_machines_and_other_cases_refuse_to_compare() -> None:
     assert missing([record(), record(case="gone")], [record()]) == ["throughput/gone"]
 
 
-def test_the_command_exits_with_1_on_a_regression_and_2_where_it_refuses(
+def test_the_command_exits_with_1_on_a_regression_and_with_2_if_it_refuses(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     old, slow, other = tmp_path / "old", tmp_path / "slow", tmp_path / "other"
@@ -108,30 +108,31 @@ def test_the_command_exits_with_1_on_a_regression_and_2_where_it_refuses(
     store(record(case_version=2), other)
     assert bench.main(["compare", str(old), str(old)]) == 0
     assert bench.main(["compare", str(old), str(slow), "--json"]) == 1
-    said = capsys.readouterr().out.splitlines()
-    assert "1 worse" in said[-2]
-    assert json.loads(said[-1])["differences"][0]["change"] == -0.5
+    lines = capsys.readouterr().out.splitlines()
+    assert "1 worse" in lines[-2]
+    assert json.loads(lines[-1])["differences"][0]["change"] == -0.5
     assert bench.main(["compare", str(old), str(other)]) == 2
     assert "version" in capsys.readouterr().err
     assert bench.main(["compare", str(old), str(tmp_path / "none")]) == 2
 
 
-def git(folder: Path, *words: str) -> None:
+def git(folder: Path, *arguments: str) -> None:
+    """Run a git command with a made-up user."""
     subprocess.run(
-        ["git", "-c", "user.name=t", "-c", "user.email=t@t", *words], cwd=folder, check=True, capture_output=True
+        ["git", "-c", "user.name=t", "-c", "user.email=t@t", *arguments], cwd=folder, check=True, capture_output=True
     )
 
 
-def test_results_of_a_dirty_tree_are_not_stored(tmp_path: Path) -> None:
+def test_results_of_a_tree_with_uncommitted_changes_are_not_stored(tmp_path: Path) -> None:
     results = tmp_path / "benchmarks" / "results"
-    with pytest.raises(UsageError, match="no git checkout"):
+    with pytest.raises(UsageError, match="not a git checkout"):
         machine.check_clean(tmp_path, results)
     git(tmp_path, "init", "-q")
     (tmp_path / "code.py").write_text("x = 1\n")
     git(tmp_path, "add", ".")
     git(tmp_path, "commit", "-q", "-m", "code")
     store(record(), results)
-    machine.check_clean(tmp_path, results)  # results may be new
+    machine.check_clean(tmp_path, results)  # results may be uncommitted
     assert len(machine.commit(tmp_path) or "") == 12
     (tmp_path / "code.py").write_text("x = 2\n")
     with pytest.raises(UsageError, match=r"dirty \(code\.py\)"):
@@ -142,26 +143,28 @@ def test_a_case_is_stored_as_soon_as_it_is_kept(tmp_path: Path) -> None:
     keeper = Keeper(ROOT, tmp_path, store=True)
     keeper.keep("some", "first", {"rate": metric(1.0)})
     keeper.keep("some", "second", {}, problem="too slow")
-    assert [(one.case, one.status) for one in load_all([tmp_path])] == [("first", "passed"), ("second", "failed")]
+    assert [(stored.case, stored.status) for stored in load_all([tmp_path])] == [
+        ("first", "passed"),
+        ("second", "failed"),
+    ]
 
 
-def test_this_machine_has_a_name_without_a_path_or_a_user() -> None:
+def test_this_machine_is_described_without_a_path_or_a_user_name() -> None:
     here = machine.this_machine()
     assert here.name
     assert "/" not in here.model_dump_json()
     assert here.libraries["torch"]
 
 
-def test_what_is_stored_in_the_repository_can_be_read_and_says_what_is_predicted() -> None:
+def test_the_results_in_the_repository_can_be_loaded_and_name_their_kind() -> None:
     records = load_all([ROOT / "benchmarks" / "results"])
     assert {"vram", "baseline", "planner", "throughput", "ablation", "tokenize"} <= {r.benchmark for r in records}
-    for one in records:
-        kinds = {made.kind for made in one.metrics.values()}
-        if one.benchmark == "run":  # on a card its predictions stand beside what was measured
+    for stored in records:
+        kinds = {figure.kind for figure in stored.metrics.values()}
+        if stored.benchmark == "run":  # a run on a card also has its predictions
             assert kinds <= {"predicted", "measured"}
         else:
-            assert kinds == (
-                {"predicted"} if one.benchmark in ("vram", "baseline", "planner", "micro_batch") else {"measured"}
-            ), one.case
-        assert one.commit or one.package
-        assert one.date
+            is_predicted = stored.benchmark in ("vram", "baseline", "planner", "micro_batch")
+            assert kinds == ({"predicted"} if is_predicted else {"measured"}), stored.case
+        assert stored.commit or stored.package
+        assert stored.date
