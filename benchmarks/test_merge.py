@@ -25,9 +25,7 @@ def test_a_merged_model_is_the_same_function(kind: str, keeper: Keeper, tmp_path
     processes.run([sys.executable, "-m", "lowvram_chat.sft", str(RECIPES["quickstart"]), *words], on_the_cpu)
     said = processes.run([sys.executable, "-m", "lowvram_chat.merge", str(tmp_path / "run"), "--json"], on_the_cpu).said
     found = json.loads(said.splitlines()[-1])
-    proof = Proof(
-        **{name: found[name] for name in ("adapter_to_merged", "adapter_to_reloaded", "adapter_to_base")}
-    )
+    proof = Proof(**{name: found[name] for name in ("adapter_to_merged", "adapter_to_reloaded", "adapter_to_base")})
     figures = {
         "to_merged": proof.adapter_to_merged,
         "to_reloaded": proof.adapter_to_reloaded,

@@ -11,7 +11,18 @@ import pytest
 from tests.samples import ROOT
 
 PACKAGE = ROOT / "lowvram_chat"
-LAYERS = ("recipe", "data", "model", "tracing", "timing", "planning", "training", "results", "reporting")
+LAYERS = (
+    "recipe",
+    "data",
+    "model",
+    "tracing",
+    "planning",
+    "timing",
+    "training",
+    "exporting",
+    "results",
+    "reporting",
+)
 FOR_ALL = ("errors", "quiet", "hub", "gpus", "units", "files", "private_names", "__version__")
 FILES = sorted(path for path in PACKAGE.rglob("*.py"))
 
