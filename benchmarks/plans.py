@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from benchmarks.suite import RECIPES
+from lowvram_chat.recipe.baseline import BASELINE_TOKENS
 from lowvram_chat.recipe.schema import Recipe
 from lowvram_chat.recipe.yaml_file import load_recipe
 from lowvram_chat.results.record import Metric
@@ -103,12 +104,13 @@ def plan_of(recipe: Recipe) -> Planned:
         memory[f"spare_{system}"] = (limit - made.on_card_bytes) / MIB
         memory[f"fits_{system}"] = float(made.fits_on[system])
     speed = {}
-    for one in speeds_by_power_limit(recipe, made.work):
-        watts = f"{one.watts}w"
-        speed[f"tokens_per_second_{watts}"] = one.tokens_per_second
-        speed[f"step_{watts}"] = 1000 * one.seconds_per_step
-        speed[f"three_baseline_epochs_{watts}"] = one.seconds_per_three_baseline_epochs / 3600
-        speed[f"limit_three_baseline_epochs_{watts}"] = one.physical_limit_seconds_per_three_baseline_epochs / 3600
+    for predicted in speeds_by_power_limit(recipe, made.work):
+        watts = f"{predicted.watts}w"
+        speed[f"tokens_per_second_{watts}"] = predicted.tokens_per_second
+        speed[f"step_{watts}"] = 1000 * predicted.seconds_per_step
+        hours = 3 * (BASELINE_TOKENS / predicted.tokens_per_second) / 3600
+        speed[f"three_baseline_epochs_{watts}"] = hours
+        speed[f"limit_three_baseline_epochs_{watts}"] = hours * predicted.utilisation
     curves = _thinned(memory_series(recipe)[0])
     return Planned({k: round(v, 1) for k, v in memory.items()}, {k: round(v, 3) for k, v in speed.items()}, curves)
 

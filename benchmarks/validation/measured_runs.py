@@ -10,7 +10,7 @@ import torch
 import transformers
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from benchmarks.validation.csv_rows import MeasuredRow, choose, count, json_object, number, read_rows, wrong_cell
+from benchmarks.validation.csv_rows import MeasuredRow, choose, count, json_object, number, read_rows, shown, wrong_cell
 from benchmarks.validation.stock_run import PLACES_OF_ZERO_GRAD, StockRun, model_config
 from lowvram_chat.errors import UsageError
 from lowvram_chat.gpus import CONTEXT_MIB
@@ -44,7 +44,7 @@ REQUIRED_COLUMNS = (
 
 UNSUPPORTED_OPTIMIZERS = frozenset({"Optimizer", "LBFGS", "SparseAdam", "Muon", "ASGD"})
 """Classes of `torch.optim` that are not traced: the base class, one that needs a closure, one for sparse gradients, one for
-matrices only, and one that keeps scalars on the device, which a trace takes for values on the host."""
+matrices only, and one that makes scalars on the device in each step, which a trace takes for values on the host."""
 MAX_BATCH, MAX_SEQ_LEN, MAX_STEPS = 1_000_000, 1_000_000, 100
 """The largest run that is traced. The peak comes within the first few steps, and every step takes about a second."""
 MAX_GPU_MIB = 100_000_000
@@ -77,7 +77,7 @@ def stock_run(row: MeasuredRow) -> StockRun:
         config=checked_config(row),
         batch=count(row, "batch", MAX_BATCH),
         seq_len=count(row, "seq_len", MAX_SEQ_LEN),
-        optimizer=choose(row, "optimizer", _optimizers()),
+        optimizer=_optimizer(row),
         attention=choose(row, "attention", ("eager", "sdpa")),
         mask=choose(row, "mask", ("ones", "none")) == "ones",
         zero_grad=choose(row, "zero_grad", PLACES_OF_ZERO_GRAD),
@@ -124,6 +124,17 @@ def late_kernels_mib(row: MeasuredRow) -> float:
     card = row["gpu"].split()[-1]
     stated = re.search(rf"\+(\d{{1,6}})(?: MiB)? on the {re.escape(card)}\b", row["note"])
     return float(stated.group(1)) if stated else LATE_KERNELS_MIB
+
+
+def _optimizer(row: MeasuredRow) -> str:
+    traced = tuple(_optimizers())
+    if row["optimizer"] in UNSUPPORTED_OPTIMIZERS:
+        raise wrong_cell(
+            row,
+            "optimizer",
+            f"{shown(row['optimizer'])} cannot be traced. Leave the row out, or use {', '.join(traced)}.",
+        )
+    return choose(row, "optimizer", traced)
 
 
 def _optimizers() -> Iterator[str]:
