@@ -102,9 +102,11 @@ def _loss(step: PlainStep, output: torch.Tensor | CausalLMOutput) -> torch.Tenso
     """Return the loss () of a forward pass."""
     if isinstance(output, torch.Tensor):
         return output
-    loss = output.logits.sum() if step.sums_logits else output.loss
-    assert loss is not None
-    return loss
+    if step.sums_logits:
+        assert output.logits is not None
+        return output.logits.sum()
+    assert output.loss is not None
+    return output.loss
 
 
 def _update(

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+import transformers
 from rich.console import Console
 from rich.table import Table
 
@@ -276,11 +277,19 @@ def _sums_logits(row: MeasuredRow) -> bool:
 
 
 def _tokens_per_second(row: MeasuredRow, specified: Run) -> float:
-    """Return the predicted speed of a row."""
+    """Return the predicted speed of a row.
+
+    Raises:
+        CannotTrace: the model's code fails, as that of another transformers version may.
+        UsageError: transformers cannot build the model.
+    """
     try:
         return specified.step.tokens / predicted_seconds(specified.step, specified.rates, compiled=specified.compiled)
     except LowVramError as error:
         raise wrong_cell(row, "config", str(error)) from None
-    except Exception as error:  # whatever the model's code raises for shapes that do not go together
+    except Exception as error:  # whatever the model's code raises
         message = " ".join(str(error).split())[:200]
-        raise wrong_cell(row, "config", f"the step cannot be traced ({type(error).__name__}: {message}).") from error
+        version = transformers.__version__
+        raise CannotTrace(
+            f"its model code fails with transformers {version} ({type(error).__name__}: {message})"
+        ) from error

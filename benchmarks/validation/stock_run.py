@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -58,6 +58,7 @@ def model_config(model_type: str, settings: Mapping[str, object]) -> PretrainedC
         UsageError: a setting is unknown, out of range, or refused by transformers.
     """
     config_class = transformers.CONFIG_MAPPING[model_type]
+    make_config: Callable[..., PretrainedConfig] = config_class
     known = {*inspect.signature(config_class.__init__).parameters, *config_class().to_dict()}
     known |= {*config_class.attribute_map, *PUBLISHED_SETTINGS}
     for name, value in settings.items():
@@ -68,7 +69,7 @@ def model_config(model_type: str, settings: Mapping[str, object]) -> PretrainedC
         if not all(-MAX_SETTING <= number <= MAX_SETTING for number in _numbers(value)):
             raise UsageError(f"'{name}' is out of range. Use a number of at most {MAX_SETTING:,}.")
     try:
-        config = config_class(**settings)
+        config = make_config(**settings)
     except Exception as error:  # whatever transformers raises for a wrong setting
         raise UsageError(f"transformers refuses it ({_one_line(error)}). Correct it.") from error
     for name in SIZES:

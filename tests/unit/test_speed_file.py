@@ -12,6 +12,7 @@ import torch
 from benchmarks.validation import speed_file
 from benchmarks.validation.__main__ import main
 from benchmarks.validation.card_rates import CARDS, find_card
+from benchmarks.validation.csv_rows import read_rows
 from benchmarks.validation.speed_file import CannotTrace, predict_speed, published_run
 from lowvram_chat.errors import UsageError
 from tests.samples import ROOT
@@ -152,12 +153,22 @@ def test_a_wrong_cell_is_told_before_anything_is_traced(
 
 def test_every_row_of_the_shipped_file_is_read_or_has_a_reason() -> None:
     unread = []
-    for row in speed_file.read_rows(FILE, speed_file.REQUIRED_COLUMNS):
+    for row in read_rows(FILE, speed_file.REQUIRED_COLUMNS):
         try:
             published_run(row)
         except CannotTrace:
             unread.append(row["id"])
     assert unread == ["peft-lora32"]
+
+
+def test_a_step_whose_model_code_fails_has_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> float:
+        raise AttributeError("to_legacy_cache")
+
+    monkeypatch.setattr(speed_file, "predicted_seconds", fail)
+    reason = predict_speed(ROW).reason
+    assert reason is not None
+    assert "AttributeError: to_legacy_cache" in reason
 
 
 def test_a_card_is_found_whatever_its_case_and_spaces() -> None:
