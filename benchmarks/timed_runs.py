@@ -128,7 +128,7 @@ def run_ours(folder: Path, words: Sequence[str], rows: int, micro_batches: int =
 
 
 def ours(folder: Path, out: Path, words: Sequence[str], rows: int, micro_batches: int = 1) -> list[str]:
-    """Return the arguments of `sft` for a run into `out` whose optimizer steps have `rows` rows in `micro_batches` micro-batches."""
+    """Return the arguments of `sft` for a run into `out` whose optimizer steps have `rows` rows, in `micro_batches` parts."""
     recipe = folder / "recipe.yaml"
     recipe.write_text("model: {dropout: 0.0}\ntrain: {precision: fp32, save_steps: null}\n", encoding="utf-8")
     command = [str(recipe), "--overwrite", f"model.name={folder / 'model'}", f"output.dir={out}"]

@@ -59,8 +59,13 @@ def model_config(model_type: str, settings: Mapping[str, object]) -> PretrainedC
     """
     config_class = transformers.CONFIG_MAPPING[model_type]
     make_config: Callable[..., PretrainedConfig] = config_class
-    known = {*inspect.signature(config_class.__init__).parameters, *config_class().to_dict()}
-    known |= {*config_class.attribute_map, *PUBLISHED_SETTINGS}
+    known = {*inspect.signature(config_class.__init__).parameters, *config_class.attribute_map, *PUBLISHED_SETTINGS}
+    try:
+        known |= config_class().to_dict().keys()
+    except Exception as error:  # whatever transformers raises
+        raise UsageError(
+            f"{model_type} has no default configuration ({_one_line(error)}). Use another model."
+        ) from error
     for name, value in settings.items():
         if name not in known:
             raise UsageError(
@@ -70,13 +75,15 @@ def model_config(model_type: str, settings: Mapping[str, object]) -> PretrainedC
             raise UsageError(f"'{name}' is out of range. Use a number of at most {MAX_SETTING:,}.")
     try:
         config = make_config(**settings)
+        sizes = {name: getattr(config, name, 1) for name in SIZES}
     except Exception as error:  # whatever transformers raises for a wrong setting
         raise UsageError(f"transformers refuses it ({_one_line(error)}). Correct it.") from error
-    for name in SIZES:
-        size = getattr(config, name, 1)
+    for name, size in sizes.items():
         most = MAX_LAYERS if name == "num_hidden_layers" else MAX_SETTING
         if not (isinstance(size, int) and 1 <= size <= most):
-            raise UsageError(f"'{name}' is not a whole number from 1 to {most:,}. Correct it.")
+            raise UsageError(
+                f"'{config_class.attribute_map.get(name, name)}' is not a whole number from 1 to {most:,}. Correct it."
+            )
     return config
 
 
