@@ -24,7 +24,7 @@ quickstart: $(READY)
 validate: benchmarks/data/vram_measured.csv
 	$(PYTHON) -m venv $(VENV)-validate
 	$(VENV)-validate/bin/python -m pip install -q --disable-pip-version-check torch==2.13.0 transformers==4.51.3 pydantic PyYAML rich numpy pytest
-	$(VENV)-validate/bin/python -m lowvram_chat.plan --validate $<
+	$(VENV)-validate/bin/python -m benchmarks.validation memory $<
 	$(VENV)-validate/bin/python -m pytest benchmarks/test_planner.py -k memory $(STORE)
 
 test: $(READY)

@@ -1,11 +1,11 @@
-"""Training speed beside stock TRL, on this machine's CPU: same model, same conversations, same real tokens, one run.
+"""Compares training speed with stock TRL on this machine's CPU: same model, same conversations, same real tokens.
 
     python -m benchmarks.bench_throughput --model tiny            minutes
     python -m benchmarks.bench_throughput --model gpt2 --repeat 1 GPT-2 small with random weights, a quarter of an hour
-    python -m benchmarks.bench_throughput --ablation              one substitution after the other
+    python -m benchmarks.bench_throughput --ablation              one substitution after another
     python -m benchmarks.bench_throughput --store                 writes benchmarks/results/<machine>/throughput/...
 
-Every case is a process of its own and the cases take turns, so that a slow minute of the machine falls on all.
+Every case runs in its own process and the cases take turns, so that a slow minute of the machine affects all of them.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ import json
 import statistics
 import sys
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
 from benchmarks.suite import Keeper
 from benchmarks.timed_runs import (
@@ -27,6 +27,7 @@ from benchmarks.timed_runs import (
     LENGTH,
     ROWS,
     SIZES,
+    TimedRun,
     matrix_peak,
     packed_rows,
     prepare,
@@ -37,28 +38,29 @@ from lowvram_chat.quiet import quiet_libraries
 from lowvram_chat.results.record import Metric, Record, spread
 
 NOISE = 0.2
-"""Relative change of a rate from one run to the next on a quiet shared machine: up to 0.2 was seen."""
+"""Relative change of a rate from run to run on a quiet shared machine: up to 0.2 was seen."""
 LORA_SHARE = 4 / 6
-"""Of the matrix products, what is left without the base's weight gradients."""
+"""Share of full fine-tuning's matrix products that LoRA computes: all but the weight gradients of the base."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """A way to train: the words of its command line."""
+    """A way to train."""
 
     words: Sequence[str]
+    """Its command-line arguments."""
     stock: bool = False
-    """Run by `trl sft`, not by this package."""
+    """Whether it is run by `trl sft` instead of this package."""
     micro_batches: int = 1
-    """Into which this package cuts an optimizer step."""
+    """Micro-batches of an optimizer step, in this package's runs."""
 
     @property
-    def share(self) -> float:
-        """What is done of full fine-tuning's matrix products."""
+    def product_share(self) -> float:
+        """Share of full fine-tuning's matrix products that it computes."""
         return LORA_SHARE if {"adapter.kind=lora", "--use_peft"} & {*self.words} else 1.0
 
 
-# TRL's defaults: gradient checkpointing, bf16 autocast, dropout 0.1, GPT-2's Python GELU. Each step is logged, for the clock.
+# TRL's defaults: gradient checkpointing, bf16 autocast, dropout 0.1, GPT-2's Python GELU. The clock needs every step logged.
 TRL_TUNED = [
     "--gradient_checkpointing", "False", "--bf16", "False", "--max_length", str(LENGTH), "--logging_steps", "1",
     "--train_sampling_strategy", "group_by_length", "--optim", "adamw_torch_fused", "--learning_rate", LEARNING_RATE,
@@ -83,8 +85,8 @@ THROUGHPUT: Mapping[str, Case] = {
     "trl tuned, LoRA": Case([*TRL_TUNED, *TRL_LORA], stock=True),
 }
 
-ACCUMULATED = 4
-"""Micro-batches of an optimizer step where the ladder begins; above its first rung there is one."""
+FIRST_RUNG_MICRO_BATCHES = 4
+"""Micro-batches of an optimizer step on the ladder's first rung; the others have one."""
 
 LADDER: Mapping[str, Sequence[str]] = {
     "as stock, four micro-batches": [
@@ -105,84 +107,99 @@ LADDER: Mapping[str, Sequence[str]] = {
     "LoRA, not compiled (a change of recipe)": ["train.compile=false", "adapter.kind=lora", "adapter.fused=false"],
     "an adapter folded in": ["adapter.fused=true"],
 }  # fmt: skip
-"""The ablation: one substitution after the other, each on top of those before."""
+"""The ablation: one substitution after another, each on top of those before."""
 
 
 def ablation() -> dict[str, Case]:
-    """Return the ladder's cases, numbered so that they sort as they stand."""
+    """Return the ladder's cases, numbered so that their names sort in its order."""
     words: list[str] = []
     cases = {}
-    for number, (name, own) in enumerate(LADDER.items()):
-        words = [*words, *own]
-        cases[f"{number:02} {name}"] = Case(words, micro_batches=1 if number else ACCUMULATED)
+    for number, (name, added) in enumerate(LADDER.items()):
+        words = [*words, *added]
+        cases[f"{number:02} {name}"] = Case(words, micro_batches=1 if number else FIRST_RUNG_MICRO_BATCHES)
     return cases
 
 
 BENCHMARKS = {"throughput": THROUGHPUT, "ablation": ablation()}
 
 
+@dataclass(frozen=True)
+class CaseRun:
+    """A run of a case, and the machine's speed around it."""
+
+    timed: TimedRun
+    matrix_peak: float
+    """The machine's matrix-product rate before and after the run, their mean, FLOP/s."""
+    share_of_matrix_peak: float
+
+
 def measure(
     model: str, cases: Mapping[str, Case], repeats: int, conversations: int = ROWS
-) -> Iterable[tuple[str, list[dict[str, Any]]]]:
-    """Run the cases in turns, with so many conversations a step; yield each with its runs as soon as it has all of them."""
-    runs: dict[str, list[dict[str, Any]]] = {name: [] for name in cases}
-    with tempfile.TemporaryDirectory(prefix="lowvram-chat-throughput-") as name:
-        folder = Path(name)
+) -> Iterator[tuple[str, list[CaseRun]]]:
+    """Run the cases in turns and yield each with its runs as soon as it has all of them.
+
+    `conversations`: how many there are in a step.
+    """
+    runs: dict[str, list[CaseRun]] = {name: [] for name in cases}
+    with tempfile.TemporaryDirectory(prefix="lowvram-chat-throughput-") as folder_name:
+        folder = Path(folder_name)
         prepare(folder, model)
-        few = packed_rows(folder, conversations)
+        packed = packed_rows(folder, conversations)
         for turn in range(repeats):
-            for case, how in cases.items():
+            for name, case in cases.items():
                 before = matrix_peak()
-                rows = few if "data.rows=packed" in how.words else conversations
-                train = run_trl if how.stock else partial(run_ours, rows=rows, micro_batches=how.micro_batches)
-                done = train(folder, how.words)
+                rows = packed if "data.rows=packed" in case.words else conversations
+                train = run_trl if case.stock else partial(run_ours, rows=rows, micro_batches=case.micro_batches)
+                timed = train(folder, case.words)
                 peak = (before + matrix_peak()) / 2
-                share = done["tokens_per_second"] * SIZES[model].flops_per_token * how.share / peak
-                runs[case].append(done | {"matrix_peak_gflops": peak / 1e9, "share_of_matrix_peak": share})
+                share = timed.tokens_per_second * SIZES[model].flops_per_token * case.product_share / peak
+                runs[name].append(CaseRun(timed, peak, share))
                 print(
-                    f"{model}, {case}: {done['tokens_per_second']:,.0f} tokens/s, {share:.0%} of {peak / 1e9:.0f} GFLOP/s, "
-                    f"loss {done['held_out_loss']:.4f}",
+                    f"{model}, {name}: {timed.tokens_per_second:,.0f} tokens/s, {share:.0%} of {peak / 1e9:.0f} GFLOP/s, "
+                    f"loss {timed.held_out_loss:.4f}",
                     file=sys.stderr,
                 )
                 if turn == repeats - 1:
-                    yield case, runs[case]
+                    yield name, runs[name]
 
 
-def metrics(runs: Sequence[Mapping[str, Any]]) -> dict[str, Metric]:
+def metrics(runs: Sequence[CaseRun]) -> dict[str, Metric]:
     """Return a case's runs as metrics: medians over the runs, percentiles over all steps."""
-    steps = spread([rate for run in runs for rate in run["rates"]], "tokens/s")
-
-    def median(name: str) -> float:
-        return float(statistics.median(run[name] for run in runs))
-
-    def measured(name: str, unit: str, **more: Any) -> Metric:
-        return Metric(value=round(median(name), 4), unit=unit, kind="measured", samples=len(runs), **more)
-
+    timed = [run.timed for run in runs]
+    steps = spread([rate for run in timed for rate in run.rates], "tokens/s")
+    speed = _median([run.tokens_per_second for run in timed], "tokens/s", "higher", NOISE)
     return {
-        "tokens_per_second": measured("tokens_per_second", "tokens/s", better="higher", tolerance=NOISE).model_copy(
-            update={"p20": steps.p20, "p80": steps.p80}
-        ),
-        "held_out_loss": measured("held_out_loss", "nats", better="lower", tolerance=0.005),
-        "peak_resident": measured("peak_resident_mib", "MiB", better="lower", tolerance=0.1),
-        "share_of_matrix_peak": measured("share_of_matrix_peak", "1"),
-        "matrix_peak": measured("matrix_peak_gflops", "GFLOP/s"),
-        "real_tokens": measured("real_tokens", "tokens"),
+        "tokens_per_second": speed.model_copy(update={"p20": steps.p20, "p80": steps.p80}),
+        "held_out_loss": _median([run.held_out_loss for run in timed], "nats", "lower", 0.005),
+        "peak_resident": _median([run.peak_resident_mib for run in timed], "MiB", "lower", 0.1),
+        "share_of_matrix_peak": _median([run.share_of_matrix_peak for run in runs], "1"),
+        "matrix_peak": _median([run.matrix_peak / 1e9 for run in runs], "GFLOP/s"),
+        "real_tokens": _median([run.real_tokens for run in timed], "tokens"),
     }
 
 
+def _median(
+    values: Sequence[float], unit: str, better: Literal["lower", "higher", "same"] = "same", tolerance: float = 0.0
+) -> Metric:
+    value = round(float(statistics.median(values)), 4)
+    return Metric(value=value, unit=unit, kind="measured", samples=len(values), better=better, tolerance=tolerance)
+
+
 def run(keeper: Keeper, benchmark: str, model: str, cases: Mapping[str, Case], repeats: int) -> dict[str, Record]:
-    """Measure cases and keep each result; returns case -> record."""
+    """Measure the cases, keep each result, and return the record of each case."""
     return {
         case: keeper.keep(benchmark, f"{model}: {case}", metrics(runs)) for case, runs in measure(model, cases, repeats)
     }
 
 
 def main() -> None:
-    """Run the cases in turns and print the medians."""
+    """Run the cases in turns and print their figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=SIZES, default="tiny")
-    parser.add_argument("--repeat", type=int, default=3, help="runs of each case, of which the median counts")
-    parser.add_argument("--ablation", action="store_true", help="the ladder of substitutions instead of the comparison")
+    parser.add_argument("--repeat", type=int, default=3, help="runs of each case; the median counts")
+    parser.add_argument(
+        "--ablation", action="store_true", help="run the ladder of substitutions instead of the comparison"
+    )
     parser.add_argument("--only", nargs="*", help="names of cases")
     parser.add_argument("--store", action="store_true", help="write the results to benchmarks/results")
     args = parser.parse_args()

@@ -1,4 +1,4 @@
-"""Conversations for the benchmarks, made from a seed out of the built-in sample: as long as is asked for."""
+"""Generates conversations for the benchmarks from the built-in ones: a given number of them, by a seed."""
 
 from __future__ import annotations
 
@@ -7,33 +7,37 @@ import json
 import random
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
 
-from lowvram_chat.data.sources import open_source
+from lowvram_chat.data.sources import BadRow, open_source
 
 Chat = dict[str, list[dict[str, str]]]
 
 ULTRACHAT = (8.45, 0.55)
-"""Mean and deviation of the logarithm of a conversation's characters: a mean of 5,400, about 1,300 GPT-2 tokens, as
-ultrachat_200k's are estimated to have."""
-TURNS = (2, 4, 4, 6, 6, 6, 8, 8, 10, 12, 14)
+"""Mean and standard deviation of the logarithm of a conversation's characters. The mean of 5,400 characters, about 1,300
+GPT-2 tokens, is an estimate for ultrachat_200k."""
+MESSAGES = (2, 4, 4, 6, 6, 6, 8, 8, 10, 12, 14)
+"""Messages in a conversation; each number is as likely as the next."""
 QUESTION, ANSWER = 0.35, 1.65
-"""Length of a message, as a share of the mean message."""
+"""Length of a message, as a share of the mean length in its conversation."""
 
 
-def sample(split: str = "builtin:chitchat") -> list[Any]:
+def sample(split: str = "builtin:chitchat") -> list[Chat]:
     """Return the built-in conversations."""
-    return [raw for _, raw in open_source(split, split="train", subset=None).rows()]
+    chats: list[Chat] = []
+    for _, row in open_source(split, split="train", subset=None).rows():
+        assert not isinstance(row, BadRow)
+        chats.append({"messages": row["messages"]})
+    return chats
 
 
 def like_ultrachat(count: int, seed: int = 7) -> Iterator[Chat]:
-    """Yield conversations of ultrachat's lengths, whose messages are sentences of the built-in ones."""
+    """Yield conversations as long as ultrachat's; their messages are made of sentences from the built-in ones."""
     sentences = [message["content"] for chat in sample() for message in chat["messages"]]
     choose = random.Random(seed)
     for _ in range(count):
-        turns = choose.choice(TURNS)
-        mean = choose.lognormvariate(*ULTRACHAT) / turns
-        yield {"messages": [_message(choose, sentences, number, mean) for number in range(turns)]}
+        messages = choose.choice(MESSAGES)
+        mean = choose.lognormvariate(*ULTRACHAT) / messages
+        yield {"messages": [_message(choose, sentences, number, mean) for number in range(messages)]}
 
 
 def _message(choose: random.Random, sentences: list[str], number: int, mean: float) -> dict[str, str]:
@@ -45,8 +49,8 @@ def _message(choose: random.Random, sentences: list[str], number: int, mean: flo
     return {"role": role, "content": " ".join(parts) or choose.choice(sentences)}
 
 
-def write(chats: Iterable[Any], path: Path, limit: int | None = None) -> Path:
-    """Write conversations as JSON lines and return the path."""
+def write(chats: Iterable[Chat], path: Path, limit: int | None = None) -> Path:
+    """Write at most `limit` conversations as JSON lines and return the path."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", encoding="utf-8") as file:
         for chat in itertools.islice(chats, limit):

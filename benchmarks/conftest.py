@@ -1,8 +1,8 @@
-"""The suite's options and what its cases share.
+"""Options and fixtures of the benchmark suite.
 
 pytest benchmarks/                 under ten minutes on two CPU cores, nothing written
 pytest benchmarks/ --full          every case (hours)
-pytest benchmarks/ --store         each case into benchmarks/results/<machine>/<benchmark>/<case>.json
+pytest benchmarks/ --store         writes each case to benchmarks/results/<machine>/<benchmark>/<case>.json
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -21,13 +20,15 @@ from benchmarks.suite import RESULTS, Keeper
 from lowvram_chat.errors import UsageError
 from lowvram_chat.quiet import quiet_libraries
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")  # what is in the cache is used, and random weights for the rest
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # models that are not in the cache get random weights
 CACHE = tempfile.mkdtemp(prefix="lowvram-chat-benchmarks-")
-os.environ["LOWVRAM_CHAT_CACHE"] = CACHE  # the suite leaves nothing behind but its results
+os.environ["LOWVRAM_CHAT_CACHE"] = CACHE  # the suite leaves nothing behind except its results
 KEEPER = pytest.StashKey[Keeper]()
+NOT_STORED = "not stored; --store keeps them for python -m lowvram_chat.bench report"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add the suite's options."""
     group = parser.getgroup("benchmarks")
     group.addoption("--full", action="store_true", help="all cases, more runs of each")
     group.addoption("--store", action="store_true", help="write each case's result as soon as it is finished")
@@ -35,6 +36,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    """Make the keeper of results; refuse to store results of a dirty working tree."""
     quiet_libraries()
     try:
         keeper = Keeper.checked(config.rootpath, config.getoption("--results"), store=config.getoption("--store"))
@@ -44,17 +46,17 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out what takes long unless --full, and what needs a card where there is none."""
+    """Deselect long cases unless --full is given, and cases that need a GPU where there is none."""
     import torch
 
-    def is_wanted(item: pytest.Item) -> bool:
+    def is_selected(item: pytest.Item) -> bool:
         is_long = item.get_closest_marker("full") is not None and not config.getoption("--full")
         return not is_long and (item.get_closest_marker("gpu") is None or torch.cuda.is_available())
 
-    left_out = [item for item in items if not is_wanted(item)]
-    if left_out:
-        config.hook.pytest_deselected(items=left_out)
-        items[:] = [item for item in items if is_wanted(item)]
+    deselected = [item for item in items if not is_selected(item)]
+    if deselected:
+        config.hook.pytest_deselected(items=deselected)
+        items[:] = [item for item in items if is_selected(item)]
 
 
 def pytest_unconfigure() -> None:
@@ -64,30 +66,32 @@ def pytest_unconfigure() -> None:
 
 @pytest.fixture(scope="session")
 def keeper(request: pytest.FixtureRequest) -> Keeper:
-    """What makes records of cases."""
+    """Return the keeper, which makes records of cases."""
     return request.config.stash[KEEPER]
 
 
 @pytest.fixture(scope="session")
 def full(request: pytest.FixtureRequest) -> bool:
-    """Whether all cases are asked for."""
+    """Return whether --full was given."""
     return bool(request.config.getoption("--full"))
 
 
 @pytest.fixture(scope="session")
 def plans(request: pytest.FixtureRequest) -> Iterator[Plans]:
-    """Plans of the recipes that the selected tests will ask for, begun side by side."""
-    made = Plans()
+    """Yield the plans; those of the recipes that the selected tests name are started at once, side by side."""
+    plans = Plans()
     for item in request.session.items:
-        recipe = getattr(item, "callspec", None) and item.callspec.params.get("recipe")  # type: ignore[attr-defined]
-        if recipe is not None and "plans" in getattr(item, "fixturenames", ()):
-            made.ask(recipe)
-    yield made
-    made.close()
+        if not isinstance(item, pytest.Function) or "plans" not in item.fixturenames or not hasattr(item, "callspec"):
+            continue
+        recipe = item.callspec.params.get("recipe")
+        if isinstance(recipe, str):
+            plans.request(recipe)
+    yield plans
+    plans.close()
 
 
-def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
-    """Say what each case came to: predicted and measured are never in one line."""
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    """Print the figures of each case; predicted and measured ones are never in the same line."""
     kept = config.stash[KEEPER].kept
     if not kept:
         return
@@ -103,7 +107,6 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
                 more = f", and {len(figures) - 4} more" if len(figures) > 4 else ""
                 line = f"{record.benchmark}/{record.case} [{record.status}] {kind}: {', '.join(figures[:4])}{more}"
                 terminalreporter.write_line(line)
-    where = config.getoption("--results")
-    stored = config.getoption("--store")
-    told = f"stored in {where}" if stored else "not stored; --store keeps them for python -m lowvram_chat.bench report"
-    terminalreporter.write_line(f"{len(kept)} results, {told}")
+    is_stored = config.getoption("--store")
+    place = f"stored in {config.getoption('--results')}" if is_stored else NOT_STORED
+    terminalreporter.write_line(f"{len(kept)} {'result' if len(kept) == 1 else 'results'}, {place}")

@@ -1,4 +1,4 @@
-"""Recipes planned in processes of their own, two at a time: a plan is single-threaded and takes seconds."""
+"""Plans recipes in separate processes, two at a time, because a plan is single-threaded and takes seconds."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ import multiprocessing
 import os
 from concurrent.futures import Future, ProcessPoolExecutor, wait
 from dataclasses import dataclass
-from typing import Any
+from typing import Literal, NotRequired, TypedDict
+
+from lowvram_chat.recipe.baseline import BASELINE_TOKENS
 
 from benchmarks.suite import RECIPES
 from lowvram_chat.recipe.schema import Recipe
@@ -14,52 +16,62 @@ from lowvram_chat.recipe.yaml_file import load_recipe
 from lowvram_chat.results.record import Metric
 
 WORKERS = 2
-PLACES = 160
-"""Of a memory curve that is kept: each the most of its stretch."""
+MAX_CURVE_POINTS = 160
+"""Points of a memory curve in a result; each is the maximum of its interval."""
 
 
 @dataclass(frozen=True)
 class Planned:
-    """What a plan says of a recipe's memory and time."""
+    """The figures of a plan: a recipe's memory and time."""
 
     memory: dict[str, float]
-    """`on_card`, `reserved`, `allocated`, `micro_batch`, and for each system `limit_`, `spare_` (MiB), `fits_` (1 or 0)."""
+    """`on_card`, `reserved`, `allocated` (MiB), `micro_batch` (rows); per system `limit_`, `spare_` (MiB), `fits_` (1 or 0)."""
     speed: dict[str, float]
-    """For each power limit `tokens_per_second_`, `step_` (ms), `three_baseline_epochs_`, `limit_three_baseline_epochs_` (h)."""
+    """Per power limit `tokens_per_second_`, `step_` (ms), `three_baseline_epochs_`, `limit_three_baseline_epochs_` (h).
+
+    The last is the time of the matrix products alone, at the card's peak rate."""
     series: dict[str, list[float]]
-    """MiB by category over a run."""
+    """Category -> its MiB over the run."""
+
+
+class Meaning(TypedDict):
+    """What a figure is: the fields of a metric that its name implies."""
+
+    unit: str
+    better: NotRequired[Literal["lower", "higher", "same"]]
+    tolerance: NotRequired[float]
 
 
 class Plans:
-    """Plans on demand; those that are asked for early are made side by side."""
+    """Makes plans on demand; those that are requested early are made side by side."""
 
     def __init__(self) -> None:
         context = multiprocessing.get_context("spawn")
-        self.pool = ProcessPoolExecutor(WORKERS, mp_context=context, initializer=_without_a_card)
-        self.asked: dict[tuple[str, tuple[str, ...]], Future[Planned]] = {}
+        self.pool = ProcessPoolExecutor(WORKERS, mp_context=context, initializer=_hide_gpus)
+        self.requested: dict[tuple[str, tuple[str, ...]], Future[Planned]] = {}
 
-    def ask(self, recipe: str, *overrides: str) -> Future[Planned]:
-        """Begin to plan a recipe of the suite."""
+    def request(self, recipe: str, *overrides: str) -> Future[Planned]:
+        """Start to plan a recipe of the suite, unless that was requested before, and return its future."""
         key = (recipe, overrides)
-        if key not in self.asked:
-            self.asked[key] = self.pool.submit(planned, recipe, overrides)
-        return self.asked[key]
+        if key not in self.requested:
+            self.requested[key] = self.pool.submit(planned, recipe, overrides)
+        return self.requested[key]
 
     def largest_micro_batches(self, recipe: str) -> dict[str, int]:
-        """Return "linux", "windows" -> the most rows of a micro-batch that fit."""
+        """Return the most rows of a micro-batch that fit, for "linux" and "windows"."""
         return self.pool.submit(_largest_micro_batches, recipe).result()
 
     def wait(self) -> None:
-        """Return when all that was asked is planned: what is timed next has the machine to itself."""
-        wait(self.asked.values())
+        """Wait for all requested plans, so that whatever is timed next has the machine to itself."""
+        wait(self.requested.values())
 
     def close(self) -> None:
-        """Stop what has not begun."""
+        """Cancel the plans that have not started."""
         self.pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _without_a_card() -> None:
-    """Keep a planning process off the card that another case measures: libraries look at it when they are imported."""
+def _hide_gpus() -> None:
+    """Hide the GPU from a planning process: libraries open it when they are imported, and another case may measure it."""
     os.environ["CUDA_VISIBLE_DEVICES"] = "-1"
 
 
@@ -91,46 +103,48 @@ def plan_of(recipe: Recipe) -> Planned:
     from lowvram_chat.units import MIB
 
     recipe = apply_change(recipe, planned_micro_batch(recipe, make_plan))
-    made = make_plan(recipe)
+    plan = make_plan(recipe)
     memory = {
-        "on_card": made.on_card_bytes / MIB,
-        "reserved": made.peak_reserved_bytes / MIB,
-        "allocated": made.peak_allocated_bytes / MIB,
+        "on_card": plan.on_card_bytes / MIB,
+        "reserved": plan.peak_reserved_bytes / MIB,
+        "allocated": plan.peak_allocated_bytes / MIB,
         "micro_batch": recipe.train.per_device_train_batch_size,
     }
-    for system, limit in made.limits.items():
+    for system, limit in plan.limits.items():
         memory[f"limit_{system}"] = limit / MIB - CONTEXT_MIB
-        memory[f"spare_{system}"] = (limit - made.on_card_bytes) / MIB
-        memory[f"fits_{system}"] = float(made.fits_on[system])
+        memory[f"spare_{system}"] = (limit - plan.on_card_bytes) / MIB
+        memory[f"fits_{system}"] = float(plan.fits_on[system])
     speed = {}
-    for one in speeds_by_power_limit(recipe, made.work):
-        watts = f"{one.watts}w"
-        speed[f"tokens_per_second_{watts}"] = one.tokens_per_second
-        speed[f"step_{watts}"] = 1000 * one.seconds_per_step
-        speed[f"three_baseline_epochs_{watts}"] = one.seconds_per_three_baseline_epochs / 3600
-        speed[f"limit_three_baseline_epochs_{watts}"] = one.physical_limit_seconds_per_three_baseline_epochs / 3600
+    for predicted in speeds_by_power_limit(recipe, plan.work):
+        watts = f"{predicted.watts}w"
+        speed[f"tokens_per_second_{watts}"] = predicted.tokens_per_second
+        speed[f"step_{watts}"] = 1000 * predicted.seconds_per_step
+        hours = 3 * (BASELINE_TOKENS / predicted.tokens_per_second) / 3600
+        speed[f"three_baseline_epochs_{watts}"] = hours
+        speed[f"limit_three_baseline_epochs_{watts}"] = hours * predicted.utilisation
     curves = _thinned(memory_series(recipe)[0])
     return Planned({k: round(v, 1) for k, v in memory.items()}, {k: round(v, 3) for k, v in speed.items()}, curves)
 
 
 def _thinned(allocated: dict[str, list[float]]) -> dict[str, list[float]]:
-    """Return the curves at the place of each stretch where their sum is highest, so that they still add up."""
+    """Return the curves at the point of each interval where their sum is highest, so that they still add up."""
     sums = [sum(values) for values in zip(*allocated.values(), strict=True)]
-    step = -(-len(sums) // PLACES)
-    places = [
-        max(range(start, min(start + step, len(sums))), key=sums.__getitem__) for start in range(0, len(sums), step)
+    interval = -(-len(sums) // MAX_CURVE_POINTS)
+    points = [
+        max(range(start, min(start + interval, len(sums))), key=sums.__getitem__)
+        for start in range(0, len(sums), interval)
     ]
-    return {name: [round(values[place], 1) for place in places] for name, values in allocated.items() if any(values)}
+    return {name: [round(values[point], 1) for point in points] for name, values in allocated.items() if any(values)}
 
 
 def metrics(figures: dict[str, float]) -> dict[str, Metric]:
-    """Return predicted figures as metrics: deterministic, so that the tolerance only says what is worth a word."""
+    """Return predicted figures as metrics. They are deterministic, so the tolerance only sets which change is reported."""
     return {name: Metric(value=value, kind="predicted", **_meaning(name)) for name, value in figures.items()}
 
 
-def _meaning(name: str) -> dict[str, Any]:
-    """Return a figure's unit, which way is better, and what change is worth a word."""
-    starts: dict[str, dict[str, Any]] = {
+def _meaning(name: str) -> Meaning:
+    """Return a figure's unit, which way is better, and from which relative change on it is reported."""
+    meanings: dict[str, Meaning] = {
         "on_card": {"unit": "MiB", "better": "lower", "tolerance": 0.01},
         "reserved": {"unit": "MiB", "better": "lower", "tolerance": 0.01},
         "allocated": {"unit": "MiB", "better": "lower", "tolerance": 0.01},
@@ -144,4 +158,4 @@ def _meaning(name: str) -> dict[str, Any]:
         "step_": {"unit": "ms"},
         "three_baseline": {"unit": "h", "better": "lower", "tolerance": 0.01},
     }
-    return next(meaning for start, meaning in starts.items() if name.startswith(start))
+    return next(meaning for prefix, meaning in meanings.items() if name.startswith(prefix))

@@ -1,32 +1,35 @@
-"""A clock for optimizer steps that knows the machine's rate of matrix products around each of them."""
+"""A trainer callback that times optimizer steps and measures the machine's matrix-product rate around each of them."""
 
 from __future__ import annotations
 
 import statistics
 import time
-from typing import Any
 
 import torch
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-SIZE, PRODUCTS = 2048, 6
-"""Of the matrices whose product is the rate, and how many products are timed at once."""
+MATRIX_SIZE, TIMED_PRODUCTS = 2048, 6
+"""Width of the square matrices whose product is timed, and how many products are timed for one rate."""
 
 
-class Shares(TrainerCallback):
-    """Takes each step's time and the rate of products around it."""
+class ShareClock(TrainerCallback):
+    """Times each step and computes the share of the matrix-product rate that it reaches."""
 
     def __init__(self, flops_per_step: float) -> None:
         self.flops_per_step = flops_per_step
-        self.one, self.out = torch.randn(SIZE, SIZE), torch.empty(SIZE, SIZE)
+        self.matrix, self.product = torch.randn(MATRIX_SIZE, MATRIX_SIZE), torch.empty(MATRIX_SIZE, MATRIX_SIZE)
         self.shares: list[float] = []
+        """Of each step; the lists below too."""
         self.rates: list[float] = []
+        """FLOP/s."""
         self.seconds: list[float] = []
 
-    def on_step_begin(self, *_: Any, **__: Any) -> None:
+    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
+        """Measure the rate and start the clock."""
         self.rate, self.started = self._rate(), time.perf_counter()
 
-    def on_step_end(self, *_: Any, **__: Any) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
+        """Stop the clock, measure the rate again, and add the step's figures."""
         seconds = time.perf_counter() - self.started
         rate = (self.rate + self._rate()) / 2
         self.shares.append(self.flops_per_step / seconds / rate)
@@ -34,9 +37,10 @@ class Shares(TrainerCallback):
         self.seconds.append(seconds)
 
     def _rate(self) -> float:
-        times = []
-        for _ in range(PRODUCTS):
+        """Return the machine's matrix-product rate, FLOP/s."""
+        seconds = []
+        for _ in range(TIMED_PRODUCTS):
             started = time.perf_counter()
-            torch.mm(self.one, self.one, out=self.out)
-            times.append(time.perf_counter() - started)
-        return 2 * SIZE**3 / statistics.median(times)
+            torch.mm(self.matrix, self.matrix, out=self.product)
+            seconds.append(time.perf_counter() - started)
+        return 2 * MATRIX_SIZE**3 / statistics.median(seconds)

@@ -1,11 +1,10 @@
-"""What every benchmark shares: where results go, and how a case becomes one."""
+"""What all benchmarks share: the folder of the results, the recipes, and how a case becomes a record."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from lowvram_chat.recipe.schema import Recipe
 from lowvram_chat.results import machine, record
@@ -21,23 +20,24 @@ class Keeper:
     """Makes records of cases, and stores each as soon as it is finished, so that an interrupted run keeps it."""
 
     root: Path
-    """The checkout whose commit is named."""
+    """The checkout whose commit the records name."""
     results: Path
     store: bool
+    """Whether records are written to `results`."""
     kept: list[Record] = field(default_factory=list)
 
     @classmethod
     def of_this_checkout(cls, *, store: bool) -> Keeper:
-        """Return one for the suite's own results.
+        """Return a keeper for the suite's own results.
 
         Raises:
-            UsageError: results are to be stored, and the tree is dirty.
+            UsageError: results are to be stored, but the working tree is dirty.
         """
         return cls.checked(ROOT, RESULTS, store=store)
 
     @classmethod
     def checked(cls, root: Path, results: Path, *, store: bool) -> Keeper:
-        """Return one for a checkout; raises as `of_this_checkout`."""
+        """Return a keeper for a checkout; raises as `of_this_checkout`."""
         if store:
             machine.check_clean(root, results)
         return cls(root, results, store)
@@ -54,8 +54,8 @@ class Keeper:
         recipe: Recipe | None = None,
         series: Mapping[str, list[float]] | None = None,
     ) -> Record:
-        """Return a case's record, stored where that is asked for; `problem` says why it failed."""
-        made = Record(
+        """Return the record of a case, and store it if `store` is set; `problem` says why the case failed, if it did."""
+        new = Record(
             benchmark=benchmark,
             case=case,
             case_version=version,
@@ -63,16 +63,17 @@ class Keeper:
             reason=problem,
             metrics=dict(metrics),
             series=dict(series or {}),
-            recipe=_words(recipe),
+            recipe=_changed_settings(recipe),
             machine=machine.this_machine(),
             commit=machine.commit(self.root),
             date=machine.now(),
         )
-        self.kept.append(made)
+        self.kept.append(new)
         if self.store:
-            record.store(made, self.results)
-        return made
+            record.store(new, self.results)
+        return new
 
 
-def _words(recipe: Recipe | None) -> dict[str, Any] | None:
+def _changed_settings(recipe: Recipe | None) -> dict[str, object] | None:
+    """Return the settings of a recipe that differ from the defaults."""
     return None if recipe is None else recipe.model_dump(mode="json", exclude_defaults=True)

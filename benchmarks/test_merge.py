@@ -1,4 +1,4 @@
-"""Merging an adapter changes nothing: the largest difference in logits, measured on the built-in model."""
+"""Merging an adapter does not change the model's function: the largest difference in logits, on the built-in model."""
 
 from __future__ import annotations
 
@@ -20,12 +20,14 @@ KINDS = ["lora", *(pytest.param(kind, marks=pytest.mark.full) for kind in ("rslo
 def test_a_merged_model_is_the_same_function(kind: str, keeper: Keeper, tmp_path: Path) -> None:
     words = [f"adapter.kind={kind}", f"output.dir={tmp_path / 'run'}", "output.sample_prompts=[]", "data.limit=200"]
     words += ["data.eval_limit=20", "train.max_steps=12"]
-    # In processes of their own, on the CPU: this one must hold no share of a card that another case measures.
-    on_the_cpu = {"CUDA_VISIBLE_DEVICES": "-1"}
-    processes.run([sys.executable, "-m", "lowvram_chat.sft", str(RECIPES["quickstart"]), *words], on_the_cpu)
-    said = processes.run([sys.executable, "-m", "lowvram_chat.merge", str(tmp_path / "run"), "--json"], on_the_cpu).said
-    found = json.loads(said.splitlines()[-1])
-    proof = Proof(**{name: found[name] for name in ("adapter_to_merged", "adapter_to_reloaded", "adapter_to_base")})
+    # In their own processes, on the CPU: this process must not hold memory of a GPU that another case measures.
+    cpu_only = {"CUDA_VISIBLE_DEVICES": "-1"}
+    processes.run([sys.executable, "-m", "lowvram_chat.sft", str(RECIPES["quickstart"]), *words], cpu_only)
+    output = processes.run(
+        [sys.executable, "-m", "lowvram_chat.merge", str(tmp_path / "run"), "--json"], cpu_only
+    ).stdout
+    document = json.loads(output.splitlines()[-1])
+    proof = Proof(**{name: document[name] for name in ("adapter_to_merged", "adapter_to_reloaded", "adapter_to_base")})
     figures = {
         "to_merged": proof.adapter_to_merged,
         "to_reloaded": proof.adapter_to_reloaded,
@@ -35,4 +37,4 @@ def test_a_merged_model_is_the_same_function(kind: str, keeper: Keeper, tmp_path
     problem = None if proof.holds(exact=True) else f"logits differ by {proof.adapter_to_merged:.1e}"
     record = keeper.keep("merge", kind, metrics, problem=problem)
     assert record.status == "passed", record.reason
-    assert proof.adapter_to_base > 100 * MAX_LOGIT_DIFFERENCE  # else the proof would be of nothing
+    assert proof.adapter_to_base > 100 * MAX_LOGIT_DIFFERENCE  # else the proof would be empty

@@ -1,4 +1,4 @@
-"""How much of the machine's matrix-product rate a step of GPT-2 small reaches; see bench_step."""
+"""A step of GPT-2 small reaches most of the machine's matrix-product rate; see bench_step."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""LoRA beside full fine-tuning and packed beside padded rows, step against step on this machine's CPU; see bench_turns."""
+"""LoRA is faster than full fine-tuning, and packed rows are faster than padded ones, on this machine's CPU; see bench_turns."""
 
 from __future__ import annotations
 
@@ -11,5 +11,5 @@ from benchmarks.suite import Keeper
 @pytest.mark.full
 @pytest.mark.parametrize("case", bench_turns.MATCHES)
 def test_less_work_is_faster(case: str, keeper: Keeper) -> None:
-    record = bench_turns.play(keeper, case)
+    record = bench_turns.run_match(keeper, case)
     assert record.status == "passed", record.reason

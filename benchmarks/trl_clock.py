@@ -1,8 +1,8 @@
-"""The `trl sft` command with a clock attached, and nothing else changed.
+"""Runs the `trl sft` command with a clock attached and nothing else changed.
 
     python -m benchmarks.trl_clock CLOCK.jsonl --model_name_or_path MODEL --dataset_name DATA ...
 
-Each logged step becomes a line with the seconds since training began and the tokens that TRL itself has counted.
+Each logged step becomes a line with the seconds since training began and the tokens that TRL has counted.
 """
 
 from __future__ import annotations
@@ -11,22 +11,36 @@ import json
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers import trainer as trainer_module
+
+from lowvram_chat.private_names import check_private_names
+
+check_private_names("transformers.trainer.DEFAULT_CALLBACKS")
 
 
 class Clock(TrainerCallback):
-    """Writes the time of each logged step; there is one instance in a process, and its file is the first argument."""
+    """Writes the time of each logged step to the file that the first argument names. A process has one instance."""
 
     path = Path(sys.argv[1] if len(sys.argv) > 1 else "clock.jsonl")
     started = 0.0
 
-    def on_train_begin(self, *_: Any, **__: Any) -> None:
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object
+    ) -> None:
+        """Start the clock."""
         Clock.started = time.monotonic()
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **_: object,
+    ) -> None:
+        """Write a line for a logged step."""
         if logs and "num_tokens" in logs:
             line = {"step": state.global_step, "seconds": time.monotonic() - Clock.started}
             with self.path.open("a", encoding="utf-8") as file:
@@ -34,12 +48,11 @@ class Clock(TrainerCallback):
 
 
 def main() -> None:
-    """Run `trl sft` with the words after the first."""
+    """Run `trl sft` with the arguments after the first."""
     from trl.scripts.sft import main as train
     from trl.scripts.sft import make_parser
 
-    module: Any = trainer_module
-    module.DEFAULT_CALLBACKS.append(Clock)
+    vars(trainer_module)["DEFAULT_CALLBACKS"].append(Clock)
     sys.argv = ["sft", *sys.argv[2:]]
     train(*make_parser().parse_args_and_config(fail_with_unknown_args=False)[:4])
 

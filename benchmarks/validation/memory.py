@@ -1,12 +1,11 @@
-"""How wrong is the planner? It predicts every run of a file of measured peaks, and says so.
+"""Predicts the peak memory of training runs that other people measured, and reports the error of the planner.
 
-The file is like `vram_measured.csv`: one run a row, specified well enough to be traced. Nothing of a measurement enters
-its prediction; `measured_mib` is read only to take the difference.
+The file is like `vram_measured.csv`: one run per row, specified well enough to be traced. No measurement enters its
+prediction; `measured_mib` is read only to compute the error.
 """
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -16,23 +15,25 @@ import transformers
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.validation.csv_rows import MeasuredRow, wrong_cell
 from benchmarks.validation.measured_runs import (
-    MeasuredRow,
     late_kernels_mib,
     limit_mib,
     measured_mib,
     read_measured_runs,
     stock_run,
 )
-from benchmarks.validation.stock_run import trace_stock_run
-from lowvram_chat.planning.replay import replay
+from benchmarks.validation.stock_run import StockRun, trace_stock_run
+from lowvram_chat.cli import print_json
+from lowvram_chat.errors import LowVramError
+from lowvram_chat.planning.replay import Replay, replay
 from lowvram_chat.tracing.cuda_rules import CudaRules
 from lowvram_chat.units import MIB
 
 
 @dataclass(frozen=True, kw_only=True)
 class Prediction:
-    """One row: what was predicted and what was measured."""
+    """The predicted and the measured peak of one row."""
 
     id: str
     predicted_mib: float
@@ -47,7 +48,7 @@ class Prediction:
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """All rows and their sums; absolute errors, over the rows that were measured. None where there are none."""
+    """All rows, and a summary of the absolute errors of the measured ones; the figures are None where there are none."""
 
     rows: tuple[Prediction, ...]
     median_error_percent: float | None
@@ -57,8 +58,12 @@ class Report:
 
 
 def predict_peak(row: MeasuredRow) -> Prediction:
-    """Returns the prediction for one row; it takes a trace, so seconds."""
-    result = replay(trace_stock_run(stock_run(row), CudaRules()), limit_bytes=int(limit_mib(row) * MIB))
+    """Return the prediction for one row; the trace takes seconds.
+
+    Raises:
+        UsageError: a cell of the row is wrong.
+    """
+    result = _replayed(row, stock_run(row))
     predicted = result.peak_reserved_bytes / MIB
     if row["metric"] == "device_delta":
         predicted += late_kernels_mib(row)
@@ -73,7 +78,7 @@ def predict_peak(row: MeasuredRow) -> Prediction:
 
 
 def summarise(rows: tuple[Prediction, ...]) -> Report:
-    """Returns the rows with the sums of their errors."""
+    """Return the rows with a summary of their errors."""
     errors = [abs(row.error_percent) for row in rows if row.error_percent is not None]
     return Report(
         rows=rows,
@@ -84,21 +89,27 @@ def summarise(rows: tuple[Prediction, ...]) -> Report:
 
 
 def run(path: Path, *, as_json: bool = False) -> Report:
-    """Predicts every row of a file and prints the table, or one line of JSON; what `plan --validate` calls."""
+    """Predict every row of a file and print the table; with `as_json`, one JSON document is the last line.
+
+    Raises:
+        NotFoundError: there is no such file.
+        UsageError: the file or one of its rows is wrong. All rows are checked before the first is traced.
+    """
     rows = read_measured_runs(path)
-    notes = Console(stderr=True)
+    for row in rows:
+        stock_run(row), limit_mib(row), measured_mib(row)
+    notes = Console(stderr=True, markup=False, emoji=False)
     for line in version_notes(rows):
         notes.print(line)
     report = summarise(tuple(predict_peak(row) for row in rows))
+    Console(markup=False, emoji=False).print(table(report, rows), summary(report), sep="\n")
     if as_json:
-        print(json.dumps(asdict(report)))
-    else:
-        Console().print(table(report, rows), summary(report), sep="\n")
+        print_json(asdict(report))
     return report
 
 
 def version_notes(rows: list[MeasuredRow]) -> Iterator[str]:
-    """Says which rows ran another version of the model code than the one installed."""
+    """Yield a sentence about each transformers version other than the installed one whose model code was measured."""
     for version in sorted({row["transformers"] for row in rows} - {"", transformers.__version__}):
         count = sum(row["transformers"] == version for row in rows)
         yield (
@@ -108,10 +119,10 @@ def version_notes(rows: list[MeasuredRow]) -> Iterator[str]:
 
 
 def table(report: Report, rows: list[MeasuredRow]) -> Table:
-    """The report for people; an asterisk marks rows of another transformers version."""
+    """Return the report as a table for the terminal; an asterisk marks rows of another transformers version."""
     shown = Table("run", "model", "B x T", "optimizer", "predicted MiB", "measured MiB", "error %", "transformers")
     for row, prediction in zip(rows, report.rows, strict=True):
-        other = row["transformers"] not in ("", transformers.__version__)
+        is_other_version = row["transformers"] not in ("", transformers.__version__)
         shown.add_row(
             row["id"] + (" (hard)" if row.get("hard") else ""),
             row["model_type"],
@@ -120,19 +131,30 @@ def table(report: Report, rows: list[MeasuredRow]) -> Table:
             "out of memory" if prediction.out_of_memory else f"{prediction.predicted_mib:,.0f}",
             "out of memory" if row["out_of_memory"] == "yes" else _or_dash(prediction.measured_mib, ",.0f"),
             _or_dash(prediction.error_percent, "+.2f"),
-            row["transformers"] + ("*" if other else ""),
+            row["transformers"] + ("*" if is_other_version else ""),
         )
     return shown
 
 
 def summary(report: Report) -> str:
-    """The sums in one line."""
+    """Return the summary of the errors in one line."""
     if report.median_error_percent is None or report.within_1_percent is None:
         return "no row has a measurement"
     return (
         f"absolute error: median {report.median_error_percent:.2f} %, largest {report.max_error_percent:.2f} %, "
         f"{report.within_1_percent:.0%} of the rows within 1 %"
     )
+
+
+def _replayed(row: MeasuredRow, run: StockRun) -> Replay:
+    """Return the replay of a row's trace on its card."""
+    try:
+        return replay(trace_stock_run(run, CudaRules()), limit_bytes=int(limit_mib(row) * MIB))
+    except LowVramError as error:
+        raise wrong_cell(row, "config", str(error)) from None
+    except Exception as error:  # whatever the model's code raises for shapes that do not go together
+        message = " ".join(str(error).split())[:200]
+        raise wrong_cell(row, "config", f"the run cannot be traced ({type(error).__name__}: {message}).") from error
 
 
 def _or_dash(value: float | None, form: str) -> str:

@@ -1,7 +1,7 @@
 """GPT-2 as people write it by hand, for the published speeds that were measured on such code.
 
-Source: Karpathy's build-nanogpt and nanoGPT (model.py), Raschka's LLMs-from-scratch: separate choices of attention, GELU
-and tied or untied head are all in which they differ.
+Source: Karpathy's build-nanogpt and nanoGPT (model.py), Raschka's LLMs-from-scratch. They differ only in their attention,
+their GELU, their dropout and whether the head is tied to the embedding.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 @dataclass(frozen=True, kw_only=True)
 class PlainGptConfig:
-    """A hand-written GPT-2; the defaults are the 124 M one of build-nanogpt before any of its speed-ups."""
+    """The shape of a hand-written GPT-2; the defaults are build-nanogpt's 124 M model before any of its speed-ups."""
 
     vocabulary: int = 50257
     positions: int = 1024
@@ -25,10 +25,11 @@ class PlainGptConfig:
     layers: int = 12
     dropout: float = 0.0
     tied: bool = True
+    """Whether the head shares the embedding's weight."""
     fused_attention: bool = False
-    """`scaled_dot_product_attention`, or products, mask and softmax one by one."""
+    """Whether attention is `scaled_dot_product_attention`; else products, mask and softmax are separate operations."""
     fused_gelu: bool = True
-    """`nn.GELU("tanh")`, or its formula in Python."""
+    """Whether GELU is one operation; else it is its tanh formula in Python."""
 
 
 class _Attention(nn.Module):
@@ -38,10 +39,11 @@ class _Attention(nn.Module):
         self.c_attn = nn.Linear(shape.width, 3 * shape.width)
         self.c_proj = nn.Linear(shape.width, shape.width)
         ones = torch.ones(shape.positions, shape.positions)
+        self.mask: torch.Tensor
         self.register_buffer("mask", torch.tril(ones)[None, None] == 0)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Causal self-attention of (B, T, d)."""
+        """Return causal self-attention over `x`, both (B, T, d)."""
         batch, length, width = x.shape
         query, key, value = (
             part.view(batch, length, self.shape.heads, -1).transpose(1, 2)
@@ -52,7 +54,7 @@ class _Attention(nn.Module):
             y = F.scaled_dot_product_attention(query, key, value, dropout_p=dropout, is_causal=True)
         else:
             scores = query @ key.transpose(-2, -1) * (1.0 / math.sqrt(key.size(-1)))
-            scores = scores.masked_fill(self.mask[:, :, :length, :length], float("-inf"))  # type: ignore[index]
+            scores = scores.masked_fill(self.mask[:, :, :length, :length], float("-inf"))
             y = F.dropout(F.softmax(scores, dim=-1), dropout) @ value
         y = y.transpose(1, 2).contiguous().view(batch, length, width)
         return F.dropout(self.c_proj(y), dropout)
@@ -66,7 +68,7 @@ class _Mlp(nn.Module):
         self.c_proj = nn.Linear(4 * shape.width, shape.width)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(B, T, d) through the four times wider layer."""
+        """Return `x` after the four times wider layer, both (B, T, d)."""
         x = self.c_fc(x)
         x = F.gelu(x, approximate="tanh") if self.shape.fused_gelu else _gelu(x)
         return F.dropout(self.c_proj(x), self.shape.dropout)
@@ -83,13 +85,14 @@ class _Block(nn.Module):
         self.attn, self.mlp = _Attention(shape), _Mlp(shape)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """One block over (B, T, d)."""
+        """Return `x` after one block, both (B, T, d)."""
         x = x + self.attn(self.ln_1(x))
-        return x + self.mlp(self.ln_2(x))  # type: ignore[no-any-return]
+        x = x + self.mlp(self.ln_2(x))
+        return x
 
 
 class PlainGpt(nn.Module):
-    """The model; `forward` returns the mean loss over all positions, from logits (B, T, V) that are held whole."""
+    """The model; `forward` returns the mean loss over all positions, from the full logits (B, T, V)."""
 
     def __init__(self, shape: PlainGptConfig) -> None:
         super().__init__()
@@ -102,7 +105,7 @@ class PlainGpt(nn.Module):
             self.wte.weight = self.head.weight
 
     def forward(self, input_ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """Mean cross-entropy () of (B, T) labels, already shifted."""
+        """Return the mean cross-entropy () of labels (B, T) that are already shifted."""
         x = self.wte(input_ids) + self.wpe(torch.arange(input_ids.size(1)))
         x = F.dropout(x, self.dropout)
         for block in self.blocks:

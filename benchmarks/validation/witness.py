@@ -1,7 +1,7 @@
-"""The second witness: what a real step on the CPU allocates, as torch's own profiler counts it.
+"""An independent count of what a real step on the CPU allocates, by torch's own profiler.
 
-A trace by the CPU's rules must find the same peak. That proves the recorder (what autograd saves, when it lets go, what
-optimizers hold) on every kind of recipe, on any machine; `cuda_rules` then adds only what a card does differently.
+A trace by the CPU's rules must find the same peak. That checks the recorder (what autograd saves, when it frees it, what
+optimizers hold) on every kind of recipe, on any machine; `cuda_rules` then adds only what a CUDA device does differently.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from lowvram_chat.tracing.recorder import Event
 
 
 def profiled_peak_bytes(step: Callable[[], object]) -> int:
-    """Runs `step` for real and returns the most bytes that were allocated at a time, above what was there before."""
-    gc.collect()  # what is left over from before must not die inside, for a death counts
+    """Run `step` for real and return the peak of the allocated bytes, above what was allocated before."""
+    gc.collect()  # garbage from before must not be freed inside, where it would count
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         step()
     # "[memory]" is kineto's name for an allocation (positive) or a free (negative).
@@ -26,13 +26,13 @@ def profiled_peak_bytes(step: Callable[[], object]) -> int:
 
 
 def traced_peak_bytes(events: Iterable[Event]) -> int:
-    """The most bytes alive at a time in a (part of a) trace, above what was there before; no allocator, no rounding."""
+    """Return the peak of the allocated bytes in a part of a trace, above what was allocated before it, without rounding."""
     return _peak(storage.nbytes if is_allocation else -storage.nbytes for storage, is_allocation in events)
 
 
 def _peak(changes: Iterable[int]) -> int:
-    alive = peak = 0
+    allocated = peak = 0
     for change in changes:
-        alive += change
-        peak = max(peak, alive)
+        allocated += change
+        peak = max(peak, allocated)
     return peak

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from benchmarks.validation.speed import LADDER, compare, largest_error, median_error, table
+from benchmarks.validation.published_runs import LADDER
+from benchmarks.validation.speed import compare, largest_error, median_error, table
 from lowvram_chat.gpus import GPUS
 from lowvram_chat.planning.prediction import make_plan
 from lowvram_chat.recipe.schema import Recipe

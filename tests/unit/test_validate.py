@@ -1,9 +1,12 @@
-"""`plan --validate`: what it reads, what it says, and that its numbers do not come from the measurements."""
+"""`benchmarks.validation memory`: what it reads, what it prints, and that its numbers do not come from the measurements."""
 
 from __future__ import annotations
 
 import csv
 import json
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,7 +14,9 @@ import transformers
 
 from benchmarks.validation import measured_runs as measured
 from benchmarks.validation import memory as validate
+from benchmarks.validation.__main__ import main
 from lowvram_chat.errors import NotFoundError, UsageError
+from tests.samples import ROOT
 
 CONFIG = {"vocab_size": 503, "n_positions": 64, "n_embd": 64, "n_layer": 1, "n_head": 4, "bos_token_id": 0}
 ROW = {
@@ -35,6 +40,7 @@ ROW = {
     "out_of_memory": "no",
     "note": "",
 }
+HEADER = ",".join(measured.REQUIRED_COLUMNS).encode() + b"\n"
 
 
 def _file(folder: Path, *rows: dict[str, str]) -> Path:
@@ -53,7 +59,7 @@ def _prediction(error: float | None) -> validate.Prediction:
 
 
 def test_the_json_has_the_documented_fields(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    validate.run(_file(tmp_path, ROW), as_json=True)
+    assert main(["memory", str(_file(tmp_path, ROW)), "--json"]) == 0
     out, err = capsys.readouterr()
     document = json.loads(out.splitlines()[-1])
     assert list(document) == ["rows", "median_error_percent", "within_1_percent", "max_error_percent"]
@@ -115,15 +121,117 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
     ("column", "value", "says"),
     [
         ("optimizer", "AdamWx", "Did you mean 'AdamW'"),
-        ("optimizer", "LBFGS", "is not known"),
+        ("optimizer", "LBFGS", "cannot be traced"),
         ("model_type", "gpt22", "Did you mean 'gpt2'"),
         ("precision", "fp8", "fp32"),
         ("batch", "two", "not a number"),
         ("batch", "0", "above 0"),
+        ("batch", "2.5", "whole number"),
+        ("batch", "nan", "finite"),
+        ("seq_len", "1e400", "finite"),
+        ("seq_len", "65", "64 positions"),
+        ("steps", "1000000000", "more than 100"),
+        ("gpu", " ", "empty"),
+        ("model_type", "clip", "not known"),
+        ("optimizer", "ASGD", "cannot be traced"),
+        ("out_of_memory", "maybe", "yes, no"),
         ("config", "{", "not JSON"),
         ("config", "[]", "not a JSON object"),
+        ("config", '{"foo": 1}', "'foo' is not a setting of gpt2"),
+        ("config", '{"n_layers": 1}', "Did you mean 'n_layer'"),
+        ("config", '{"n_embd": 0}', "'n_embd' is not a whole number from 1"),
+        ("config", '{"n_layer": 1000000}', "'n_layer' is not a whole number from 1 to 1,000"),
+        ("config", '{"n_layer": "x"}', "'?n(um_hidden)?_layers?'?"),
+        ("config", '{"n_embd": 1e400}', "'n_embd' is out of range"),
+        ("config", '{"vocab_size": NaN}', "'vocab_size' is out of range"),
     ],
 )
 def test_a_wrong_value_names_the_row_and_the_column(column: str, value: str, says: str) -> None:
     with pytest.raises(UsageError, match=rf"row r1, column {column}: .*{says}"):
         measured.stock_run({**ROW, column: value})
+
+
+@pytest.mark.parametrize(
+    ("column", "value", "says"),
+    [("measured_mib", "0", "above 0"), ("measured_mib", "nan", "finite"), ("gpu_total_mib", "x", "")],
+)
+def test_a_wrong_row_is_found_before_the_first_one_is_traced(
+    column: str, value: str, says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(validate, "trace_stock_run", lambda *_: pytest.fail("traced"))
+    with pytest.raises(UsageError, match=rf"row r2, column {column}: .*{says}"):
+        validate.run(_file(tmp_path, ROW, {**ROW, "id": "r2", column: value}))
+
+
+def test_sizes_that_contradict_each_other_are_told_in_a_sentence(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = json.dumps({**CONFIG, "eos_token_id": 0, "n_head": 5})
+    assert main(["memory", str(_file(tmp_path, {**ROW, "config": config}))]) == 2
+    assert (
+        capsys.readouterr()
+        .err.splitlines()[-1]
+        .startswith("row r1, column config: transformers cannot build this gpt2")
+    )
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (b"", "columns missing: id"),
+        (HEADER, "it has no rows"),
+        (HEADER + b"r1,gpt2\n", "row r1, column config: the line ends before it"),
+        (HEADER + b",".join([b"r1"] * 20) + b"\n", "more cells than there are columns"),
+        (HEADER + b"," * 18 + b"\n", "column id: it is empty"),
+        (HEADER + b"r\x001" + b"," * 18 + b"\n", "column id: it contains a control character"),
+        (HEADER + b"r1,\x1b[31m" + b"," * 17 + b"\n", "row r1, column model_type: it contains a control character"),
+        (HEADER + b"x" * 200_000 + b"," * 18 + b"\n", "line 2 is not CSV .field larger"),
+        (HEADER + b'r1,"open', "line 2 is not CSV .unexpected end"),
+        (HEADER + b"\xff" + b"," * 18 + b"\n", "not UTF-8"),
+    ],
+)
+def test_a_file_that_is_not_such_a_csv_is_told_in_a_sentence(
+    content: bytes, says: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "bad.csv"
+    path.write_bytes(content)
+    assert main(["memory", str(path)]) == 2
+    out, err = capsys.readouterr()
+    assert not out
+    (line,) = err.splitlines()
+    assert line.startswith(str(path))
+    assert re.search(says, line)
+
+
+def test_it_runs_without_the_libraries_for_training(tmp_path: Path) -> None:
+    # filelock is not hidden: transformers itself needs it.
+    code = f"""
+import importlib.machinery, sys
+HIDDEN = {{"peft", "trl", "bitsandbytes", "datasets", "accelerate", "psutil", "pyarrow"}}
+class Finder(importlib.machinery.PathFinder):
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
+        return None if name.partition(".")[0] in HIDDEN else super().find_spec(name, path, target)
+sys.meta_path[:] = [Finder if finder is importlib.machinery.PathFinder else finder for finder in sys.meta_path]
+from benchmarks.validation.__main__ import main
+code = main(["memory", {str(_file(tmp_path, ROW))!r}, "--json"])
+import benchmarks.validation.speed_file
+sys.exit(code or bool(HIDDEN & {{*sys.modules}}))
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.splitlines()[-1])["rows"][0]["id"] == "r1"
+
+
+def test_the_command_asks_for_what_it_needs(capsys: pytest.CaptureFixture[str]) -> None:
+    for words in ([], ["memory"], ["memry"]):
+        with pytest.raises(SystemExit) as stopped:
+            main(words)
+        assert stopped.value.code == 2
+        assert "python -m benchmarks.validation" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as stopped:
+        main(["memory", "--help"])
+    assert stopped.value.code == 0
+    assert "FILE.csv" in capsys.readouterr().out
+    assert main(["memory", "nothing.csv"]) == 2
+    assert "nothing.csv: there is no such file" in capsys.readouterr().err
