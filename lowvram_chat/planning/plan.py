@@ -23,7 +23,8 @@ from lowvram_chat.recipe.schema import Recipe
 from lowvram_chat.tracing.cuda_rules import CudaRules
 from lowvram_chat.tracing.operations import Work
 from lowvram_chat.tracing.recorder import Event, Storage
-from lowvram_chat.tracing.run import MicroBatchShape, RunTrace, trace_run
+from lowvram_chat.tracing.run import RunTrace, trace_run
+from lowvram_chat.tracing.training_loop import MicroBatchShape
 from lowvram_chat.units import MIB
 
 CUBLAS_WORKSPACE_BYTES = 8519680
@@ -233,7 +234,7 @@ def _runs(traced: RunTrace) -> Iterator[list[Event]]:
     """Yields runs: all batches of the longest rows; then shuffled lengths, with an evaluation midway and at the end."""
     lifetimes = Lifetimes(traced.events)
     before = traced.events[: traced.steps[0][1]]
-    handed_on = Segment(traced.events, (0, len(before)), lifetimes).left
+    handed_on = Segment(traced.events, (0, len(before)), lifetimes).outgoing
     longest, *others = (Segment(traced.events, span, lifetimes, steady=True) for span in traced.steps[1:])
     pause = [Segment(traced.events, traced.evaluation, lifetimes)] if traced.evaluation else []
     yield compose_run(before, handed_on, [longest, *pause, longest, *pause])

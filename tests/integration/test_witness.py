@@ -20,7 +20,8 @@ from lowvram_chat.recipe.schema import Recipe
 from lowvram_chat.tracing import model as recipe_model
 from lowvram_chat.tracing import optimizer as recipe_optimizer
 from lowvram_chat.tracing.rules import DeviceRules
-from lowvram_chat.tracing.run import MicroBatchShape, TracedRun, trace_run
+from lowvram_chat.tracing.run import trace_run
+from lowvram_chat.tracing.training_loop import MicroBatchShape, TracedRun
 from lowvram_chat.training import run_dir, session
 from lowvram_chat.training.callbacks import TokenCounts
 from lowvram_chat.training.session import Session, build_model

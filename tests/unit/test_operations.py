@@ -116,5 +116,5 @@ def test_a_step_has_the_flops_of_the_textbook(fused: bool) -> None:
 def test_an_unfused_optimizer_s_step_counts_are_the_host_s_and_a_scaler_s_question_is_the_card_s() -> None:
     plain = trace_plain_step(PlainStep(build=lambda: PlainGpt(TINY), rows=2, length=32))
     scaled = trace_plain_step(PlainStep(build=lambda: PlainGpt(TINY), rows=2, length=32, precision="fp16"))
-    assert sum(operation.waits for part in plain for operation in part) == 0
-    assert sum(operation.waits for part in scaled for operation in part) == 1
+    assert sum(operation.synchronizes for part in plain for operation in part) == 0
+    assert sum(operation.synchronizes for part in scaled for operation in part) == 1

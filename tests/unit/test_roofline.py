@@ -30,14 +30,14 @@ def operation(
 ) -> Operation:
     values: dict[str, Any] = {
         "name": "by hand",
-        "moment": "forward",
+        "phase": "forward",
         "flops": flops,
         "precision": "half" if flops else "none",
         "unaligned": (),
         "reads": tuple(Access(*item) for item in (reads or {}).items()),
         "writes": tuple(Access(*item) for item in (writes or {}).items()),
         "launches": 1,
-        "waits": False,
+        "synchronizes": False,
     }
     return Operation(**{**values, **settings})
 
@@ -73,7 +73,7 @@ def test_launches_hide_behind_a_busy_card_unless_the_host_waits() -> None:
     busy = [large, *[operation()] * 100]
     free = seconds_per_step([busy, []], RATES, 1)
     assert free == pytest.approx(0.01 + 101 * SECONDS_PER_KERNEL, rel=0.01)
-    waiting = seconds_per_step([[large._replace(waits=True), *[operation()] * 100], []], RATES, 1)
+    waiting = seconds_per_step([[large._replace(synchronizes=True), *[operation()] * 100], []], RATES, 1)
     assert waiting == pytest.approx(0.01 + 101 * LAUNCH, rel=0.01)
 
 
