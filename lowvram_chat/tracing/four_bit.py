@@ -37,7 +37,7 @@ def quantise(model: PreTrainedModel, compute_dtype: torch.dtype) -> None:
     for name, layer in list(model.named_modules()):
         if layer is not head and isinstance(layer, Conv1D | torch.nn.Linear):
             model.set_submodule(name, _linear(layer, compute_dtype))
-    model.is_loaded_in_4bit = True  # PEFT reads this
+    vars(model)["is_loaded_in_4bit"] = True  # PEFT reads this attribute
 
 
 def shrink_weights(model: torch.nn.Module) -> dict[Linear4bit, torch.Size]:
@@ -69,7 +69,7 @@ def add_scales(shapes: dict[Linear4bit, torch.Size], recorder: TraceRecorder) ->
     for layer, shape in shapes.items():
         scales = torch.empty(-(-shape.numel() // QUANTISATION_BLOCK))
         recorder.label([scales], "weights")
-        layer.weight.quant_state = layer.quant_state = QuantState(
+        layer.quant_state = QuantState(
             absmax=scales,
             shape=shape,
             code=code,
@@ -77,6 +77,7 @@ def add_scales(shapes: dict[Linear4bit, torch.Size], recorder: TraceRecorder) ->
             quant_type="nf4",
             dtype=layer.compute_dtype,
         )
+        vars(layer.weight)["quant_state"] = layer.quant_state
 
 
 @contextlib.contextmanager

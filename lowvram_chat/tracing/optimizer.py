@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
-from typing import TYPE_CHECKING, TypedDict
+from typing import NamedTuple, TypedDict
 
 import torch
 from torch import nn
@@ -20,9 +20,6 @@ from lowvram_chat.recipe.schema import OptimizerSection, Recipe
 from lowvram_chat.tracing.materialise import Materialised, repoint
 from lowvram_chat.tracing.recorder import TraceRecorder
 
-if TYPE_CHECKING:
-    from bitsandbytes.optim.optimizer import Optimizer8bit
-
 NO_DECAY_NAMES = re.compile(r"bias|layernorm|rmsnorm|(?:^|\.)norm(?:$|\.)|_norm(?:$|\.)")
 """Names of parameters without weight decay. Source: transformers/trainer.py, `get_decay_parameter_names`."""
 MIN_PAGED_ELEMENTS = 100_000
@@ -32,8 +29,6 @@ HOST_MEMORY = "outside"
 
 OptimizerFactory = Callable[[Materialised], torch.optim.Optimizer]
 """Returns the optimizer, given the tensors that moved to the traced device."""
-OptimizerClass = partial[torch.optim.Optimizer]
-"""The class of an optimizer with its settings, except for parameters and learning rate."""
 
 
 class ParameterGroup(TypedDict):
@@ -43,13 +38,24 @@ class ParameterGroup(TypedDict):
     weight_decay: float
 
 
+class OptimizerClass(NamedTuple):
+    """The class of an optimizer with its settings, except for parameters and learning rate."""
+
+    kind: Callable[..., torch.optim.Optimizer]
+    settings: Mapping[str, object]
+
+    def build(self, groups: list[ParameterGroup], learning_rate: float) -> torch.optim.Optimizer:
+        """Return an optimizer of these parameters."""
+        return self.kind(groups, lr=learning_rate, **self.settings)
+
+
 def prepare_optimizer(recipe: Recipe, model: nn.Module) -> OptimizerFactory:
     """Return a factory for the optimizer, to be called after the (meta) model has moved to the traced device."""
-    build = OPTIMIZER_CLASSES[OPTIMIZERS[recipe.optimizer.name].optim](recipe.optimizer)
+    chosen = OPTIMIZER_CLASSES[OPTIMIZERS[recipe.optimizer.name].optim](recipe.optimizer)
     rate, weight_decay = recipe.train.learning_rate, recipe.optimizer.weight_decay
-    if not build.func.__module__.startswith("bitsandbytes"):
-        return lambda _: build(parameter_groups(model, weight_decay), lr=rate)
-    optimizer = build(parameter_groups(model, weight_decay), lr=rate)
+    if not chosen.kind.__module__.startswith("bitsandbytes"):
+        return lambda _: chosen.build(parameter_groups(model, weight_decay), rate)
+    optimizer = chosen.build(parameter_groups(model, weight_decay), rate)
     _keep_embeddings_in_32_bits(optimizer, model)
 
     def repointed(moved: Materialised) -> torch.optim.Optimizer:
@@ -90,13 +96,16 @@ def _tensors(state: Mapping[str, object]) -> Iterable[torch.Tensor]:
     return (value for value in state.values() if isinstance(value, torch.Tensor))
 
 
-def _keep_embeddings_in_32_bits(optimizer: Optimizer8bit, model: nn.Module) -> None:
+def _keep_embeddings_in_32_bits(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
     """Keep the states of embeddings in 32 bits, as the Trainer does.
 
     The Trainer does so through bitsandbytes' global manager, which would remember object ids beyond this trace.
     """
+    from bitsandbytes.optim.optimizer import Optimizer8bit
+
     check_private_names("bitsandbytes.optim.optimizer.Optimizer8bit.get_config")
-    original = optimizer.get_config
+    assert isinstance(optimizer, Optimizer8bit)
+    original: Callable[[int, int, dict[str, object]], dict[str, object]] = optimizer.get_config
     embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     positions = {
         (group_index, index)
@@ -106,43 +115,45 @@ def _keep_embeddings_in_32_bits(optimizer: Optimizer8bit, model: nn.Module) -> N
     }
 
     def get_config(gindex: int, pindex: int, group: dict[str, object]) -> dict[str, object]:
-        config: dict[str, object] = original(gindex, pindex, group)
+        config = original(gindex, pindex, group)
         return {**config, "optim_bits": 32} if (gindex, pindex) in positions else config
 
     vars(optimizer)["get_config"] = get_config  # shadows the method, for this optimizer only
 
 
-def _adamw(section: OptimizerSection, *, fused: bool) -> OptimizerClass:
-    settings = {"fused": True} if fused else {}
-    return partial(torch.optim.AdamW, betas=(section.beta1, section.beta2), eps=section.eps, **settings)
+def _adamw(section: OptimizerSection) -> OptimizerClass:
+    return OptimizerClass(torch.optim.AdamW, {"betas": (section.beta1, section.beta2), "eps": section.eps})
+
+
+def _adamw_fused(section: OptimizerSection) -> OptimizerClass:
+    return OptimizerClass(torch.optim.AdamW, {**_adamw(section).settings, "fused": True})
 
 
 def _adamw_8bit(section: OptimizerSection, *, paged: bool) -> OptimizerClass:
     from bitsandbytes.optim.adamw import AdamW
 
-    betas = (section.beta1, section.beta2)
-    return partial(AdamW, betas=betas, eps=section.eps, optim_bits=8, is_paged=paged)
+    return OptimizerClass(AdamW, {**_adamw(section).settings, "optim_bits": 8, "is_paged": paged})
 
 
 def _lion_8bit(section: OptimizerSection) -> OptimizerClass:
     from bitsandbytes.optim.lion import Lion
 
-    return partial(Lion, betas=(section.beta1, section.beta2), optim_bits=8, is_paged=False)
+    return OptimizerClass(Lion, {"betas": (section.beta1, section.beta2), "optim_bits": 8, "is_paged": False})
 
 
 def _adafactor(_: OptimizerSection) -> OptimizerClass:
     from transformers.optimization import Adafactor
 
-    return partial(Adafactor, scale_parameter=False, relative_step=False)
+    return OptimizerClass(Adafactor, {"scale_parameter": False, "relative_step": False})
 
 
 def _sgd(section: OptimizerSection) -> OptimizerClass:
-    return partial(torch.optim.SGD, momentum=section.momentum)
+    return OptimizerClass(torch.optim.SGD, {"momentum": section.momentum})
 
 
 OPTIMIZER_CLASSES: Mapping[str, Callable[[OptimizerSection], OptimizerClass]] = {
-    "adamw_torch_fused": partial(_adamw, fused=True),
-    "adamw_torch": partial(_adamw, fused=False),
+    "adamw_torch_fused": _adamw_fused,
+    "adamw_torch": _adamw,
     "adamw_bnb_8bit": partial(_adamw_8bit, paged=False),
     "paged_adamw_8bit": partial(_adamw_8bit, paged=True),
     "lion_8bit": _lion_8bit,

@@ -182,8 +182,8 @@ def test_the_optimizer_is_the_one_that_the_trainer_makes(name: str, tmp_path: Pa
     arguments = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, optim=row.optim, optim_args=momentum)
     kind, kwargs = Trainer.get_optimizer_cls_and_kwargs(arguments)
     ours = recipe_optimizer.OPTIMIZER_CLASSES[row.optim](section)
-    assert ours.func is kind
-    assert {**ours.keywords, "lr": kwargs["lr"]} == kwargs
+    assert ours.kind is kind
+    assert {**ours.settings, "lr": kwargs["lr"]} == kwargs
 
 
 def test_the_groups_are_those_of_the_trainer(tmp_path: Path) -> None:
