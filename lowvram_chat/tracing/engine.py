@@ -48,7 +48,7 @@ def accumulates_in_place(gradient: torch.Tensor) -> bool:
     if not is_in_backward() or torch.is_grad_enabled() or not _is_called_by_engine():
         return False
     storage_count = torch._C._storage_Use_Count(gradient.untyped_storage()._cdata)
-    tensor_count = gradient._use_count()  # type: ignore[attr-defined]  (missing in PyTorch's stubs)
+    tensor_count = gradient._use_count()  # type: ignore[attr-defined]  # missing in PyTorch's stubs
     return bool(tensor_count <= ENGINE_TENSOR_COUNT and storage_count <= ENGINE_STORAGE_COUNT)
 
 

@@ -12,11 +12,13 @@ import contextlib
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+import bitsandbytes
 import torch
 from bitsandbytes.functional import QuantState, dequantize_4bit
 from bitsandbytes.nn.modules import Linear4bit
 from transformers.pytorch_utils import Conv1D
 
+from lowvram_chat.errors import DeviceError
 from lowvram_chat.private_names import check_private_names
 from lowvram_chat.tracing.patching import patched
 from lowvram_chat.tracing.recorder import TraceRecorder
@@ -116,5 +118,21 @@ def _linear(layer: Conv1D | torch.nn.Linear, compute_dtype: torch.dtype) -> Line
     )
     if new.bias is not None:
         new.bias = torch.nn.Parameter(new.bias.to(layer.bias.dtype), requires_grad=False)
-    new.support_avx512bf16_for_cpu = False  # as `model.pretrained` sets it
+    _keep_layout(new)
     return new.requires_grad_(False)
+
+
+def _keep_layout(layer: Linear4bit) -> None:
+    """Keep a layer from repacking its weight at the first evaluation, as `model.pretrained` does.
+
+    The traced device is the CPU, where bitsandbytes repacks if the processor has AVX512-BF16.
+
+    Raises:
+        DeviceError: bitsandbytes no longer has this switch.
+    """
+    if not hasattr(layer, "support_avx512bf16_for_cpu"):
+        raise DeviceError(
+            f"bitsandbytes {bitsandbytes.__version__}: Linear4bit.support_avx512bf16_for_cpu, which lowvram_chat relies on, "
+            f"is gone. Install the version of bitsandbytes in constraints.txt."
+        )
+    layer.support_avx512bf16_for_cpu = False
