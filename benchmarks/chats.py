@@ -26,7 +26,9 @@ def sample(split: str = "builtin:chitchat") -> list[Chat]:
     chats: list[Chat] = []
     for _, row in open_source(split, split="train", subset=None).rows():
         assert not isinstance(row, BadRow)
-        chats.append({"messages": row["messages"]})
+        messages = row["messages"]
+        assert isinstance(messages, list)
+        chats.append({"messages": messages})
     return chats
 
 

@@ -8,11 +8,10 @@ from concurrent.futures import Future, ProcessPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Literal, NotRequired, TypedDict
 
-from lowvram_chat.recipe.baseline import BASELINE_TOKENS
-
 from benchmarks.suite import RECIPES
 from lowvram_chat.recipe.schema import Recipe
 from lowvram_chat.recipe.yaml_file import load_recipe
+from lowvram_chat.results.baseline import BASELINE_TOKENS
 from lowvram_chat.results.record import Metric
 
 WORKERS = 2

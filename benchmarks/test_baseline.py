@@ -6,11 +6,11 @@ The work is three epochs. On a CUDA machine, test_vram.py measures the same reci
 from __future__ import annotations
 
 import pytest
-from lowvram_chat.planning.report import SPEED_ERROR_PERCENT
 
 from benchmarks.plans import Plans, metrics
 from benchmarks.suite import RECIPES, Keeper
 from lowvram_chat.recipe.yaml_file import load_recipe
+from lowvram_chat.reporting.plan_tables import SPEED_ERROR_PERCENT
 from lowvram_chat.results.baseline import BASELINE_SECONDS
 
 PUBLISHED_HOURS = BASELINE_SECONDS / 3600

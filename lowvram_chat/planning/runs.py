@@ -12,7 +12,8 @@ from collections.abc import Iterator, Sequence
 from lowvram_chat.planning.schedule import Lifetimes, Segment, compose_run
 from lowvram_chat.recipe.schema import Recipe
 from lowvram_chat.tracing.recorder import Event
-from lowvram_chat.tracing.run import MicroBatchShape, RunTrace
+from lowvram_chat.tracing.run import RunTrace
+from lowvram_chat.tracing.training_loop import MicroBatchShape
 
 SHUFFLED_RUNS, STEPS_PER_SHUFFLED_RUN = 3, 12
 """Orders of row lengths that are tried, and optimizer steps in each. Trying 16 orders raised the peak of no shipped recipe
@@ -43,7 +44,7 @@ def composed_runs(traced: RunTrace) -> Iterator[list[Event]]:
     """
     lifetimes = Lifetimes(traced.events)
     start = traced.events[: traced.steps[0][1]]
-    handed_on = Segment(traced.events, (0, len(start)), lifetimes).left
+    handed_on = Segment(traced.events, (0, len(start)), lifetimes).outgoing
     longest, *shorter = (Segment(traced.events, span, lifetimes, steady=True) for span in traced.steps[1:])
     evaluation = [Segment(traced.events, traced.evaluation, lifetimes)] if traced.evaluation else []
     yield compose_run(start, handed_on, [longest, *evaluation, longest, *evaluation])

@@ -1,8 +1,9 @@
-"""Longer runs out of one trace: its optimizer steps, each traced once, played in any order.
+"""Composes longer runs from one trace: its optimizer steps, each traced once, replayed in any order.
 
-What the allocator keeps and cuts depends on the order of sizes, and a batch shorter than the rest can raise the reserved
-peak. Tracing takes seconds and replaying milliseconds; so each length is traced once, and the steps are shuffled after.
-A step hands a few storages to the next one (its batch, its loss): those are matched by their order of birth.
+What the allocator keeps and splits depends on the order of sizes, and a batch shorter than the others can raise the
+reserved peak. Tracing takes seconds, and replaying takes milliseconds. Each length is therefore traced once, and the steps
+are shuffled afterwards. A step hands a few storages to the next one (its batch, its loss). They are matched by the order
+in which they were allocated.
 """
 
 from __future__ import annotations
@@ -13,51 +14,56 @@ from dataclasses import replace
 from lowvram_chat.tracing.recorder import Event, Span, Storage
 
 
-class Segment:
-    """A part of a trace that can be played again and again, since what it makes dies in it or is handed on.
-
-    What is born in it and never dies is there for good (a workspace, the optimizer's states) and not played anew; but
-    where the part is `steady`, one of many alike, it is handed on too: only the trace's end kept it from its death.
-    """
-
-    def __init__(self, events: Sequence[Event], span: Span, lifetimes: Lifetimes, *, steady: bool = False) -> None:
-        start, end = span
-        self.events = [event for event in events[start:end] if steady or event.storage in lifetimes.freed_at]
-        never = len(events)
-        self.left = [
-            e.storage for e in self.events if e.is_allocation and lifetimes.freed_at.get(e.storage, never) >= end
-        ]
-        """What is born here and dies later, in order."""
-        before = [e.storage for e in self.events if not e.is_allocation and lifetimes.allocated_at[e.storage] < start]
-        self.taken = sorted(before, key=lifetimes.allocated_at.__getitem__)
-        """What was born before and dies here, in order of birth."""
-        shared = {*self.left, *self.taken}
-        self.places = [index for index, event in enumerate(self.events) if event.storage in shared]
-        """Where the two stand: all other storages can be played as they are, for they are dead at the end."""
-
-
 class Lifetimes:
-    """The indices of each storage's birth and death; one that never dies has no death."""
+    """The indices of the events that allocate and free each storage. A storage that is never freed has no free."""
 
     def __init__(self, events: Sequence[Event]) -> None:
         self.allocated_at = {storage: index for index, (storage, is_allocation) in enumerate(events) if is_allocation}
         self.freed_at = {storage: index for index, (storage, is_allocation) in enumerate(events) if not is_allocation}
 
 
-def compose_run(before: Sequence[Event], handed_on: Sequence[Storage], segments: Iterable[Segment]) -> list[Event]:
-    """Returns the events of a run: what stood before, which left `handed_on`, then the segments.
+class Segment:
+    """A part of a trace that can be replayed repeatedly: it frees what it allocates, or hands it on to the next one.
 
-    The segments must hand on alike: all optimizer steps of one recipe do, and an evaluation hands on nothing.
+    A storage that is allocated in the segment and never freed belongs to the whole run (a workspace, the optimizer
+    states), and is not allocated again. A `steady` segment, one of many alike, hands such a storage on instead, because
+    only the end of the trace came before its free.
     """
-    played = list(before)
+
+    def __init__(self, events: Sequence[Event], span: Span, lifetimes: Lifetimes, *, steady: bool = False) -> None:
+        allocated_at, freed_at, never = lifetimes.allocated_at, lifetimes.freed_at, len(events)
+        start, end = span
+        self.events = [event for event in events[start:end] if steady or event.storage in freed_at]
+        self.outgoing = [
+            storage for storage, is_allocation in self.events if is_allocation and freed_at.get(storage, never) >= end
+        ]
+        """Storages that are allocated here and freed later, in order of allocation."""
+        freed_here = [storage for storage, is_allocation in self.events if not is_allocation]
+        self.incoming = sorted(
+            (storage for storage in freed_here if allocated_at[storage] < start), key=allocated_at.__getitem__
+        )
+        """Storages that were allocated before and are freed here, in order of allocation."""
+        shared = {*self.outgoing, *self.incoming}
+        self.shared_indices = [index for index, event in enumerate(self.events) if event.storage in shared]
+        """Indices of the events of these storages. All other events can be replayed as they are, because their storages
+        are freed at the end."""
+
+
+def compose_run(before: Sequence[Event], handed_on: Sequence[Storage], segments: Iterable[Segment]) -> list[Event]:
+    """Return the events of a run: those of `before`, which hands on the storages `handed_on`, then those of the segments.
+
+    Each segment must take as many storages as the one before hands on. All optimizer steps of one recipe do, and an
+    evaluation hands on nothing.
+    """
+    run = list(before)
     for segment in segments:
-        new = dict(zip(segment.taken, handed_on, strict=True)) if segment.taken else {}
-        new |= {storage: replace(storage) for storage in segment.left}
-        start = len(played)
-        played += segment.events
-        for place in segment.places:
-            storage, is_allocation = segment.events[place]
-            played[start + place] = Event(new[storage], is_allocation)
-        if segment.taken or segment.left:
-            handed_on = [new[storage] for storage in segment.left]
-    return played
+        replacements = dict(zip(segment.incoming, handed_on, strict=True)) if segment.incoming else {}
+        replacements |= {storage: replace(storage) for storage in segment.outgoing}
+        start = len(run)
+        run += segment.events
+        for index in segment.shared_indices:
+            storage, is_allocation = segment.events[index]
+            run[start + index] = Event(replacements[storage], is_allocation)
+        if segment.incoming or segment.outgoing:
+            handed_on = [replacements[storage] for storage in segment.outgoing]
+    return run

@@ -1,8 +1,8 @@
-"""Autocast's lists of CUDA, for a trace that runs on the CPU.
+"""Applies CUDA's autocast lists to a trace that runs on the CPU.
 
-The lists differ: on CUDA layer_norm, softmax, pow and others run in fp32, on the CPU they follow their input. While
-`cuda_autocast` is open, kernels registered under the CPU's autocast key do what CUDA's do; matrix products are on both
-lists, and the cache of fp16 weight copies is torch's own.
+The two lists differ. On CUDA, layer_norm, softmax, pow and others run in fp32; on the CPU they keep the type of their
+input. While `cuda_autocast` is open, kernels registered under the CPU's autocast key do what CUDA's do. Matrix products
+are on both lists, and the cache of fp16 weight copies is PyTorch's own.
 
 Source: aten/src/ATen/autocast_mode.h, `AT_FORALL_FP32`, `AT_FORALL_FP32_SET_OPT_DTYPE`.
 """
@@ -11,10 +11,19 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import torch
-from torch.utils._pytree import tree_map_only
+
+from lowvram_chat.private_names import check_private_names
+from lowvram_chat.tracing.dispatch import Operator
+
+check_private_names(
+    "torch._C._ExcludeDispatchKeyGuard",
+    "torch._C._dispatch_has_kernel_for_dispatch_key",
+    "torch.library.Library._destroy",
+    "torch.ops.aten._log_softmax.default",
+    "torch.ops.aten._softmax.default",
+)
 
 aten = torch.ops.aten
 
@@ -45,18 +54,18 @@ FP32_OPERATIONS = (
     aten.prod.default,
     aten.prod.dim_int,
 )
-"""Cast to fp32 on CUDA, of those that language models use; what is on the CPU's list too is left to it."""
+"""Operations of language models that CUDA's autocast casts to fp32. Operations on the CPU's own list are skipped."""
 
 
 def autocast_type() -> torch.dtype | None:
-    """The compute type of the autocast that is in force, or None."""
+    """Return the compute type of the active autocast, or None."""
     return torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None
 
 
 @contextlib.contextmanager
 def cuda_autocast() -> Iterator[None]:
-    """Registers CUDA's fp32 list under the CPU's autocast key; leaving takes it back."""
-    library: Any = torch.library.Library("aten", "IMPL", "AutocastCPU")
+    """Register CUDA's fp32 list under the CPU's autocast key, and remove it on exit."""
+    library = torch.library.Library("aten", "IMPL", "AutocastCPU")
     try:
         for operation in FP32_OPERATIONS:
             _register(library, operation, _in_fp32(operation))
@@ -67,36 +76,39 @@ def cuda_autocast() -> Iterator[None]:
         library._destroy()
 
 
-def _register(library: Any, operation: Any, kernel: Callable[..., Any]) -> None:
-    """Adds a kernel where the CPU's own autocast has none (`nll_loss` is on both lists)."""
+def _register(library: torch.library.Library, operation: Operator, kernel: Callable[..., object]) -> None:
+    """Register a kernel unless the CPU's autocast has its own (`nll_loss` is on both lists)."""
     if not torch._C._dispatch_has_kernel_for_dispatch_key(operation.name(), "AutocastCPU"):
         library.impl(operation, kernel)
 
 
-def _below_autocast() -> Any:
+def _below_autocast() -> contextlib.AbstractContextManager[None]:
+    """Return a context in which the dispatcher skips the CPU's autocast key."""
     keys = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU)
     return torch._C._ExcludeDispatchKeyGuard(keys)
 
 
-def _to_fp32(value: Any) -> Any:
-    def cast(tensor: torch.Tensor) -> torch.Tensor:
-        return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
+def _to_fp32(value: object) -> object:
+    """Return a half-precision tensor as fp32, and anything else unchanged."""
+    if isinstance(value, torch.Tensor) and value.dtype in (torch.float16, torch.bfloat16):
+        return value.float()
+    return value
 
-    return tree_map_only(torch.Tensor, cast, value)
 
+def _in_fp32(operation: Operator) -> Callable[..., object]:
+    """Return a kernel that casts its tensors to fp32 first."""
 
-def _in_fp32(operation: Any) -> Callable[..., Any]:
-    def kernel(*args: Any, **kwargs: Any) -> Any:
+    def kernel(*args: object, **kwargs: object) -> object:
         with _below_autocast():
-            return operation(*_to_fp32(args), **_to_fp32(kwargs))
+            return operation(*map(_to_fp32, args), **{name: _to_fp32(value) for name, value in kwargs.items()})
 
     return kernel
 
 
-def _softmax(operation: Any, fused: Any) -> Callable[..., Any]:
-    """CUDA's softmax reads fp16 and writes fp32 in one kernel, where the CPU would copy its input first."""
+def _softmax(operation: Operator, fused: Operator) -> Callable[..., object]:
+    """Return a kernel that, like CUDA's, reads fp16 and writes fp32; the CPU's would copy its input first."""
 
-    def kernel(tensor: torch.Tensor, dim: int, dtype: torch.dtype | None = None) -> Any:
+    def kernel(tensor: torch.Tensor, dim: int, dtype: torch.dtype | None = None) -> object:
         with _below_autocast():
             if tensor.dtype == torch.float16 and dtype in (None, torch.float32):
                 return fused(tensor, dim, True)

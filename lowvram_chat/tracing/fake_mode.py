@@ -1,29 +1,47 @@
-"""torch's fake tensors, with a short way to what an operation returned before.
+"""PyTorch's FakeTensorMode with a faster cache of operations that it has already run.
 
-FakeTensorMode remembers the shape that an operation returns for given arguments, but asks seventeen things of each tensor
-first, makes each result by way of checks that pass in every trace, and takes neither unsafe views nor another library's
-operations. Here the key says what can differ between dense tensors, and the result is made at once.
+FakeTensorMode caches the shape that an operation returns for given arguments. But it looks at seventeen properties of
+each tensor first, creates each result through checks that pass in every trace, and caches neither unsafe views nor the
+operations of other libraries. Here the cache key holds only what can differ between dense tensors, and the result is
+created directly.
 Source: torch/_subclasses/fake_tensor.py, `FakeTensorMode._cached_dispatch_impl`, `FakeTensor.__new__` (2.13).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from operator import itemgetter
-from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, in_kernel_invocation_manager
 
+from lowvram_chat.private_names import check_private_names
+from lowvram_chat.tracing.dispatch import Operator
+
+check_private_names(
+    "torch.Tensor._make_subclass",
+    "torch._C._set_throw_on_mutable_data_ptr",
+    "torch._subclasses.fake_tensor.FakeTensor.fake_device",
+    "torch._subclasses.fake_tensor.FakeTensorMode.cache_bypasses",
+    "torch._subclasses.fake_tensor.FakeTensorMode.cache_hits",
+    "torch._subclasses.fake_tensor.FakeTensorMode.cache_misses",
+    "torch._subclasses.fake_tensor.FakeTensorMode.dispatch",
+    "torch._subclasses.fake_tensor.in_kernel_invocation_manager",
+    "torch.ops.aten._to_copy.default",
+    "torch.ops.aten._unsafe_view.default",
+    "torch.ops.aten._unsafe_view.default._schema",
+    "torch.utils._python_dispatch.TorchDispatchMode._should_skip_dynamo",
+)
+
 HASHABLE_TYPES = frozenset(
     {int, float, bool, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format, str}
 )
-"""Types of arguments that stand for themselves."""
+"""Types of arguments that enter a cache key as they are."""
 
 aten = torch.ops.aten
 
 EQUIVALENT_OPERATIONS = {aten._unsafe_view.default: aten.view.default}
-"""Operations that do to memory what another one does, which can be remembered."""
+"""Operation -> a cacheable operation with the same effect on memory."""
 DIRECT_KERNEL_OPERATIONS = frozenset(
     {
         aten.view.default,
@@ -34,119 +52,171 @@ DIRECT_KERNEL_OPERATIONS = frozenset(
         aten.gelu_backward.default,
     }
 )
-"""Operations that are asked of their kernel for tensors without memory at once; torch tries other ways first, a millisecond
-each."""
+"""Operations whose meta kernel is called directly. PyTorch tries other ways first, which take a millisecond each."""
 FUNCTIONAL_NAMESPACE = "bitsandbytes"
-"""A library whose operations return new tensors, or nothing and then do nothing to shapes; torch remembers none but its own."""
+"""A library whose operations return new tensors, or return nothing and change no shapes. PyTorch caches only its own."""
 
-Maker = Callable[[tuple[Any, ...]], Any]
-"""Makes an operation's result anew, from its arguments."""
+Maker = Callable[[Sequence[object]], object]
+"""Creates the result of an operation from its arguments."""
+CacheKey = tuple[object, ...]
+"""An operation and everything in its arguments that affects the result."""
 
 
 class UncacheableArgumentError(Exception):
-    """An argument that a key cannot say."""
+    """An argument that cannot be part of a cache key."""
 
 
 class CachingFakeTensorMode(FakeTensorMode):
-    """A FakeTensorMode with a short way for what it has seen before; everything else goes torch's own way."""
+    """A FakeTensorMode that answers repeated operations from its own cache, and leaves all others to PyTorch."""
 
-    def __init__(self, **settings: Any) -> None:
-        super().__init__(**settings)
-        self._known: dict[tuple[Any, ...], Maker] = {}
+    def __init__(self, *, allow_non_fake_inputs: bool = False) -> None:
+        super().__init__(allow_non_fake_inputs=allow_non_fake_inputs)
+        self._makers: dict[CacheKey, Maker] = {}
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        """No: nothing is compiled here, and torch's wrapper against it would be called with every operation."""
+        """Return False: nothing is compiled here, and PyTorch's guard against it would run on every operation."""
         return False
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None) -> Any:
-        """Runs one operation on fake tensors, uncounted."""
+    def __torch_dispatch__(
+        self,
+        func: Operator,
+        types: Sequence[type],
+        args: Sequence[object] = (),
+        kwargs: Mapping[str, object] | None = None,
+    ) -> object:
+        """Run one operation on fake tensors, without FakeTensorMode's counters."""
         return self.dispatch(func, types, args, kwargs)
 
-    def dispatch(self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None) -> Any:
-        """Runs one operation on fake tensors."""
+    def dispatch(
+        self,
+        func: Operator,
+        types: Sequence[type],
+        args: Sequence[object] = (),
+        kwargs: Mapping[str, object] | None = None,
+    ) -> object:
+        """Run one operation on fake tensors."""
         func, kwargs = EQUIVALENT_OPERATIONS.get(func, func), kwargs or {}
-        words: list[Any] = [func, torch.get_default_dtype(), torch.is_inference_mode_enabled()]
+        description: list[object] = [func, torch.get_default_dtype(), torch.is_inference_mode_enabled()]
         try:
-            _describe(args, words)
-            words += kwargs
-            _describe(kwargs.values(), words)
+            _describe(args, description)
+            description += kwargs
+            _describe(kwargs.values(), description)
         except UncacheableArgumentError:
             if func.namespace == FUNCTIONAL_NAMESPACE and not func._schema.returns:
                 return None
             return super().dispatch(func, types, args, kwargs)
-        key = tuple(words)
-        if key in self._known:
-            return self._known[key](args)
+        key = tuple(description)
+        if key in self._makers:
+            return self._makers[key](args)
         if func in DIRECT_KERNEL_OPERATIONS and "device" not in kwargs:
-            with in_kernel_invocation_manager(self):
-                like = func(*args, **kwargs)
-            viewed = 0 if func.is_view else None
-            self._known[key] = self._tensor_maker(like, args[0].fake_device, viewed)
-            return self._known[key](args)
-        taken, bypassed = _cache_counts()
+            self._makers[key] = self._direct_maker(func, args, kwargs)
+            return self._makers[key](args)
+        return self._dispatch_and_cache(key, func, types, args, kwargs)
+
+    def _dispatch_and_cache(
+        self,
+        key: CacheKey,
+        func: Operator,
+        types: Sequence[type],
+        args: Sequence[object],
+        kwargs: Mapping[str, object],
+    ) -> object:
+        """Run an operation PyTorch's way, and cache its result if PyTorch did so too."""
+        used, bypassed = _cache_counts()
         result = super().dispatch(func, types, args, kwargs)
-        taken_now, bypassed_now = _cache_counts()
-        if (taken_now > taken and bypassed_now == bypassed) or func.namespace == FUNCTIONAL_NAMESPACE:
-            maker = None if _holds_tensor(kwargs) else self._maker(func, args, result)
+        used_after, bypassed_after = _cache_counts()
+        is_cached_by_torch = used_after > used and bypassed_after == bypassed
+        if is_cached_by_torch or func.namespace == FUNCTIONAL_NAMESPACE:
+            maker = None if _has_tensor(kwargs) else self._maker(func, args, result)
             if maker is not None:
-                self._known[key] = maker
+                self._makers[key] = maker
         return result
 
-    def _maker(self, func: Any, args: tuple[Any, ...], result: Any) -> Maker | None:
-        """What makes this result from such arguments; None where only torch should."""
+    def _direct_maker(self, func: Operator, args: Sequence[object], kwargs: Mapping[str, object]) -> Maker:
+        """Return the maker of an operation's result, found by calling its meta kernel."""
+        first = args[0]
+        assert isinstance(first, FakeTensor)
+        with in_kernel_invocation_manager(self):
+            result = func(*args, **kwargs)
+        assert isinstance(result, torch.Tensor)
+        return self._tensor_maker(result, first.fake_device, base=0 if func.is_view else None)
+
+    def _maker(self, func: Operator, args: Sequence[object], result: object) -> Maker | None:
+        """Return what creates such a result from such arguments, or None if only PyTorch can."""
         if isinstance(result, tuple):
-            makers = [self._maker(func, args, one) for one in result]
-            known = [maker for maker in makers if maker is not None]
-            return (lambda args: tuple(maker(args) for maker in known)) if len(known) == len(makers) else None
+            return self._tuple_maker(func, args, result)
         if result is None or type(result) is int:
             return lambda _: result
         if type(result) is not FakeTensor or result.constant is not None or result.layout is not torch.strided:
             return None
-        same = [place for place, argument in enumerate(args) if argument is result]
-        if same:
-            return itemgetter(same[0])
-        viewed = None
+        for position, argument in enumerate(args):
+            if argument is result:
+                return itemgetter(position)
+        base = None
         if getattr(func, "is_view", False):
-            (viewed,) = (place for place, argument in enumerate(args) if isinstance(argument, torch.Tensor))
-        return self._tensor_maker(result, result.fake_device, viewed)
+            (base,) = (position for position, argument in enumerate(args) if isinstance(argument, torch.Tensor))
+        return self._tensor_maker(result, result.fake_device, base)
 
-    def _tensor_maker(self, like: torch.Tensor, device: torch.device, viewed: int | None) -> Maker:
-        """Makes fake tensors like this one: with a storage of their own, or that of an argument."""
-        shape, stride, offset, kind = tuple(like.shape), like.stride(), like.storage_offset(), like.dtype
-        attributes = vars(FakeTensor(self, torch.empty((), device="meta"), device))  # type: ignore[no-untyped-call]
+    def _tuple_maker(self, func: Operator, args: Sequence[object], results: tuple[object, ...]) -> Maker | None:
+        """Return what creates a tuple of results, or None if one of them cannot be created."""
+        makers: list[Maker] = []
+        for result in results:
+            maker = self._maker(func, args, result)
+            if maker is None:
+                return None
+            makers.append(maker)
+        return lambda args: tuple(maker(args) for maker in makers)
 
-        def make(args: tuple[Any, ...]) -> FakeTensor:
-            storage = None if viewed is None else args[viewed].untyped_storage()
+    def _tensor_maker(self, like: torch.Tensor, device: torch.device, base: int | None) -> Maker:
+        """Return what creates fake tensors like this one.
+
+        `base` is the position of the argument whose storage they share; None: they get a storage of their own.
+        """
+        shape, stride, offset, dtype = tuple(like.shape), like.stride(), like.storage_offset(), like.dtype
+        attributes = vars(FakeTensor(self, torch.empty((), device="meta"), device))
+
+        def make(args: Sequence[object]) -> FakeTensor:
+            storage = None if base is None else _storage(args[base])
             with in_kernel_invocation_manager(self):
-                inner = torch.empty_strided(shape, stride, dtype=kind, device="meta")
+                meta = torch.empty_strided(shape, stride, dtype=dtype, device="meta")
                 if storage is not None:
-                    inner.set_(storage, offset, shape, stride)
-            made: FakeTensor = torch.Tensor._make_subclass(
-                FakeTensor, inner, False, dispatch_device=True, device_for_backend_keys=device
+                    meta.set_(storage, offset, shape, stride)
+            fake: FakeTensor = torch.Tensor._make_subclass(
+                FakeTensor, meta, False, dispatch_device=True, device_for_backend_keys=device
             )
-            torch._C._set_throw_on_mutable_data_ptr(made)
-            vars(made).update(attributes)
-            return made
+            torch._C._set_throw_on_mutable_data_ptr(fake)
+            vars(fake).update(attributes)
+            return fake
 
         return make
 
 
-def _holds_tensor(kwargs: Mapping[str, Any]) -> bool:
-    return any(isinstance(one, torch.Tensor) for one in kwargs.values())
+def _storage(tensor: object) -> torch.UntypedStorage:
+    """Return the storage of an argument that is a tensor."""
+    assert isinstance(tensor, torch.Tensor)
+    return tensor.untyped_storage()
+
+
+def _has_tensor(kwargs: Mapping[str, object]) -> bool:
+    """Return whether a keyword argument is a tensor."""
+    return any(isinstance(value, torch.Tensor) for value in kwargs.values())
 
 
 def _cache_counts() -> tuple[int, int]:
-    """How many results torch's own cache has taken or given, and how many it would not take."""
+    """Return how many results PyTorch's own cache stored or reused, and how many it refused."""
     return FakeTensorMode.cache_hits + FakeTensorMode.cache_misses, sum(FakeTensorMode.cache_bypasses.values())
 
 
-def _describe(arguments: Iterable[Any], key: list[Any]) -> None:
-    """Appends to `key` what tells these arguments from others."""
+def _describe(arguments: Iterable[object], key: list[object]) -> None:
+    """Append to `key` everything in these arguments that affects a result.
+
+    Raises:
+        UncacheableArgumentError: an argument of another type.
+    """
     for argument in arguments:
-        kind = type(argument)
-        if kind is FakeTensor and argument.constant is None and argument.layout is torch.strided:
-            # `fake_device`, since asking for `device` is a dispatched operation of its own.
+        if type(argument) is FakeTensor and argument.constant is None and argument.layout is torch.strided:
+            # `fake_device`, because reading `device` dispatches an operation of its own.
             key += (
                 argument.fake_device,
                 argument.dtype,
@@ -155,9 +225,9 @@ def _describe(arguments: Iterable[Any], key: list[Any]) -> None:
                 argument.storage_offset(),
                 argument.requires_grad,
             )
-        elif kind in HASHABLE_TYPES:
-            key += (kind, argument)  # the type too: 1 and 1.0 are equal, and make different results
-        elif kind is list or kind is tuple:
+        elif (kind := type(argument)) in HASHABLE_TYPES:
+            key += (kind, argument)  # with the type: 1 and 1.0 are equal but give different results
+        elif type(argument) is list or type(argument) is tuple:
             key.append(len(argument))
             _describe(argument, key)
         else:

@@ -1,26 +1,26 @@
-"""A model built on the meta device, moved onto the traced card: every parameter and buffer becomes a fake tensor.
+"""Moves a model from the meta device to the traced device: every parameter and buffer becomes a fake tensor.
 
-Constructors of adapters, 4-bit layers and 8-bit optimizers read or convert values, so they run before, on meta tensors;
-the step runs after, on fake ones.
+The constructors of adapters, 4-bit layers and 8-bit optimizers read or convert values. They therefore run first, on meta
+tensors; the step runs afterwards, on fake tensors.
 """
 
 from __future__ import annotations
 
-from typing import Any
+import itertools
 
 import torch
 
 from lowvram_chat.tracing.recorder import TraceRecorder
 
 Materialised = dict[torch.Tensor, torch.Tensor]
-"""Meta tensor -> the fake tensor that stands for it; a tied weight once."""
+"""Meta tensor -> the fake tensor that replaces it. A tied weight has one entry."""
 
 
 def materialise(model: torch.nn.Module, recorder: TraceRecorder) -> Materialised:
-    """Moves `model` onto the traced card, in the order of `Module.to(device)`.
+    """Move `model` to the traced device, in the order of `Module.to(device)`.
 
-    That is children first, then a module's own parameters, then its buffers. Returns what replaced what; give it to
-    `repoint` for an optimizer that was built before.
+    That order is: children first, then a module's own parameters, then its buffers. Return the replaced tensors; pass
+    them to `repoint` for an optimizer that was built before.
     """
     moved: Materialised = {}
     _move(model, moved)
@@ -31,22 +31,25 @@ def materialise(model: torch.nn.Module, recorder: TraceRecorder) -> Materialised
 
 
 def repoint(optimizer: torch.optim.Optimizer, moved: Materialised) -> None:
-    """Lets an optimizer that was built on the meta model step on the traced one."""
+    """Let an optimizer that was built on the meta model update the traced model."""
     for group in optimizer.param_groups:
         group["params"] = [moved.get(parameter, parameter) for parameter in group["params"]]
 
 
 def _move(module: torch.nn.Module, moved: Materialised) -> None:
+    """Replace the tensors of a module and its children by fake ones, and add them to `moved`."""
     for child in module.children():
         _move(child, moved)
-    holders: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
-    for tensors in holders:
-        for name, tensor in tensors.items():
-            if tensor is not None:
-                tensors[name] = moved[tensor] if tensor in moved else moved.setdefault(tensor, _fake(tensor))
+    own = itertools.chain(
+        module.named_parameters(recurse=False, remove_duplicate=False),
+        module.named_buffers(recurse=False, remove_duplicate=False),
+    )
+    for name, tensor in list(own):
+        setattr(module, name, moved[tensor] if tensor in moved else moved.setdefault(tensor, _fake(tensor)))
 
 
 def _fake(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a fake tensor, or a fake parameter, like a meta one."""
     fake = torch.empty_like(tensor, device="cpu")
     if not isinstance(tensor, torch.nn.Parameter):
         return fake

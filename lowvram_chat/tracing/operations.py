@@ -1,20 +1,23 @@
-"""What a traced operation asks of a card: products, bytes read and written, kernels launched, and in what precision.
+"""What a traced operation costs on a device: FLOPs, bytes read and written, kernel launches, and precision.
 
-The recorder (`trace`) calls `describe_operation` for each operation while it is told to list them. Views, allocations and
-questions about a tensor launch nothing and are left out. Bytes are those of the tensors' own elements: what is expanded
-counts once, a gather reads what it returns. FLOPs are those of `torch.utils.flop_counter`, which is the convention of
-published utilisations: a multiply-add is two, and causal attention counts in full although flash kernels skip the upper
-half (so their share of the peak, lower than a plain product's, is hidden in the half that they skip).
+While `TraceRecorder.operations` is a list, the recorder calls `describe_operation` for each operation. Views,
+allocations and metadata queries launch no kernel and are left out.
+
+- Bytes are those of a tensor's own elements: an expanded tensor counts once, and a gather reads as much as it returns.
+- FLOPs are those of `torch.utils.flop_counter`, the convention of published utilisations. A multiply-add counts as two,
+  and causal attention counts in full, although flash kernels skip the upper half. Flash kernels reach a lower share of the
+  peak rate than a plain product does; the half that they skip hides this.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Literal, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Literal, NamedTuple
 
 import torch
 
+from lowvram_chat.tracing.dispatch import Arguments, Operator, tensor_at, tensors_in
 from lowvram_chat.tracing.kernels import (
     GATHERS,
     INTERNAL_BYTES,
@@ -26,15 +29,15 @@ from lowvram_chat.tracing.kernels import (
 )
 
 Precision = Literal["half", "single", "none"]
-"""Of an operation's products: fp16 or bf16, fp32 (TF32 where it is allowed), or no products at all."""
+"""Precision of an operation's matrix products: fp16 or bf16, fp32 (or TF32, where allowed), or no products at all."""
 BytesByStorage = dict[object, int]
 """Storage -> bytes."""
 StorageOf = Callable[[torch.Tensor], object]
-"""Tensor -> what stands for its storage."""
+"""Tensor -> an object that identifies its storage."""
 
 
 class Access(NamedTuple):
-    """Elements of one storage that an operation reads or writes."""
+    """The elements of one storage that an operation reads or writes."""
 
     storage: object
     nbytes: int
@@ -45,124 +48,128 @@ class Operation(NamedTuple):
 
     name: str
     phase: str
+    """Phase of the step: forward, loss, backward, clipping, optimizer."""
     flops: int
     precision: Precision
     unaligned: tuple[Access, ...]
-    """Those of its product's matrices whose rows do not all begin at multiples of `ALIGNMENT_BYTES`."""
+    """Matrices of its product whose rows do not all begin at multiples of `ALIGNMENT_BYTES`."""
     reads: tuple[Access, ...]
     writes: tuple[Access, ...]
     launches: int
-    waits: bool
+    """Kernels."""
+    synchronizes: bool
     """Whether the host waits for its result, as `.item()` does."""
 
     @property
     def nbytes(self) -> int:
-        """Bytes that pass between the card's memory and its processors."""
-        return sum(piece.nbytes for piece in self.reads) + sum(piece.nbytes for piece in self.writes)
+        """Bytes moved between the device's memory and its processors."""
+        return sum(access.nbytes for access in self.reads) + sum(access.nbytes for access in self.writes)
 
 
 Work = Sequence[Sequence[Operation]]
 """The operations of an optimizer step: a list for each of one or two micro-batches, and one for the update."""
 
 ALIGNMENT_BYTES = 16
-"""Tensor-core kernels load this much at a time. Source: NVIDIA, Matrix Multiplication Background User's Guide, section
+"""Bytes that tensor-core kernels load at a time. Source: NVIDIA, Matrix Multiplication Background User's Guide, section
 "Tensor Core Requirements": dimensions that are multiples of 16 bytes."""
 HALF_TYPES = frozenset({torch.float16, torch.bfloat16})
 CHUNK_ELEMENTS, CHUNKS_PER_LAUNCH, TENSORS_PER_LAUNCH = 65536, 320, (110, 64, 48, 36, 30)
-"""Elements of a chunk; chunks of a launch; tensors of a launch over one to five lists.
+"""Elements per chunk; chunks per launch; tensors per launch over one to five lists.
 Source: aten/src/ATen/native/cuda/MultiTensorApply.cuh, `kChunkSize`, `depth_to_max_blocks`, `depth_to_max_tensors`."""
 
 
 def describe_operation(
-    func: Any, args: tuple[Any, ...], result: Any, moment: str, storage_of: StorageOf
+    func: Operator, args: Arguments, result: object, phase: str, storage_of: StorageOf
 ) -> Operation | None:
-    """Returns what an operation asks of the card; None where it launches nothing.
+    """Return what an operation costs on the device, or None if it launches no kernel.
 
-    `storage_of` gives what stands for a tensor's storage: the same object for the same storage, and no other's.
+    `storage_of` must return the same object for tensors that share a storage, and different objects otherwise.
     """
-    kind = kernel_info(func)
-    if not kind.launches:
+    kernel = kernel_info(func)
+    if not kernel.launches:
         return None
-    reads, writes = _moved(kind, args, result, storage_of)
-    matrices = [tensor for tensor in _tensors(args[:3]) if tensor.dim() > 1] if kind.flops else []
-    products = [*matrices, *_tensors(result)] if kind.flops else []
+    reads, writes = _accesses(kernel, args, result, storage_of)
+    factors = [tensor for tensor in tensors_in(args[:3]) if tensor.dim() > 1] if kernel.flops else []
+    matrices = [*factors, *tensors_in(result)] if kernel.flops else []
     return Operation(
-        name=kind.name,
-        phase=moment,
-        flops=kind.flops(*args, out_val=result) if kind.flops else 0,
-        precision=_precision(matrices),
-        unaligned=tuple(Access(storage_of(one), _bytes(one)) for one in products if not _is_aligned(one)),
+        name=kernel.name,
+        phase=phase,
+        flops=kernel.flops(*args, out_val=result) if kernel.flops else 0,
+        precision=_precision(factors),
+        unaligned=tuple(Access(storage_of(matrix), _bytes(matrix)) for matrix in matrices if not _is_aligned(matrix)),
         reads=tuple(Access(*item) for item in reads.items()),
         writes=tuple(Access(*item) for item in writes.items()),
-        launches=_multi_launches(args) if kind.is_multi else KERNELS_PER_OPERATION.get(kind.name, 1),
-        waits=func is ITEM_OPERATION,
+        launches=_multi_tensor_launches(args) if kernel.is_multi_tensor else KERNELS_PER_OPERATION.get(kernel.name, 1),
+        synchronizes=func is ITEM_OPERATION,
     )
 
 
-def _moved(
-    kind: KernelInfo, args: tuple[Any, ...], result: Any, storage_of: StorageOf
+def _accesses(
+    kernel: KernelInfo, args: Arguments, result: object, storage_of: StorageOf
 ) -> tuple[BytesByStorage, BytesByStorage]:
-    """What an operation reads and what it writes."""
-    reads: BytesByStorage = {}
-    writes: BytesByStorage = {}
-    for place, argument in enumerate(() if kind.fills else args):
-        is_written = place in kind.written
-        for tensor in _tensors(argument):
-            if is_written:
-                _add(writes, storage_of(tensor), _bytes(tensor))
-            if not (is_written and kind.overwritten):
-                _add(reads, storage_of(tensor), _bytes(tensor))
-    if kind.name in GATHERS:
-        reads[storage_of(args[0])] = _bytes(result)
-    if kind.name in SPARSELY_ACCESSED_ARGUMENT:
-        table = storage_of(args[SPARSELY_ACCESSED_ARGUMENT[kind.name]])
-        for pieces in (reads, writes):
-            pieces.update(dict.fromkeys(pieces.keys() & {table}, 0))
-    for tensor in _tensors(result):
+    """Return what an operation reads and what it writes."""
+    reads, writes = _argument_accesses(kernel, args, storage_of)
+    if kernel.name in GATHERS:
+        reads[storage_of(tensor_at(args, 0))] = sum(map(_bytes, tensors_in(result)))
+    if kernel.name in SPARSELY_ACCESSED_ARGUMENT:
+        sparse = storage_of(tensor_at(args, SPARSELY_ACCESSED_ARGUMENT[kernel.name]))
+        for accesses in (reads, writes):
+            if sparse in accesses:
+                accesses[sparse] = 0
+    for tensor in tensors_in(result):
         if storage_of(tensor) not in reads.keys() | writes.keys():
             writes[storage_of(tensor)] = _bytes(tensor)
-    if kind.name in INTERNAL_BYTES:
-        writes[object()] = INTERNAL_BYTES[kind.name](args)
+    if kernel.name in INTERNAL_BYTES:
+        writes[object()] = INTERNAL_BYTES[kernel.name](*args)
     return reads, writes
 
 
-def _add(pieces: BytesByStorage, storage: object, nbytes: int) -> None:
-    """Adds elements of a storage; the same ones again, as in a product with itself, count once."""
-    pieces[storage] = max(nbytes, pieces.get(storage, 0))
+def _argument_accesses(
+    kernel: KernelInfo, args: Arguments, storage_of: StorageOf
+) -> tuple[BytesByStorage, BytesByStorage]:
+    """Return what an operation reads and writes of its arguments, by its schema alone."""
+    reads: BytesByStorage = {}
+    writes: BytesByStorage = {}
+    for position, argument in enumerate(() if kernel.fills else args):
+        is_written = position in kernel.written
+        for tensor in tensors_in(argument):
+            if is_written:
+                _add(writes, storage_of(tensor), _bytes(tensor))
+            if not (is_written and kernel.overwrites):
+                _add(reads, storage_of(tensor), _bytes(tensor))
+    return reads, writes
 
 
-def _tensors(value: Any) -> Iterator[torch.Tensor]:
-    if isinstance(value, torch.Tensor):
-        yield value
-    elif isinstance(value, (tuple, list)):
-        for item in value:
-            yield from _tensors(item)
+def _add(accesses: BytesByStorage, storage: object, nbytes: int) -> None:
+    """Add an access to a storage; two accesses to one storage, as in a product with itself, count once."""
+    accesses[storage] = max(nbytes, accesses.get(storage, 0))
 
 
 def _bytes(tensor: torch.Tensor) -> int:
-    """Bytes of a tensor's own elements: those of an expanded one are there once."""
+    """Return the bytes of a tensor's own elements; those of an expanded tensor count once."""
     return min(tensor.numel() * tensor.element_size(), tensor.untyped_storage().nbytes())
 
 
-def _precision(matrices: list[torch.Tensor]) -> Precision:
-    if not matrices:
+def _precision(factors: list[torch.Tensor]) -> Precision:
+    """Return the precision of a product of these matrices."""
+    if not factors:
         return "none"
-    return "half" if matrices[0].dtype in HALF_TYPES else "single"
+    return "half" if factors[0].dtype in HALF_TYPES else "single"
 
 
 def _is_aligned(matrix: torch.Tensor) -> bool:
-    """Whether the rows (or columns, where it is transposed) of a matrix begin at multiples of `ALIGNMENT_BYTES`."""
-    if matrix.dim() < 2 or not matrix.is_floating_point():  # log-sums of attention; packed weights
+    """Return whether a matrix's rows (columns, if it is transposed) begin at multiples of `ALIGNMENT_BYTES`."""
+    if matrix.dim() < 2 or not matrix.is_floating_point():  # the log-sum-exp of attention; packed weights
         return True
     step = max(matrix.stride()[-2:])
-    return bool(step * matrix.element_size() % ALIGNMENT_BYTES == 0)
+    return step * matrix.element_size() % ALIGNMENT_BYTES == 0
 
 
-def _multi_launches(args: tuple[Any, ...]) -> int:
-    """Launches of an operation over lists of tensors: as many as its chunks, or its tensors, need."""
+def _multi_tensor_launches(args: Arguments) -> int:
+    """Return the launches of an operation over lists of tensors: as many as its chunks, or its tensors, need."""
     lists = [argument for argument in args if isinstance(argument, (list, tuple)) and argument]
     if not lists:
         return 1
-    chunks = sum(math.ceil(tensor.numel() / CHUNK_ELEMENTS) for tensor in _tensors(lists[0]))
+    chunks = sum(math.ceil(tensor.numel() / CHUNK_ELEMENTS) for tensor in tensors_in(lists[0]))
     tensors = TENSORS_PER_LAUNCH[min(len(lists), len(TENSORS_PER_LAUNCH)) - 1]
     return max(1, math.ceil(chunks / CHUNKS_PER_LAUNCH), math.ceil(len(lists[0]) / tensors))

@@ -1,69 +1,79 @@
-"""What a traced machine does differently from the fake CPU that the trace runs on: nothing, by default.
+"""How the traced device differs from the fake CPU that the trace runs on. By default, not at all.
 
-`DeviceRules` is the CPU itself; `cuda_rules.CudaRules` is a card. The recorder knows only this interface.
+`DeviceRules` describes the CPU; `cuda_rules.CudaRules` describes a GPU. The recorder uses only this interface.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator
-from typing import Any
+from collections.abc import Iterable
 
 import torch
+import transformers
 from transformers.utils import import_utils
 
+from lowvram_chat.private_names import check_private_names
+from lowvram_chat.tracing.dispatch import Arguments, Operator
+from lowvram_chat.tracing.patching import patched
+
+DETECTS_FAKE_TENSORS = int(transformers.__version__.partition(".")[0]) >= 5
+"""Whether transformers treats fake tensors differently from real ones. Version 4 does not know them."""
+
+if DETECTS_FAKE_TENSORS:
+    check_private_names("transformers.utils.import_utils.is_fake_tensor")
+
 Scalar = bool | int | float
+"""What `.item()` returns."""
 
 
 class DeviceRules:
-    """A machine that does what PyTorch's CPU build does.
+    """A device that behaves like PyTorch's CPU build.
 
-    `plain_rows` says what the model's code will find when it looks into a batch: True for rows of one document each
-    whose attention mask, if there is one, is all ones; False for padded or packed rows.
+    `plain_rows` answers the questions that a model's code asks about the values in a batch. True stands for rows of one
+    document each, whose attention mask, if any, is all ones. False stands for padded or packed rows.
     """
 
     def __init__(self, *, plain_rows: bool = False) -> None:
         self.plain_rows = plain_rows
 
     def active(self) -> contextlib.AbstractContextManager[None]:
-        """The substitutions, in force while the context is open."""
+        """Return a context in which this device's substitutions are in force."""
         return hide_fake_tensors()
 
-    def temporaries(self, func: Any, args: tuple[Any, ...], result: Any) -> Iterable[int]:
-        """Sizes in bytes of the buffers that an operation's kernel holds while it runs, after its results are there."""
+    def temporaries(self, func: Operator, args: Arguments, result: object) -> Iterable[int]:
+        """Return the sizes, in bytes, of the buffers that an operation's kernel holds while it runs.
+
+        The buffers exist together, after the operation's results have been allocated.
+        """
         return ()
 
-    def workspace(self, func: Any) -> int:
-        """Bytes that the first operation of this kind takes for good, once in each thread."""
+    def workspace(self, func: Operator) -> int:
+        """Return the bytes that the first operation of this kind allocates and never frees, once in each thread."""
         return 0
 
-    def allocation_order(self, func: Any, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
-        """The results of an operation in the order in which its kernel allocates them."""
+    def allocation_order(self, func: Operator, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+        """Return the results of an operation in the order in which its kernel allocates them."""
         return tensors
 
     def scalar(self, tensor: torch.Tensor) -> Scalar:
-        """What `.item()` says of a value that a fake tensor does not have.
+        """Return what `.item()` gives for a fake tensor, which has no value.
 
-        Truth values answer "is this mask all ones?" and "is this one document a row?"; numbers are 1, so that a step
-        count can be divided by.
+        Booleans answer "is this mask all ones?" and "is each row one document?". Numbers are 1, so that code can divide
+        by a step count.
         """
         if tensor.dtype == torch.bool:
             return self.plain_rows
         return 1.0 if tensor.dtype.is_floating_point else 1
 
 
-@contextlib.contextmanager
-def hide_fake_tensors() -> Iterator[None]:
-    """Hides from transformers that tensors are fake: it would build attention masks that a real run does without.
+def hide_fake_tensors() -> contextlib.AbstractContextManager[None]:
+    """Return a context in which transformers takes fake tensors for real ones.
 
+    Otherwise it would build attention masks that a real run does not need.
     Source: transformers/masking_utils.py (5.x), `find_packed_sequence_indices`, `_ignore_causal_mask_sdpa`.
     """
-    module: Any = import_utils
-    notices = getattr(module, "is_fake_tensor", None)
-    if notices is not None:
-        module.is_fake_tensor = lambda _: False
-    try:
-        yield
-    finally:
-        if notices is not None:
-            module.is_fake_tensor = notices
+    return patched(import_utils, is_fake_tensor=_never_fake) if DETECTS_FAKE_TENSORS else contextlib.nullcontext()
+
+
+def _never_fake(_: object) -> bool:
+    return False

@@ -1,7 +1,7 @@
-"""The second witness: a recipe's trace by the CPU's rules takes what a real step on the CPU takes, within 1 %.
+"""An independent check of the trace: by the CPU's rules, its peak is within 1 % of a real step's peak on the CPU.
 
-The real step is counted by torch's own profiler. The same loop runs on real and on fake tensors; that it is the
-Trainer's loop is held by the last test.
+PyTorch's profiler counts the memory of the real step. The same loop runs on real and on fake tensors; the last test checks
+that it is the Trainer's loop.
 """
 
 from __future__ import annotations
@@ -19,8 +19,10 @@ from benchmarks.validation.witness import profiled_peak_bytes, traced_peak_bytes
 from lowvram_chat.recipe.schema import Recipe
 from lowvram_chat.tracing import model as recipe_model
 from lowvram_chat.tracing import optimizer as recipe_optimizer
+from lowvram_chat.tracing.dispatch import Operator
 from lowvram_chat.tracing.rules import DeviceRules
-from lowvram_chat.tracing.run import MicroBatchShape, TracedRun, trace_run
+from lowvram_chat.tracing.run import trace_run
+from lowvram_chat.tracing.training_loop import MicroBatchShape, TracedRun
 from lowvram_chat.training import run_dir, session
 from lowvram_chat.training.callbacks import TokenCounts
 from lowvram_chat.training.model_setup import build_model
@@ -28,20 +30,22 @@ from lowvram_chat.training.session import Session
 from tests.runs import Bench
 from tests.samples import save_tiny_gpt2, write_jsonl
 
-bnb: Any = torch.ops.bitsandbytes
+bnb = torch.ops.bitsandbytes
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
 class CpuRules(DeviceRules):
-    """The CPU, with what bitsandbytes' CPU kernels hold while they run (they are Python, and no trace sees inside), and the
-    fp32 result of an exp that is wanted in bf16, which CUDA casts as it writes.
+    """The CPU, with two kinds of temporary buffers that a trace cannot see.
+
+    - bitsandbytes' CPU kernels are written in Python and hold buffers while they run.
+    - An exp with a bf16 result has an fp32 result first; CUDA casts while it writes.
 
     Source: bitsandbytes/backends/cpu/ops.py, `_optimizer_update_8bit_blockwise_cpu`, `_optimizer_update_32bit_cpu`;
     backends/default/ops.py, `_gemm_4bit_default_impl`; aten/src/ATen/TensorIterator.cpp, `cast_common_dtype_to_outputs`.
     """
 
-    def temporaries(self, func: Any, args: tuple[Any, ...], result: Any) -> Iterable[int]:
+    def temporaries(self, func: Operator, args: tuple[Any, ...], result: Any) -> Iterable[int]:
         if func is bnb.optimizer_update_8bit_blockwise.default:
             return [4 * args[1].numel()] * 5
         if func is bnb.optimizer_update_32bit.default:
@@ -101,24 +105,27 @@ def small_gpt2(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def _held(model: Any) -> int:
-    """Bytes of a model: parameters, buffers, and the scales of 4-bit weights."""
+def _model_bytes(model: torch.nn.Module) -> int:
+    """Return the bytes of a model: parameters, buffers, and the scales of 4-bit weights."""
     states = [getattr(parameter, "quant_state", None) for parameter in model.parameters()]
     scales = [state.absmax for state in states if state is not None]
     return sum(tensor.nbytes for tensor in [*{*model.parameters(), *model.buffers()}, *scales])
 
 
-def _real(recipe: Recipe, model: Any, steps: list[list[MicroBatchShape]]) -> int:
+def _real_peak(recipe: Recipe, model: torch.nn.Module, steps: list[list[MicroBatchShape]]) -> int:
+    """Return the peak of a real run, in bytes."""
     run = TracedRun(recipe, model, recipe_optimizer.prepare_optimizer(recipe, model)({}))
-    return _held(model) + profiled_peak_bytes(lambda: run.train(steps))
+    return _model_bytes(model) + profiled_peak_bytes(lambda: run.train(steps))
 
 
-def _traced(recipe: Recipe, steps: list[list[MicroBatchShape]]) -> int:
-    plain = not any(shape.packed for step in steps for shape in step)
-    return traced_peak_bytes(trace_run(recipe, CpuRules(plain_rows=plain), steps).events)
+def _traced_peak(recipe: Recipe, steps: list[list[MicroBatchShape]]) -> int:
+    """Return the peak of a traced run, in bytes."""
+    plain_rows = not any(shape.packed for step in steps for shape in step)
+    return traced_peak_bytes(trace_run(recipe, CpuRules(plain_rows=plain_rows), steps).events)
 
 
 def _steps(recipe: Recipe, *, packed: bool = False) -> list[list[MicroBatchShape]]:
+    """Return two optimizer steps, the second one with a shorter micro-batch if gradients are accumulated."""
     length, count = recipe.data.max_length, recipe.train.gradient_accumulation_steps
     return [
         [MicroBatchShape(length, packed=packed)] * count,
@@ -131,15 +138,15 @@ def test_a_recipe_s_trace_has_the_peak_of_a_real_cpu_step(kind: str, small_gpt2:
     recipe = _recipe(small_gpt2, **KINDS[kind])
     model = recipe_model.prepare_for_training(build_model(recipe, torch.device("cpu")), recipe)
     steps = _steps(recipe)
-    assert _traced(recipe, steps) == pytest.approx(_real(recipe, model, steps), rel=0.01)
+    assert _traced_peak(recipe, steps) == pytest.approx(_real_peak(recipe, model, steps), rel=0.01)
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_packed_rows_take_what_they_take_for_real(attention: str, small_gpt2: Path) -> None:
+def test_packed_rows_have_the_peak_of_a_real_cpu_step(attention: str, small_gpt2: Path) -> None:
     recipe = _recipe(small_gpt2, model={"attention": attention})
     model = recipe_model.prepare_for_training(build_model(recipe, torch.device("cpu")), recipe)
     steps = _steps(recipe, packed=True)
-    assert _traced(recipe, steps) == pytest.approx(_real(recipe, model, steps), rel=0.01)
+    assert _traced_peak(recipe, steps) == pytest.approx(_real_peak(recipe, model, steps), rel=0.01)
 
 
 @pytest.fixture(scope="module")
@@ -154,13 +161,13 @@ SMALL_KINDS = ["full", "lora", "dora", "qlora", "adamw unfused", "adamw 8-bit", 
 
 
 @pytest.mark.parametrize("kind", SMALL_KINDS)
-def test_the_same_holds_for_gpt2_small(kind: str, gpt2_small: Path) -> None:
+def test_the_trace_of_gpt2_small_has_the_peak_of_a_real_cpu_step(kind: str, gpt2_small: Path) -> None:
     settings = KINDS.get(kind, {})
     train = {"per_device_train_batch_size": 1, **settings.get("train", {})}
     recipe = _recipe(gpt2_small, **{**settings, "train": train})
     model = recipe_model.prepare_for_training(build_model(recipe, torch.device("cpu")), recipe)
     steps = _steps(recipe, packed=kind == "packed")[:1]
-    assert _traced(recipe, steps) == pytest.approx(_real(recipe, model, steps), rel=0.01)
+    assert _traced_peak(recipe, steps) == pytest.approx(_real_peak(recipe, model, steps), rel=0.01)
 
 
 TRAINER_KINDS = {
@@ -174,10 +181,10 @@ TRAINER_KINDS = {
 
 
 @pytest.mark.parametrize("kind", TRAINER_KINDS)
-def test_the_traced_loop_takes_what_the_trainer_s_own_takes(
+def test_the_traced_loop_has_the_peak_of_the_trainer_s_own(
     kind: str, bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # What is fastest on a CPU takes memory that no plan is about.
+    # The settings that are fastest on a CPU take memory that no plan describes.
     monkeypatch.setattr(session, "build_model", lambda recipe, device, **_: build_model(recipe, device))
     length, rows = 96, 8
     recipe = bench.recipe(
@@ -190,11 +197,11 @@ def test_the_traced_loop_takes_what_the_trainer_s_own_takes(
     )
     prepared = Session.prepare(recipe, device=torch.device("cpu"))
     trainer = prepared._trainer(run_dir.create(recipe, resume=False), TokenCounts(), TrainerCallback())
-    real = _held(prepared.model) + profiled_peak_bytes(trainer.train)
+    real = _model_bytes(prepared.model) + profiled_peak_bytes(trainer.train)
     steps = [[MicroBatchShape(length)] * recipe.train.gradient_accumulation_steps] * 2
-    assert _traced(recipe, steps) == pytest.approx(real, rel=0.01)
+    assert _traced_peak(recipe, steps) == pytest.approx(real, rel=0.01)
 
 
 def _long_texts(path: Path) -> Path:
-    """Rows that all fill the longest row, so that the Trainer's batches are those that are traced."""
+    """Write rows that all have the maximum length, so that the Trainer's batches are the traced ones. Return the path."""
     return write_jsonl(path, [{"text": f"{number} is a number and there are more. " * 40} for number in range(64)])

@@ -1,30 +1,34 @@
-"""What a trace's fake tensors remember: the same results as torch's own, the second time too."""
+"""The caching fake mode returns the same results as PyTorch's own, whether cached or not."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
 
 import pytest
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
+from lowvram_chat.tracing.dispatch import Operator
 from lowvram_chat.tracing.fake_mode import CachingFakeTensorMode
 
 aten = torch.ops.aten
 
 
-def result_of(mode: FakeTensorMode, operation: Callable[[Tensor, Tensor], Any]) -> tuple[Any, list[Tensor]]:
+Operation = Callable[[Tensor, Tensor], object]
+
+
+def run_operation(mode: FakeTensorMode, operation: Operation) -> tuple[object, list[Tensor]]:
+    """Return the result of an operation, and its inputs."""
     with mode:
         inputs = [torch.empty(4, 6), torch.empty(6, 8)]
         return operation(*inputs), inputs
 
 
-def told(result: Any, inputs: list[Tensor]) -> Any:
-    """Say of a result what a trace makes use of."""
+def describe(result: object, inputs: list[Tensor]) -> object:
+    """Return everything about a result that a trace uses."""
     if isinstance(result, (tuple, list)):
-        return [told(one, inputs) for one in result]
+        return [describe(item, inputs) for item in result]
     if not isinstance(result, Tensor):
         return result
     assert isinstance(result, FakeTensor)
@@ -36,8 +40,8 @@ def told(result: Any, inputs: list[Tensor]) -> Any:
         result.dtype,
         result.device,
         storage.nbytes(),
-        [result is one for one in inputs],
-        [storage._cdata == one.untyped_storage()._cdata for one in inputs],
+        [result is tensor for tensor in inputs],
+        [storage._cdata == tensor.untyped_storage()._cdata for tensor in inputs],
     )
 
 
@@ -64,23 +68,23 @@ def told(result: Any, inputs: list[Tensor]) -> Any:
         lambda a, b: a.shape,
     ],
 )
-def test_a_remembered_result_is_torch_s_own(operation: Callable[[Tensor, Tensor], Any]) -> None:
-    wanted = told(*result_of(FakeTensorMode(), operation))
-    brief = CachingFakeTensorMode()
-    assert [told(*result_of(brief, operation)) for _ in range(3)] == [wanted] * 3
+def test_a_cached_result_equals_pytorch_s_own(operation: Operation) -> None:
+    expected = describe(*run_operation(FakeTensorMode(), operation))
+    caching = CachingFakeTensorMode()
+    assert [describe(*run_operation(caching, operation)) for _ in range(3)] == [expected] * 3
 
 
-def test_what_goes_into_out_is_no_new_tensor() -> None:
-    brief = CachingFakeTensorMode()
+def test_a_result_written_into_out_is_no_new_tensor() -> None:
+    caching = CachingFakeTensorMode()
     for _ in range(3):
-        with brief:
+        with caching:
             out = torch.empty(4, 8)
             assert torch.mm(torch.empty(4, 6), torch.empty(6, 8), out=out) is out
 
 
-def test_numbers_of_other_types_and_another_default_make_other_results() -> None:
-    brief = CachingFakeTensorMode()
-    with brief:
+def test_the_types_of_numbers_and_the_default_type_are_part_of_the_key() -> None:
+    caching = CachingFakeTensorMode()
+    with caching:
         whole = torch.empty(3, dtype=torch.int64)
         assert [torch.mul(whole, by).dtype for by in (1, 1.0, True)] == [torch.int64, torch.float32, torch.int64]
         try:
@@ -90,29 +94,35 @@ def test_numbers_of_other_types_and_another_default_make_other_results() -> None
             torch.set_default_dtype(torch.float32)
 
 
-def test_inference_tensors_are_remembered_apart() -> None:
-    brief = CachingFakeTensorMode()
+def test_inference_tensors_are_cached_separately() -> None:
+    caching = CachingFakeTensorMode()
     for _ in range(2):
-        with brief:
+        with caching:
             with torch.inference_mode():
                 assert (torch.empty(2) + 1).is_inference()
             assert not (torch.empty(2) + 1).is_inference()
 
 
-def test_torch_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[Any] = []
-    plain = FakeTensorMode.dispatch
+def test_a_repeated_operation_is_not_dispatched_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    dispatched: list[Operator] = []
+    original = FakeTensorMode.dispatch
 
-    def counted(self: FakeTensorMode, func: Any, *rest: Any) -> Any:
-        if func is not torch.ops.prim.device.default:  # a question that the recorder answers itself
-            asked.append(func)
-        return plain(self, func, *rest)
+    def counted(
+        self: FakeTensorMode,
+        func: Operator,
+        types: Sequence[type],
+        args: Sequence[object] = (),
+        kwargs: Mapping[str, object] | None = None,
+    ) -> object:
+        if func is not torch.ops.prim.device.default:  # the recorder answers this one itself
+            dispatched.append(func)
+        return original(self, func, types, args, kwargs or {})
 
     with CachingFakeTensorMode():
         inputs = torch.empty(4, 6), torch.empty(6, 8)
         torch.relu(inputs[0] @ inputs[1]).t()
         monkeypatch.setattr(FakeTensorMode, "dispatch", counted)
         torch.relu(inputs[0] @ inputs[1]).t()
-        assert asked == []
+        assert dispatched == []
         torch.relu(inputs[1])  # another shape
-        assert asked == [aten.relu.default]
+        assert dispatched == [aten.relu.default]

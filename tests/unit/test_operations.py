@@ -1,4 +1,4 @@
-"""What a traced operation asks of a card: bytes, FLOPs, launches and alignment, each against a count by hand."""
+"""The bytes, FLOPs, launches and alignment of a traced operation equal counts by hand."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 def listed(
     step: Callable[..., object], *shapes: tuple[int, ...], dtype: torch.dtype = torch.float32
 ) -> list[Operation]:
-    """The operations of a step on tensors of these shapes, which are there before."""
+    """Return the operations of a step on tensors of these shapes, which are allocated before."""
     with TraceRecorder(CudaRules()) as recorder:
         tensors = [torch.empty(shape, dtype=dtype) for shape in shapes]
         recorder.operations = []
@@ -34,7 +34,7 @@ def only(operations: list[Operation]) -> Operation:
     return operations[0]
 
 
-def test_a_product_has_two_flops_for_each_multiply_add_and_moves_its_three_matrices_once() -> None:
+def test_a_matrix_product_counts_two_flops_per_multiply_add_and_moves_each_of_its_three_matrices_once() -> None:
     product = only(listed(torch.mm, (32, 64), (64, 128), dtype=torch.float16))
     assert product.flops == 2 * 32 * 64 * 128
     assert product.nbytes == 2 * (32 * 64 + 64 * 128 + 32 * 128)
@@ -53,14 +53,14 @@ def test_a_vocabulary_of_an_odd_size_leaves_the_rows_of_logits_unaligned(
     assert [piece.nbytes for piece in head.unaligned] == ([] if is_aligned else [8 * columns * dtype.itemsize])
 
 
-def test_views_allocations_and_questions_launch_nothing() -> None:
-    def nothing(tensor: torch.Tensor) -> None:
+def test_views_allocations_and_metadata_queries_launch_nothing() -> None:
+    def launch_nothing(tensor: torch.Tensor) -> None:
         tensor.view(-1).t().detach()
         tensor.expand(3, 4, 8)
         torch.empty_like(tensor)
         assert tensor.device.type == "cpu"
 
-    assert listed(nothing, (4, 8)) == []
+    assert listed(launch_nothing, (4, 8)) == []
 
 
 def test_in_place_operations_read_and_write_and_a_fill_only_writes() -> None:
@@ -74,7 +74,7 @@ def test_an_expanded_tensor_is_read_once() -> None:
     assert only(listed(lambda a, b: a + b.expand_as(a), (64, 16), (1, 16))).nbytes == 4 * (64 * 16 + 16 + 64 * 16)
 
 
-def test_a_lookup_reads_what_it_returns_not_the_table() -> None:
+def test_a_lookup_reads_the_rows_that_it_returns_and_not_the_table() -> None:
     lookup = listed(lambda table: F.embedding(torch.zeros(5, dtype=torch.int64), table), (1000, 16))[-1]
     assert lookup.nbytes == 5 * 8 + 2 * 4 * 5 * 16
 
@@ -92,29 +92,29 @@ def test_a_fused_optimizer_moves_seven_values_for_each_parameter() -> None:
     work = trace_plain_step(PlainStep(build=lambda: PlainGpt(TINY), rows=2, length=32, fused=True))
     parameters = sum(parameter.numel() for parameter in PlainGpt(TINY).parameters())
     step = next(operation for operation in work[-1] if operation.name == "aten._fused_adamw_.default")
-    # weight, gradient and two moments are read, all but the gradient written
+    # It reads weight, gradient and two moments, and writes all of them but the gradient.
     assert step.nbytes == pytest.approx(4 * 7 * parameters, rel=0.01)
 
 
 @pytest.mark.parametrize("fused", [True, False], ids=["flash", "eager attention"])
-def test_a_step_has_the_flops_of_the_textbook(fused: bool) -> None:
+def test_a_step_has_the_flops_of_the_textbook_formula(fused: bool) -> None:
     shape = PlainGptConfig(vocabulary=96, positions=32, width=64, heads=4, layers=2, fused_attention=fused)
     step = PlainStep(build=lambda: PlainGpt(shape), rows=3, length=32, precision="bf16", micro_batches=2)
     first, second, update = trace_plain_step(step)
     weights = 12 * shape.layers * shape.width**2 + shape.vocabulary * shape.width
     attention = 12 * shape.layers * shape.width * 32
     expected = 3 * 32 * (6 * weights + attention)
-    if fused:  # the flash kernel's backward pass computes the scores once more
+    if fused:  # the backward pass of the flash kernel computes the scores again
         expected += 3 * 32 * 2 * shape.layers * shape.width * 32
     assert sum(operation.flops for operation in first) == expected
     assert sum(operation.flops for operation in second) == expected
     assert sum(operation.flops for operation in update) == 0
-    # The second micro-batch finds gradients, and adds to them.
+    # The second micro-batch adds to existing gradients.
     assert len(second) > len(first)
 
 
-def test_an_unfused_optimizer_s_step_counts_are_the_host_s_and_a_scaler_s_question_is_the_card_s() -> None:
+def test_reading_a_step_count_does_not_synchronize_but_reading_an_overflow_flag_does() -> None:
     plain = trace_plain_step(PlainStep(build=lambda: PlainGpt(TINY), rows=2, length=32))
     scaled = trace_plain_step(PlainStep(build=lambda: PlainGpt(TINY), rows=2, length=32, precision="fp16"))
-    assert sum(operation.waits for part in plain for operation in part) == 0
-    assert sum(operation.waits for part in scaled for operation in part) == 1
+    assert sum(operation.synchronizes for part in plain for operation in part) == 0
+    assert sum(operation.synchronizes for part in scaled for operation in part) == 1

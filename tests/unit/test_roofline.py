@@ -1,4 +1,4 @@
-"""The time model's parts, each on operations made by hand: the roofline, the queue of launches, and fusion."""
+"""The parts of the time model, on operations made by hand: the roofline, the queue of launches, and fusion."""
 
 from __future__ import annotations
 
@@ -26,23 +26,25 @@ MB = 10**6
 
 
 def operation(
-    reads: dict[str, int] | None = None, writes: dict[str, int] | None = None, flops: int = 0, **settings: Any
+    reads: dict[str, int] | None = None, writes: dict[str, int] | None = None, flops: int = 0, **fields: Any
 ) -> Operation:
+    """Return an operation in the forward phase; `fields` replaces other fields."""
     values: dict[str, Any] = {
         "name": "by hand",
-        "moment": "forward",
+        "phase": "forward",
         "flops": flops,
         "precision": "half" if flops else "none",
         "unaligned": (),
         "reads": tuple(Access(*item) for item in (reads or {}).items()),
         "writes": tuple(Access(*item) for item in (writes or {}).items()),
         "launches": 1,
-        "waits": False,
+        "synchronizes": False,
     }
-    return Operation(**{**values, **settings})
+    return Operation(**{**values, **fields})
 
 
 def moved(operations: list[Operation]) -> int:
+    """Return the bytes that the operations read and write."""
     return sum(operation.nbytes for operation in operations)
 
 
@@ -62,18 +64,18 @@ def test_unaligned_rows_slow_products_on_tensor_cores_only() -> None:
     assert seconds_on_card(single, RATES) == pytest.approx(2e-3 / SHARE_OF_PEAK + SECONDS_PER_KERNEL)
 
 
-def test_a_step_of_small_operations_takes_what_the_host_needs_to_launch_them() -> None:
+def test_a_step_of_small_operations_takes_as_long_as_the_host_needs_to_launch_them() -> None:
     work = [[operation()] * 1000, [operation()] * 10]
     assert seconds_per_step(work, RATES, 1) == pytest.approx(1010 * LAUNCH, rel=0.01)
     assert seconds_per_step(work, RATES, 1, "windows") > seconds_per_step(work, RATES, 1)
 
 
-def test_launches_hide_behind_a_busy_card_unless_the_host_waits() -> None:
+def test_launches_overlap_with_a_busy_gpu_unless_the_host_synchronizes() -> None:
     large = operation({"a": 800 * MB})
     busy = [large, *[operation()] * 100]
-    free = seconds_per_step([busy, []], RATES, 1)
-    assert free == pytest.approx(0.01 + 101 * SECONDS_PER_KERNEL, rel=0.01)
-    waiting = seconds_per_step([[large._replace(waits=True), *[operation()] * 100], []], RATES, 1)
+    overlapping = seconds_per_step([busy, []], RATES, 1)
+    assert overlapping == pytest.approx(0.01 + 101 * SECONDS_PER_KERNEL, rel=0.01)
+    waiting = seconds_per_step([[large._replace(synchronizes=True), *[operation()] * 100], []], RATES, 1)
     assert waiting == pytest.approx(0.01 + 101 * LAUNCH, rel=0.01)
 
 
@@ -85,7 +87,7 @@ def test_an_accumulated_step_is_one_first_micro_batch_the_later_ones_and_an_upda
     assert sum_over_step([first, later, update], 5, lambda op: op.nbytes) == MB * (100 + 4 * 200 + 400)
 
 
-def test_what_is_made_and_used_up_between_two_products_costs_a_compiled_step_nothing() -> None:
+def test_a_tensor_that_is_created_and_used_up_between_two_products_costs_a_compiled_step_nothing() -> None:
     chain = [
         operation({"x": 4 * MB}, {"a": MB}),
         operation({"a": MB, "x": 4 * MB}, {"b": MB}),
@@ -98,8 +100,8 @@ def test_what_is_made_and_used_up_between_two_products_costs_a_compiled_step_not
     assert product == chain[-1]
 
 
-def test_a_result_that_no_product_reads_is_made_anew_where_its_sources_are_no_larger() -> None:
-    def kept(source: int) -> int:
+def test_a_result_that_no_product_reads_is_recomputed_where_its_sources_are_no_larger() -> None:
+    def moved_with_source_of(source: int) -> int:
         part = [
             operation({"x": source}, {"wide": 4 * MB, "narrow": 2 * MB}),
             operation({"narrow": 2 * MB}, {"z": MB}, flops=1),
@@ -109,11 +111,11 @@ def test_a_result_that_no_product_reads_is_made_anew_where_its_sources_are_no_la
 
     product = 2 * MB + MB
     small, large = 2 * MB, 6 * MB
-    assert kept(small) == small + 2 * MB + product + small + MB
-    assert kept(large) == large + 6 * MB + product + 4 * MB + MB
+    assert moved_with_source_of(small) == small + 2 * MB + product + small + MB
+    assert moved_with_source_of(large) == large + 6 * MB + product + 4 * MB + MB
 
 
-def test_a_compiler_copies_an_unaligned_matrix_once_and_then_multiplies_at_full_speed() -> None:
+def test_the_compiler_copies_an_unaligned_matrix_once_and_then_multiplies_at_full_speed() -> None:
     product = operation({"logits": MB, "w": MB}, {"y": MB}, flops=10**9, unaligned=(Access("logits", MB),))
     padded = fuse([[product, product], []])[0]
     assert [op.name for op in padded] == ["pad", "by hand", "by hand"]

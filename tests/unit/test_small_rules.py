@@ -19,7 +19,7 @@ from lowvram_chat.planning.runs import SHUFFLED_RUNS, composed_runs, traced_step
 from lowvram_chat.recipe.schema import Recipe
 from lowvram_chat.results.compare import compare
 from lowvram_chat.results.record import Machine, Metric, Record
-from lowvram_chat.tracing.cuda_rules import TEMPORARY_BUFFERS
+from lowvram_chat.tracing.cuda_buffers import temporary_buffers
 from lowvram_chat.tracing.recorder import Event
 from lowvram_chat.tracing.run import trace_run
 from lowvram_chat.training import budget
@@ -86,8 +86,8 @@ def test_a_text_that_is_cut_within_its_last_wanted_token_is_encoded_again() -> N
 @pytest.mark.parametrize(("length", "rows"), [(1, 128), (100, 128), (128, 128), (129, 256)])
 def test_the_flash_backward_pass_pads_rows_to_128(length: int, rows: int) -> None:
     query = torch.empty(2, 3, length, 40, device="meta", dtype=torch.float16)
-    sizes = TEMPORARY_BUFFERS[aten._scaled_dot_product_flash_attention_backward.default]
-    assert list(sizes((query, query, query, query))) == [4 * 2 * 3 * rows, 4 * 2 * 3 * rows * 64]
+    backward = aten._scaled_dot_product_flash_attention_backward.default
+    assert temporary_buffers(backward, (query, query, query, query)) == [4 * 2 * 3 * rows, 4 * 2 * 3 * rows * 64]
 
 
 def test_a_plan_replays_a_resumed_run_whose_states_come_before_its_first_step(monkeypatch: pytest.MonkeyPatch) -> None:

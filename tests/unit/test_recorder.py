@@ -1,9 +1,9 @@
-"""The recorder finds what a real step allocates, and the CUDA rules change exactly what they name."""
+"""The recorder sees the same allocations as a real step, and the CUDA rules change exactly what they name."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TypeVar
 
 import pytest
 import torch
@@ -19,10 +19,10 @@ from lowvram_chat.tracing.recorder import Event, Storage, TraceRecorder
 from lowvram_chat.tracing.rules import DeviceRules
 
 VOCABULARY, WIDTH, LAYERS = 1003, 64, 2
+Model = TypeVar("Model", bound=torch.nn.Module)
 
 
-def _model(attention: str = "sdpa", **settings: Any) -> Any:
-    dropout = settings.pop("dropout", 0.0)
+def _model(attention: str = "sdpa", dropout: float = 0.0) -> GPT2LMHeadModel:
     config = GPT2Config(
         vocab_size=VOCABULARY,
         n_positions=64,
@@ -34,38 +34,38 @@ def _model(attention: str = "sdpa", **settings: Any) -> Any:
         attn_pdrop=dropout,
         bos_token_id=0,
         eos_token_id=0,
-        **settings,
     )
-    model = GPT2LMHeadModel._from_config(config, attn_implementation=attention)
+    model: GPT2LMHeadModel = GPT2LMHeadModel._from_config(config, attn_implementation=attention)
     model.train()
     return model
 
 
-def _meta(build: Callable[[], Any]) -> Any:
+def _meta(build: Callable[[], Model]) -> Model:
     with torch.device("meta"):
         return build()
 
 
-def _adamw(model: Any) -> torch.optim.Optimizer:
+def _adamw(model: torch.nn.Module) -> torch.optim.Optimizer:
     return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3, foreach=True)
 
 
-def _step(model: Any, optimizer: torch.optim.Optimizer, ids: torch.Tensor, micro_batches: int = 1) -> None:
+def _step(model: torch.nn.Module, optimizer: torch.optim.Optimizer, ids: torch.Tensor, micro_batches: int = 1) -> None:
     for _ in range(micro_batches):
         model(input_ids=ids, labels=ids).loss.backward()
     optimizer.step()
     optimizer.zero_grad()
 
 
-def _bytes(model: Any) -> int:
+def _bytes(model: torch.nn.Module) -> int:
+    """Return the bytes of the parameters and buffers of a model."""
     return sum(tensor.nbytes for tensor in {*model.parameters(), *model.buffers()})
 
 
-def _real_and_traced(build: Callable[[], Any], rows: int, micro_batches: int) -> tuple[int, int]:
-    """The peaks of two steps, weights included: profiled on the CPU, and traced by the CPU's rules."""
+def _real_and_traced_peaks(build: Callable[[], torch.nn.Module], rows: int, micro_batches: int) -> tuple[int, int]:
+    """Return the peaks of two steps, weights included: profiled on the CPU, and traced by the CPU's rules."""
     model = build()
     optimizer, ids = _adamw(model), torch.zeros(rows, 32, dtype=torch.int64)
-    held = _bytes(model)
+    model_bytes = _bytes(model)
 
     def two_steps() -> None:
         _step(model, optimizer, ids, micro_batches)
@@ -79,16 +79,16 @@ def _real_and_traced(build: Callable[[], Any], rows: int, micro_batches: int) ->
         start = len(recorder.events)
         for _ in range(2):
             _step(traced, optimizer, ids, micro_batches)
-    return held + real, held + traced_peak_bytes(recorder.events[start:])
+    return model_bytes + real, model_bytes + traced_peak_bytes(recorder.events[start:])
 
 
-def _checkpointed() -> Any:
+def _checkpointed() -> GPT2LMHeadModel:
     model = _model()
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return model
 
 
-def _lora() -> Any:
+def _lora() -> torch.nn.Module:
     import peft  # a broken installation must fail here, not skip
 
     targets = ["c_attn", "c_proj", "c_fc"]
@@ -103,10 +103,10 @@ def _lora() -> Any:
     ids=["eager", "sdpa", "dropout", "checkpointed", "lora"],
 )
 @pytest.mark.filterwarnings("ignore")
-def test_a_trace_by_the_cpu_s_rules_has_the_peak_that_the_profiler_counts(
-    build: Callable[[], Any], micro_batches: int, rows: int
+def test_a_trace_by_the_cpu_s_rules_has_the_peak_that_the_profiler_reports(
+    build: Callable[[], torch.nn.Module], micro_batches: int, rows: int
 ) -> None:
-    real, traced = _real_and_traced(build, rows, micro_batches)
+    real, traced = _real_and_traced_peaks(build, rows, micro_batches)
     assert traced == pytest.approx(real, rel=0.01)
 
 
@@ -116,7 +116,8 @@ def _trace(step: Callable[[], object], rules: DeviceRules | None = None) -> list
     return recorder.events
 
 
-def _born(events: list[Event], operation: str) -> list[int]:
+def _allocated_sizes(events: list[Event], operation: str) -> list[int]:
+    """Return the sizes in bytes of the storages that an operation allocated."""
     return [event.storage.nbytes for event in events if event.is_allocation and event.storage.operation == operation]
 
 
@@ -125,36 +126,36 @@ def test_gradients_that_only_the_engine_holds_are_added_in_place() -> None:
         weight = torch.empty(256, 256, requires_grad=True)
         ((weight * 2) + (weight * 3).tanh()).sum().backward()
 
-    assert not _born(_trace(step), "aten.add.Tensor")[1:]
+    assert not _allocated_sizes(_trace(step), "aten.add.Tensor")[1:]
 
 
-def test_a_custom_backward_that_adds_makes_a_new_tensor() -> None:
+def test_a_sum_in_a_custom_backward_is_a_new_tensor() -> None:
     class Doubled(torch.autograd.Function):
         @staticmethod
-        def forward(ctx: Any, tensor: torch.Tensor) -> torch.Tensor:
+        def forward(ctx: object, tensor: torch.Tensor) -> torch.Tensor:
             return tensor.clone()
 
         @staticmethod
-        def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
+        def backward(ctx: object, gradient: torch.Tensor) -> torch.Tensor:
             return gradient + gradient
 
     def step() -> None:
         weight = torch.empty(256, requires_grad=True)
-        result: Any = Doubled.apply(weight * 2)  # type: ignore[no-untyped-call]
+        result: torch.Tensor = Doubled.apply(weight * 2)  # type: ignore[no-untyped-call]
         result.sum().backward()
 
-    assert _born(_trace(step), "aten.add.Tensor") == [1024]
+    assert _allocated_sizes(_trace(step), "aten.add.Tensor") == [1024]
 
 
-def test_every_storage_dies_after_it_was_born_and_once() -> None:
+def test_every_storage_is_freed_once_and_after_its_allocation() -> None:
     with TraceRecorder() as recorder:
         model = _meta(_model)
         materialise(model, recorder)
         _step(model, _adamw(model), torch.empty(2, 32, dtype=torch.int64))
-    alive: set[Storage] = set()
+    live: set[Storage] = set()
     for storage, is_allocation in recorder.events:
-        assert (storage in alive) is not is_allocation
-        (alive.add if is_allocation else alive.remove)(storage)
+        assert (storage in live) is not is_allocation
+        (live.add if is_allocation else live.remove)(storage)
 
 
 def test_a_tied_weight_is_moved_once_and_stays_tied() -> None:
@@ -166,7 +167,7 @@ def test_a_tied_weight_is_moved_once_and_stays_tied() -> None:
     assert recorder.events[0].storage.category == "weights"
 
 
-def test_an_optimizer_built_before_steps_on_the_traced_weights() -> None:
+def test_an_optimizer_built_on_the_meta_model_updates_the_traced_weights() -> None:
     model = _meta(lambda: torch.nn.Linear(8, 8))
     optimizer = _adamw(model)
     with TraceRecorder() as recorder:
@@ -178,9 +179,9 @@ def test_an_optimizer_built_before_steps_on_the_traced_weights() -> None:
     assert sum(event.storage.nbytes for event in states) >= 2 * 4 * 64
 
 
-def test_cuda_s_dropout_keeps_a_mask_of_one_byte_that_it_takes_first() -> None:
+def test_cuda_s_dropout_allocates_a_mask_of_one_byte_per_element_first() -> None:
     events = _trace(lambda: functional.dropout(torch.empty(1024), 0.1), CudaRules())
-    assert _born(events, "aten.native_dropout.default") == [1024, 4096]
+    assert _allocated_sizes(events, "aten.native_dropout.default") == [1024, 4096]
 
 
 @pytest.mark.parametrize(
@@ -193,7 +194,7 @@ def test_cuda_s_dropout_keeps_a_mask_of_one_byte_that_it_takes_first() -> None:
         (torch.float32, False, (8, 6), 6, ""),
     ],
 )
-def test_attention_takes_the_kernel_that_cuda_picks(
+def test_attention_uses_the_kernel_that_cuda_selects(
     dtype: torch.dtype, masked: bool, capability: tuple[int, int], width: int, kernel: str
 ) -> None:
     def step() -> None:
@@ -203,7 +204,7 @@ def test_attention_takes_the_kernel_that_cuda_picks(
 
     events = _trace(step, CudaRules(capability))
     for name in ("flash", "efficient"):
-        assert bool(_born(events, f"aten._scaled_dot_product_{name}_attention.default")) is (name == kernel)
+        assert bool(_allocated_sizes(events, f"aten._scaled_dot_product_{name}_attention.default")) is (name == kernel)
 
 
 def test_autocast_runs_layer_norm_and_softmax_in_fp32_as_on_cuda() -> None:
@@ -217,25 +218,25 @@ def test_autocast_runs_layer_norm_and_softmax_in_fp32_as_on_cuda() -> None:
     _trace(step, CudaRules())
     with torch.autocast("cpu", dtype=torch.float16):
         assert functional.layer_norm(torch.ones(4, 8).half(), (8,)).dtype == torch.float16, (
-            "the rules stay in their block"
+            "the rules must end with their block"
         )
 
 
 @pytest.mark.parametrize(("dtype", "copied"), [(torch.float16, False), (torch.bfloat16, True)])
-def test_cuda_s_log_softmax_reads_fp16_without_a_copy(dtype: torch.dtype, copied: bool) -> None:
+def test_cuda_s_log_softmax_copies_bf16_but_not_fp16(dtype: torch.dtype, copied: bool) -> None:
     logits = torch.empty(4, 1024, dtype=dtype)
     events = _trace(lambda: functional.log_softmax(logits, 1, dtype=torch.float32), CudaRules())
-    assert _born(events, "aten._log_softmax.default") == [4 * logits.numel()]
-    assert _born(events, "aten._to_copy.default") == ([4 * logits.numel()] if copied else [])
+    assert _allocated_sizes(events, "aten._log_softmax.default") == [4 * logits.numel()]
+    assert _allocated_sizes(events, "aten._to_copy.default") == ([4 * logits.numel()] if copied else [])
 
 
 def test_a_checkpoint_s_second_forward_follows_the_rules_too() -> None:
     def step() -> None:
         weight = torch.empty(64, 64, requires_grad=True)
-        result: Any = checkpoint(lambda x: functional.dropout(x.tanh(), 0.1), weight, use_reentrant=False)
+        result: torch.Tensor = checkpoint(lambda x: functional.dropout(x.tanh(), 0.1), weight, use_reentrant=False)
         result.sum().backward()
 
-    assert len(_born(_trace(step, CudaRules()), "aten.native_dropout.default")) == 4
+    assert len(_allocated_sizes(_trace(step, CudaRules()), "aten.native_dropout.default")) == 4
 
 
 def test_a_gradient_scaler_steps() -> None:
@@ -250,7 +251,7 @@ def test_a_gradient_scaler_steps() -> None:
     _trace(step, CudaRules())
 
 
-def test_each_thread_takes_its_cublas_workspace_once() -> None:
+def test_each_thread_allocates_its_cublas_workspace_once() -> None:
     def step() -> None:
         weight = torch.empty(8, 8, requires_grad=True)
         (weight @ weight @ weight).sum().backward()
@@ -259,7 +260,7 @@ def test_each_thread_takes_its_cublas_workspace_once() -> None:
     assert [event.storage.nbytes for event in events if event.storage.category == "workspace"] == [1000, 1000]
 
 
-def test_a_limit_below_the_peak_names_the_storage_that_found_no_room() -> None:
+def test_a_limit_below_the_peak_names_the_storage_that_could_not_be_allocated() -> None:
     events = _trace(lambda: [torch.empty(1 << 22) for _ in range(4)])
     assert replay(events).peak_allocated_bytes == 4 << 24
     failed = replay(events, limit_bytes=3 << 24).out_of_memory_at
