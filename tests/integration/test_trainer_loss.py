@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from transformers import TrainerCallback
-from trl import SFTConfig
+from trl import SFTConfig, SFTTrainer
 
 from benchmarks.validation.witness import profiled_peak_bytes
 from lowvram_chat.errors import DeviceError
@@ -99,14 +99,14 @@ def mean_forward(original: Callable[..., Any]) -> Callable[..., Any]:
 
 @pytest.mark.parametrize("kind", ["full", "LoRA", "packed", "bf16"])
 def test_a_forward_that_was_replaced_is_refused(kind: str, bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    original_init = trainer.SFTTrainer.__init__
+    original_init = SFTTrainer.__init__
 
     def init(self: Any, *args: Any, **kwargs: Any) -> None:
         original_init(self, *args, **kwargs)
         base = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
         base.forward = types.MethodType(mean_forward(base.forward), base)
 
-    monkeypatch.setattr(trainer.SFTTrainer, "__init__", init)
+    monkeypatch.setattr(SFTTrainer, "__init__", init)
     prepared = session(bench, **KINDS[kind])
     with pytest.raises(DeviceError) as refusal:
         build(prepared)
@@ -120,7 +120,8 @@ def test_a_forward_that_was_replaced_is_refused(kind: str, bench: Bench, monkeyp
 
 
 def one_token_too_many(self: Any, *args: Any, **kwargs: Any) -> Any:
-    batches, tokens = trainer.SFTTrainer.get_batch_samples(self, *args, **kwargs)
+    batches, tokens = SFTTrainer.get_batch_samples(self, *args, **kwargs)
+    assert tokens is not None
     return batches, tokens + 1
 
 
