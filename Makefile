@@ -1,5 +1,6 @@
 # make quickstart   train, merge and hear the built-in model: no network beyond the package registry, no GPU
 # make test         run the tests
+# make test-lowest  run a selection of the tests with the lowest versions of constraints-lowest.txt
 # make check        lint, types, generated files
 # Everything runs in .venv, which the first target makes from constraints.txt. PYTHON names the interpreter (3.11 to 3.13).
 
@@ -11,7 +12,7 @@ READY := $(VENV)/ready
 # STORE=--store keeps the results of validate and bench.
 STORE ?=
 
-.PHONY: bench quickstart test check validate tables golden venv smollm2 schema clean
+.PHONY: bench quickstart test test-lowest check validate tables golden venv smollm2 schema clean
 
 quickstart: $(READY)
 	$(BIN)/python -m lowvram_chat.sft recipes/quickstart.yaml --overwrite
@@ -29,6 +30,23 @@ validate: benchmarks/data/vram_measured.csv
 
 test: $(READY)
 	$(BIN)/python -m pytest tests -n 2 --dist loadfile
+
+# Loss curves, the check of the trainer's loss, the quickstart, resuming, merging, the plan in README, and traced memory.
+LOWEST_TESTS := tests/golden tests/integration/test_trainer_loss.py tests/integration/test_quickstart.py \
+  tests/integration/test_merge.py \
+  tests/integration/test_resume.py::test_a_resumed_run_equals_the_uninterrupted_one \
+  tests/unit/test_readme.py::test_the_plan_in_readme_is_the_one_that_is_printed \
+  tests/integration/test_witness.py::test_a_recipe_s_trace_has_the_peak_of_a_real_cpu_step
+
+test-lowest: $(VENV)-lowest/ready
+	HF_HUB_OFFLINE=1 $(VENV)-lowest/bin/python -m pytest $(LOWEST_TESTS)
+
+# The lowest versions replace those of constraints.txt.
+$(VENV)-lowest/ready: constraints-lowest.txt constraints.txt pyproject.toml
+	$(PYTHON) -m venv $(VENV)-lowest
+	awk -F== 'NR == FNR {lowest[$$1]; print; next} !($$1 in lowest)' constraints-lowest.txt constraints.txt > $(VENV)-lowest/constraints.txt
+	$(VENV)-lowest/bin/python -m pip install -q --disable-pip-version-check -c $(VENV)-lowest/constraints.txt -e . pytest pytest-xdist hypothesis
+	@touch $@
 
 check: $(READY)
 	$(BIN)/ruff check .
@@ -63,4 +81,4 @@ tables: $(READY)
 	$(BIN)/python tools/make_tables.py
 
 clean:
-	rm -rf $(VENV) $(VENV)-validate runs
+	rm -rf $(VENV) $(VENV)-lowest $(VENV)-validate runs
