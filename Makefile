@@ -12,7 +12,7 @@ READY := $(VENV)/ready
 # STORE=--store keeps the results of validate and bench.
 STORE ?=
 
-.PHONY: bench quickstart test test-lowest check validate tables golden venv smollm2 schema clean
+.PHONY: bench quickstart test test-lowest check validate tables golden private-names venv smollm2 schema clean
 
 quickstart: $(READY)
 	$(BIN)/python -m lowvram_chat.sft recipes/quickstart.yaml --overwrite
@@ -54,9 +54,14 @@ check: $(READY)
 	$(BIN)/mypy
 	$(BIN)/python tools/make_schema.py --check
 	$(BIN)/python tools/make_tables.py --check
+	$(BIN)/python tools/list_private_names.py --check
 
 schema: $(READY)
 	$(BIN)/python tools/make_schema.py
+
+# The table of private names in docs/developing.md.
+private-names: $(READY)
+	$(BIN)/python tools/list_private_names.py
 
 golden: $(READY)
 	$(BIN)/python -m tests.golden.test_curve

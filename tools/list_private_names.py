@@ -20,13 +20,14 @@ PACKAGE = ROOT / "lowvram_chat"
 PAGE = ROOT / "docs" / "developing.md"
 BEGIN, END = "<!-- private names -->", "<!-- /private names -->"
 CHECKS = {"check_private_names": "fails with the version", "has_private_name": "falls back to a public way"}
-NAMED_TUPLE = ("_", "_replace", "_asdict", "_fields")
+STANDARD_NAMES = ("_", "_replace", "_asdict", "_fields", "_getframe")
+"""Underscored names of Python's own library."""
 LIBRARIES = ("torch", "transformers", "peft", "trl", "accelerate", "bitsandbytes")
 
 
 def is_private(name: str) -> bool:
-    """Return whether a name is underscored, dunder names and those of named tuples aside."""
-    return name.startswith("_") and not name.startswith("__") and name not in NAMED_TUPLE
+    """Return whether a name is underscored, dunder names and those of Python's own library aside."""
+    return name.startswith("_") and not name.startswith("__") and name not in STANDARD_NAMES
 
 
 def declared(tree: ast.AST) -> Iterator[tuple[str, str]]:

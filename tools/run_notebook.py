@@ -63,7 +63,8 @@ def main() -> None:
         for number, (cell, outputs) in enumerate(run(notebook), start=1):
             cell["outputs"], cell["execution_count"] = outputs, number
             for output in outputs:
-                output |= {"execution_count": number} if output["output_type"] == "execute_result" else {}
+                if output["output_type"] == "execute_result":
+                    output["execution_count"] = number
                 sys.stdout.write("".join(output.get("text", output.get("data", {}).get("text/plain", []))) + "\n")
         os.chdir(NOTEBOOK.parent)
     if "--store" in sys.argv:

@@ -122,9 +122,8 @@ class Session:
 
     def _preflight(self, trainer: ChatTrainer) -> None:
         train = self.recipe.train
-        assert trainer.model is not None
         rows, collate = self.rows.train, self._collator()
-        run_longest_batch(trainer.model, rows, collate, train.per_device_train_batch_size, train.precision)
+        run_longest_batch(trainer.trained_model, rows, collate, train.per_device_train_batch_size, train.precision)
 
     def _trainer(self, run: RunDir, counts: TokenCounts, callback: TrainerCallback) -> ChatTrainer:
         from transformers import PrinterCallback
@@ -169,9 +168,8 @@ class Session:
     def _held_out_loss(self, trainer: ChatTrainer) -> float | None:
         if self.rows.held_out is None:
             return None
-        assert trainer.model is not None
         batch_size, precision = self.recipe.train.per_device_eval_batch_size, self.recipe.train.precision
-        return score(trainer.model, self.rows.held_out, trainer.held_out_collator, batch_size, precision).loss
+        return score(trainer.trained_model, self.rows.held_out, trainer.held_out_collator, batch_size, precision).loss
 
     def _finish(self, run: RunDir, trainer: ChatTrainer, before: float | None, after: float | None) -> dict[str, Any]:
         """Save the adapter or model, and the result."""

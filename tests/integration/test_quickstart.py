@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from lowvram_chat import chat, merge
+from lowvram_chat.api import train as run
 from lowvram_chat.recipe.yaml_file import load_recipe
-from lowvram_chat.sft import run
 from tests.runs import result
 from tests.samples import ROOT
 
