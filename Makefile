@@ -81,7 +81,7 @@ $(READY): constraints.txt pyproject.toml
 bench: $(READY)
 	$(BIN)/python -m pytest benchmarks $(STORE)
 
-# README's tables say what benchmarks/results holds; pytest benchmarks/ --full --store renews that.
+# The tables in docs/ say what benchmarks/results holds; pytest benchmarks/ --full --store renews that.
 tables: $(READY)
 	$(BIN)/python tools/make_tables.py
 

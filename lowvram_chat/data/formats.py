@@ -68,7 +68,7 @@ def _read_text(row: RawFields) -> Conversation:
 def _read_baseline(row: RawFields) -> Conversation:
     """Return the published baseline's text: `role: content` lines, the last message dropped, no EOS token.
 
-    Source: the baseline's public training notebook, as decoded in the README.
+    Source: the baseline's public training notebook, as decoded in docs/benchmarks.md.
     """
     messages = row.get("messages")
     if not isinstance(messages, list | tuple) or len(messages) < 2:

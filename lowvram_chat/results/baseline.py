@@ -1,6 +1,6 @@
 """The published baseline that benchmarks compare with: GPT-2 small on an RTX 3050 Laptop in 7 h 27 m.
 
-Source: its public training notebook, as decoded in the README.
+Source: its public training notebook, as decoded in docs/benchmarks.md.
 """
 
 from __future__ import annotations
