@@ -1,4 +1,4 @@
-"""How a CUDA device differs from the fake CPU of the trace. Each difference has one small named place.
+"""How a CUDA device differs from the fake CPU of the trace. Each difference is described in one place.
 
 - `cuda_attention`: which kernel `scaled_dot_product_attention` selects, and therefore what it saves and allocates.
 - `cuda_dropout`: the fused kernel, which keeps a mask of one byte for each element.
