@@ -30,7 +30,7 @@ def operation(
 ) -> Operation:
     values: dict[str, Any] = {
         "name": "by hand",
-        "moment": "forward",
+        "phase": "forward",
         "flops": flops,
         "precision": "half" if flops else "none",
         "unaligned": (),
