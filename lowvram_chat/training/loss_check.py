@@ -39,7 +39,7 @@ HALF_TOLERANCE = 5e-3
 Measured on a CPU over 25 micro-batches of each kind of run: 1.9e-7 in fp32, 1.7e-7 under fp16 and bf16 autocast, and 1.2e-5
 with a bfloat16 base, whose kernels round differently in batches of another shape. As an upper bound, autocast as a whole
 moves the loss by 9.4e-5 (fp16) and 8.9e-4 (bf16). `HALF_TOLERANCE` leaves room for that, since GPU kernels were not measured.
-One labelled token too many or too few in the divisor moves the loss by at least 1 / 62, since a conversation has at most 31
+One labelled token too many or too few in the divisor moves the loss by at least 1.5 %, since a conversation has at most 31
 labelled tokens here."""
 
 
