@@ -2,7 +2,7 @@
 
 A library may drop or rename a private name in any release. A file that uses one declares it:
 
-    check_private_names("torch._C._current_graph_task_id", "torch.nn.Module._parameters")
+    check_private_names("torch._C._current_graph_task_id", "torch.UntypedStorage._cdata")
 
 `tools/list_private_names.py` writes the table in docs/developing.md from these calls, and fails where a private name is
 used without one.

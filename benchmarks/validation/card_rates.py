@@ -6,7 +6,8 @@ Source: NVIDIA's data sheets (L4, L40, L40S, A40, A100, H100, RTX A4000, A4500, 
 and the GA102 and AD102 architecture white papers. Data sheets that give only a rate with sparsity were halved. Those of the
 RTX Ada workstation cards give only the fp8 rate with sparsity, of which dense fp16 is a quarter and TF32 an eighth. NVIDIA
 publishes no matrix rates for the RTX 3080 Ti Laptop: its fp32 rate is 7,424 cores x 2 FLOPs x 1.59 GHz (boost clock at
-150 W and above), and fp16 and TF32 are 2 and 1 times that, as on all GeForce cards of its generation.
+150 W and above), and fp16 and TF32 are 2 and 1 times that, as on all GeForce cards of its generation. Only the figures of the
+A40, L40, L40S and RTX A4000 were compared with the published pages; check the others before you rely on one of them.
 """
 
 from __future__ import annotations

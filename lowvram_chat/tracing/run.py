@@ -1,4 +1,4 @@
-"""Traces the run of a recipe: loading the model, rehearsal, evaluation, optimizer steps, saving."""
+"""Traces the run of a recipe: loading the model, preflight, evaluation, optimizer steps, saving."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def _trace(recipe: Recipe, rules: DeviceRules, steps: Sequence[Sequence[MicroBat
     with TraceRecorder(rules) as recorder, _loss_phase(recorder):
         moved = _load(recipe, model, recorder)
         run = TracedRun(recipe, model, make_optimizer(moved), recorder)
-        run.rehearse()
+        run.preflight()
         evaluation = run.evaluate()
         spans = run.train(steps)
         run.save()

@@ -1,4 +1,4 @@
-"""The training loop that is traced: rehearsal, evaluation, optimizer steps and saving.
+"""The training loop that is traced: preflight, evaluation, optimizer steps and saving.
 
 It is the loop of transformers' Trainer, with accelerate around the model. It is written out here because it must run on
 fake tensors, without data, and because this layer does not import `training`. A test compares it with the Trainer. Local
@@ -61,7 +61,7 @@ class TracedRun:
         self.work: list[list[Operation]] = []
         """The operations of step `LISTED_STEP`: a list for each micro-batch, and one for the update."""
 
-    def rehearse(self) -> None:
+    def preflight(self) -> None:
         """Run the longest batch once before anything else and free its gradients, as `training.preflight` does."""
         batch = self._batch(MicroBatchShape(self.recipe.data.max_length, packed=self.recipe.data.rows == "packed"))
         self._micro_batch(batch, batch["loss_positions"].numel(), scaled=False)
