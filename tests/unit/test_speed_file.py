@@ -13,7 +13,8 @@ from benchmarks.validation import speed_file
 from benchmarks.validation.__main__ import main
 from benchmarks.validation.card_rates import CARDS, find_card
 from benchmarks.validation.csv_rows import read_rows
-from benchmarks.validation.speed_file import CannotTrace, predict_speed, published_run
+from benchmarks.validation.speed_file import predict_speed
+from benchmarks.validation.speed_rows import REQUIRED_COLUMNS, CannotTrace, published_run
 from lowvram_chat.errors import UsageError
 from tests.samples import ROOT
 
@@ -153,7 +154,7 @@ def test_a_wrong_cell_is_told_before_anything_is_traced(
 
 def test_every_row_of_the_shipped_file_is_read_or_has_a_reason() -> None:
     unread = []
-    for row in read_rows(FILE, speed_file.REQUIRED_COLUMNS):
+    for row in read_rows(FILE, REQUIRED_COLUMNS):
         try:
             published_run(row)
         except CannotTrace:
