@@ -10,7 +10,7 @@ import pytest
 
 from benchmarks import processes
 from benchmarks.suite import RECIPES, Keeper
-from lowvram_chat.exporting.merge import MAX_LOGIT_DIFFERENCE, Proof
+from lowvram_chat.exporting.proof import MAX_LOGIT_DIFFERENCE, Proof
 from lowvram_chat.results.record import Metric
 
 KINDS = ["lora", *(pytest.param(kind, marks=pytest.mark.full) for kind in ("rslora", "dora", "pissa"))]

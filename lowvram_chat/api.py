@@ -160,7 +160,8 @@ def evaluate(
     """Return the held-out loss of a run or model under "assistant" and "all"; data without roles has "all" only.
 
     `data` names files, globs or a hub dataset (default: what the run held out), `split` a hub dataset's split, `format` the
-    row format (default: detected), `limit` the conversations to use, and `max_length` the tokens per row.
+    row format (default: detected), `limit` the conversations to use, `max_length` the tokens per row, `max_bad_rows` the
+    unusable rows to skip, and `batch_size` the rows per batch.
 
     Raises:
         UsageError: there is nothing to score on, or a setting is wrong.
@@ -195,8 +196,8 @@ def open_chat(
 ) -> ChatSession:
     """Return a conversation with a run, a model folder, a hub model or `builtin:tiny-gpt2`.
 
-    `ChatSession.ask` returns an answer and `ChatSession.reset` starts again. `system` is a system message, `temperature` 0
-    is greedy decoding, and `seed` makes the answers repeatable.
+    `ChatSession.ask` returns an answer and `ChatSession.reset` starts again. `system` is a system message. `temperature` 0
+    is greedy decoding, `top_p` is nucleus sampling, `max_new_tokens` limits an answer, and `seed` makes answers repeatable.
 
     Raises:
         UsageError: a sampling setting is out of range.

@@ -17,6 +17,7 @@ from typing import Any
 from lowvram_chat import api
 from lowvram_chat.cli import guarded, parser, print_json
 from lowvram_chat.errors import UsageError
+from lowvram_chat.units import count
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -66,8 +67,9 @@ def _print_outcome(run: Path, result: Mapping[str, Any]) -> None:
     if before is not None and after is not None:
         print(f"held-out loss: {before:.4f} before, {after:.4f} after ({after - before:+.4f})")
     steps, tokens, seconds = result["steps"], result["real_tokens"], result["seconds"]
-    unit = "step" if steps == 1 else "steps"
-    print(f"{steps:,} {unit}, {tokens:,} tokens in {seconds:.0f} s, {tokens / max(seconds, 1e-9):,.0f} tokens/s")
+    print(
+        f"{count(steps, 'step')}, {count(tokens, 'token')} in {seconds:.0f} s, {tokens / max(seconds, 1e-9):,.0f} tokens/s"
+    )
     print(f"run folder: {run}")
     commands = [
         *(["merge"] if "adapter" in result else []),

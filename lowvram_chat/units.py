@@ -1,4 +1,4 @@
-"""Bytes and seconds as people read them."""
+"""Bytes, seconds and counts as people read them."""
 
 from __future__ import annotations
 
@@ -8,6 +8,11 @@ MIB = 1024 * 1024
 def format_mib(nbytes: float) -> str:
     """Return bytes in MiB, without the unit: "3,891"."""
     return f"{nbytes / MIB:,.0f}"
+
+
+def count(number: int, noun: str) -> str:
+    """Return a number with its noun, which takes an "s" in the plural: "1 step", "1,200 steps"."""
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
 
 
 def format_duration(seconds: float) -> str:

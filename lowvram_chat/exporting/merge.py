@@ -11,31 +11,11 @@ from transformers import AutoModelForCausalLM
 
 from lowvram_chat.errors import ProofError
 from lowvram_chat.exporting.model_card import model_card
+from lowvram_chat.exporting.proof import MAX_LOGIT_DIFFERENCE, Proof
 from lowvram_chat.model.adapters import load_adapter, probe_logits
 from lowvram_chat.model.pretrained import load_model, load_tokenizer
 from lowvram_chat.recipe.schema import Model
 from lowvram_chat.training.run_dir import RunDir, read_result
-
-MAX_LOGIT_DIFFERENCE = 1e-3
-"""Largest absolute difference in fp32 logits at which two models count as the same function."""
-
-
-@dataclass(frozen=True)
-class Proof:
-    """Largest absolute differences in fp32 logits on fixed random tokens."""
-
-    adapter_to_merged: float
-    adapter_to_reloaded: float
-    adapter_to_base: float
-    """How far the adapter moves the base: a proof about an adapter that does nothing would prove nothing."""
-
-    def holds(self, *, exact: bool) -> bool:
-        """Return whether the merged model is the same function as base and adapter.
-
-        `exact`: the saved and reloaded model must be, too, since it was saved in float32.
-        """
-        same = self.adapter_to_merged <= MAX_LOGIT_DIFFERENCE  # False for NaN
-        return same and (self.adapter_to_reloaded <= MAX_LOGIT_DIFFERENCE or not exact)
 
 
 @dataclass(frozen=True)

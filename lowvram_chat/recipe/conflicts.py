@@ -3,24 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 from lowvram_chat.recipe.optimizers import OPTIMIZERS
-
-if TYPE_CHECKING:
-    from lowvram_chat.recipe.schema import Recipe
+from lowvram_chat.recipe.sections import Adapter, Data, Model, OptimizerSection, Train
 
 
-def find_conflicts(recipe: Recipe) -> Iterator[str]:
-    """Yield a message for each conflict: the setting, what is wrong, and what to do."""
-    yield from _weight_conflicts(recipe)
-    yield from _data_conflicts(recipe)
-    yield from _train_conflicts(recipe)
+def find_conflicts(model: Model, adapter: Adapter | None, data: Data) -> Iterator[str]:
+    """Yield a message for each conflict of model, adapter and data: the setting, what is wrong, and what to do."""
+    yield from _weight_conflicts(model, adapter)
+    yield from _data_conflicts(data)
 
 
-def _weight_conflicts(recipe: Recipe) -> Iterator[str]:
+def _weight_conflicts(model: Model, adapter: Adapter | None) -> Iterator[str]:
     """Yield a message for each setting of the weights that the adapter section, or its absence, rules out."""
-    model, adapter = recipe.model, recipe.adapter
     if model.load_in == "4bit" and adapter is None:
         yield (
             "model.load_in: 4-bit weights cannot be trained themselves. Add an adapter section, or set model.load_in=null."
@@ -36,9 +31,8 @@ def _weight_conflicts(recipe: Recipe) -> Iterator[str]:
         )
 
 
-def _data_conflicts(recipe: Recipe) -> Iterator[str]:
+def _data_conflicts(data: Data) -> Iterator[str]:
     """Yield a message for each group of data settings that exclude each other."""
-    data = recipe.data
     if sum(value is not None for value in (data.eval_source, data.eval_split, data.eval_fraction)) > 1:
         yield "data: eval_source, eval_split and eval_fraction exclude each other. Keep one."
     if data.rows == "packed" and data.attention_mask:
@@ -48,9 +42,8 @@ def _data_conflicts(recipe: Recipe) -> Iterator[str]:
         )
 
 
-def _train_conflicts(recipe: Recipe) -> Iterator[str]:
+def find_train_conflicts(train: Train, optimizer: OptimizerSection) -> Iterator[str]:
     """Yield a message for each training or optimizer setting that has no effect."""
-    train, optimizer = recipe.train, recipe.optimizer
     if train.fp16_accumulation and train.precision != "fp16":
         yield (
             f"train.fp16_accumulation: it has no effect on {train.precision} products. Leave it out, or set "

@@ -1,224 +1,34 @@
-"""The settings of a recipe: seven frozen sections.
-
-The docstring under each field is its help and its description in the JSON schema.
-"""
+"""The schema of recipes: seven frozen sections, checked together."""
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from pydantic import model_validator
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from lowvram_chat.recipe.conflicts import find_conflicts, find_train_conflicts
+from lowvram_chat.recipe.sections import (
+    POSITIONS_OF_GPT2,
+    Adapter,
+    Data,
+    Memory,
+    Model,
+    OptimizerSection,
+    Output,
+    Section,
+    Train,
+)
 
-from lowvram_chat.recipe.adapters import REFUSED_TARGETS
-from lowvram_chat.recipe.choices import AdapterKind, FormatName, GpuName, OptimizerName, Positive, Share
-from lowvram_chat.recipe.conflicts import find_conflicts
-
-POSITIONS_OF_GPT2 = 1024
-
-
-class Section(BaseModel):
-    """One section of a recipe: it is frozen, and an unknown key is an error."""
-
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, use_attribute_docstrings=True, validate_default=True, allow_inf_nan=False
-    )
-
-
-class Model(Section):
-    """The base model."""
-
-    name: str = "openai-community/gpt2"
-    """The base model: a Hugging Face hub id, a local folder, or `builtin:tiny-gpt2`."""
-    revision: str | None = None
-    """Branch, tag or commit of a hub model; null: the hub's default branch."""
-    dtype: Literal["float32", "float16", "bfloat16"] = "float32"
-    """Data type of the base weights. Weights that are trained must be float32; a frozen base may use a 16-bit type."""
-    load_in: Literal["4bit"] | None = None
-    """`4bit`: quantise the frozen base weights to nf4 (QLoRA), which needs an adapter; null: keep them in `dtype`."""
-    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
-    """Attention implementation of transformers."""
-    dropout: Share | None = None
-    """Probability of every dropout layer of the base model; null: the model's own values (GPT-2: 0.1)."""
-    fused_gelu: bool = True
-    """Run GPT-2's `gelu_new` as one kernel: the same function with half the activation memory."""
-    fused_loss: bool = True
-    """Use the fused linear cross-entropy: it scores only the labelled tokens, in tiles, and never holds all logits.
-    false: the model's own loss, for comparison."""
-    document_attention: bool = True
-    """For packed rows on a CPU without `compile`: compute attention for each document by itself, without a mask.
-    false: compute it over whole rows with a document mask."""
-    pad_vocabulary: bool = True
-    """Pad the vocabulary to a multiple of 64 in the half-precision matrix products of the loss, which makes them faster.
-    The weights themselves are not padded."""
-
-
-class Adapter(Section):
-    """A low-rank adapter; `adapter: null` means full fine-tuning."""
-
-    kind: AdapterKind = "lora"
-    """Kind of adapter: `lora`, `rslora`, `dora` or `pissa`."""
-    r: Positive = 16
-    """Rank of the adapter matrices."""
-    alpha: Positive = 32
-    """Numerator of the scale: the adapter's output is multiplied by alpha / r (rslora: alpha / sqrt(r))."""
-    dropout: Share = 0.0
-    """Dropout probability of the adapter's input."""
-    fused: bool = True
-    """Use fused LoRA: add the adapter's product to the layer's output in one kernel (in fp32 on a CPU: add it to a copy of
-    the weight). It applies to adapters without dropout and without DoRA. false: PEFT's own forward, for comparison."""
-    target_modules: list[str] | None = None
-    """Names of the layers that get an adapter, such as `c_attn`; null: every linear layer of the blocks."""
-
-    @field_validator("target_modules")
-    @classmethod
-    def _refuse_tied_targets(cls, names: list[str] | None) -> list[str] | None:
-        for name in names or []:
-            if name in REFUSED_TARGETS:
-                raise ValueError(f"'{name}' {REFUSED_TARGETS[name]}; leave it out")
-        return names
-
-
-class Data(Section):
-    """The conversations to train on and to evaluate on."""
-
-    source: str | list[str] = "HuggingFaceH4/ultrachat_200k"
-    """Training conversations: a hub dataset id, `builtin:chitchat`, files or globs (.jsonl, .json, .csv, .parquet), or a
-    list of these."""
-    subset: str | None = None
-    """Configuration of a hub dataset that has several; null: its default."""
-    split: str = "train"
-    """Split of the hub dataset to train on."""
-    eval_source: str | list[str] | None = None
-    """Held-out conversations, named as in `source`; null: none, or those of `eval_split` or `eval_fraction`."""
-    eval_split: str | None = None
-    """Split of the hub dataset to hold out; null: none, or see `eval_source` and `eval_fraction`."""
-    eval_fraction: Annotated[float, Field(gt=0, lt=1)] | None = None
-    """Share of the training conversations to hold out, chosen with `train.seed`; null: none, or see `eval_source` and
-    `eval_split`."""
-    format: FormatName | None = None
-    """Format of the rows: `messages`, `sharegpt`, `alpaca`, `prompt_completion`, `text` or `baseline`; null: detected from
-    the columns of the first row."""
-    limit: Positive | None = None
-    """Number of training conversations to use, from the first; null: all."""
-    eval_limit: Positive | None = None
-    """Number of held-out conversations to use, from the first; null: all."""
-    max_bad_rows: Annotated[int, Field(ge=0)] = 0
-    """Number of unusable rows to skip; the run is refused when there are more."""
-    loss_on: Literal["assistant", "all"] = "assistant"
-    """Tokens that carry loss: those of the assistant's messages and the EOS token after each, or all tokens."""
-    max_length: Annotated[int, Field(ge=8, le=POSITIONS_OF_GPT2)] = POSITIONS_OF_GPT2
-    """Maximum length of a row, in tokens. GPT-2 has 1,024 positions."""
-    overflow: Literal["truncate", "split"] = "truncate"
-    """Treatment of conversations longer than `max_length`: `truncate` drops the rest; `split` cuts them into windows, so that
-    no text is lost."""
-    rows: Literal["padded", "grouped", "packed"] = "padded"
-    """How rows form batches. `padded`: in random order; `grouped`: rows of similar length together, the longest first;
-    `packed`: several conversations in each row of `max_length` tokens, with attention only within a conversation."""
-    attention_mask: bool = False
-    """Pass the attention mask of padded batches to the model. The loss is the same without it, because no real token attends
-    to the padding, and attention can then use its fast kernel; for comparison."""
-    chat_template: str = "plain"
-    """Chat template: `plain` (`user: ...` and `assistant: ...` lines), `chatml`, `own` (the tokenizer's), or the path of a
-    .jinja file."""
-
-
-class Train(Section):
-    """The training loop; the names are those of TRL and transformers."""
-
-    num_train_epochs: Annotated[float, Field(gt=0)] = 1.0
-    """Number of passes over the training rows."""
-    max_steps: Positive | None = None
-    """Number of optimizer steps, which is also the length of the learning-rate schedule; null: given by
-    `num_train_epochs`."""
-    per_device_train_batch_size: Positive = 4
-    """Rows in a micro-batch."""
-    gradient_accumulation_steps: Positive = 1
-    """Micro-batches in an optimizer step."""
-    micro_batch: Literal["given", "planned"] = "given"
-    """`given`: use `per_device_train_batch_size` and `gradient_accumulation_steps` as they are. `planned`: keep their product,
-    the effective batch size, but divide it into the largest micro-batches that fit the device, with gradient checkpointing
-    only where not even one row fits without it."""
-    per_device_eval_batch_size: Positive = 8
-    """Rows in an evaluation batch."""
-    learning_rate: Annotated[float, Field(gt=0)] = 5e-5
-    """Peak learning rate."""
-    lr_scheduler_type: Literal["cosine", "linear", "constant_with_warmup", "constant"] = "cosine"
-    """Learning-rate schedule."""
-    warmup_ratio: Share = 0.03
-    """Share of the optimizer steps over which the learning rate rises from 0 to its peak."""
-    max_grad_norm: Annotated[float, Field(ge=0)] = 1.0
-    """Gradient norm above which gradients are clipped; 0: no clipping."""
-    precision: Literal["fp16", "bf16", "fp32"] = "fp16"
-    """Data type of the matrix products (autocast). Weights that are trained stay in fp32."""
-    gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass: less memory for about a third more time."""
-    compile: bool | Literal["if_possible"] = False
-    """Compile the blocks with torch.compile, on batches of one shape. true: refuse the run where no compiler is installed;
-    `if_possible`: run without compilation there."""
-    fp16_accumulation: bool = False
-    """Accumulate fp16 matrix products in fp16: up to twice as fast on GeForce cards, but sums can overflow and are rounded more
-    coarsely."""
-    dataloader_num_workers: Annotated[int, Field(ge=0)] | None = None
-    """Number of processes that prepare batches; null: 2 on CUDA, 0 on a CPU."""
-    seed: Annotated[int, Field(ge=0)] = 42
-    """Seed of shuffling, dropout, the adapter's initial weights and the choice of held-out conversations."""
-    logging_steps: Positive = 10
-    """Optimizer steps between two lines of metrics.jsonl."""
-    eval_steps: Positive | None = None
-    """Optimizer steps between two evaluations; null: evaluate only before and after the run."""
-    save_steps: Positive | None = 500
-    """Optimizer steps between two checkpoints; null: no checkpoints."""
-    save_total_limit: Positive = 2
-    """Number of checkpoints to keep."""
-
-    @property
-    def effective_batch_size(self) -> int:
-        """Rows that one process uses for an optimizer step."""
-        return self.per_device_train_batch_size * self.gradient_accumulation_steps
-
-
-class OptimizerSection(Section):
-    """The optimizer."""
-
-    name: OptimizerName = "adamw_8bit"
-    """Name of the optimizer."""
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    """Decoupled weight decay; it is not applied to biases and layer norms."""
-    beta1: Share = 0.9
-    """Decay rate of the first moment (Adam, Lion)."""
-    beta2: Share = 0.999
-    """Decay rate of the second moment (Adam, Lion)."""
-    eps: Annotated[float, Field(gt=0)] = 1e-8
-    """Term added to the denominator for numerical stability (Adam)."""
-    momentum: Share = 0.0
-    """Momentum (SGD)."""
-
-
-class Memory(Section):
-    """The graphics card that the run must fit."""
-
-    gpu: GpuName = "rtx-3050-laptop-4gb"
-    """Graphics card to plan for."""
-    limit_mib: Positive | None = None
-    """Memory that this process may use on the device, in MiB; CUDA enforces it. null: all of the card's usable memory."""
-    on_oom: Literal["stop", "halve"] = "stop"
-    """Reaction to an out-of-memory error. `stop`: end with advice. `halve`: halve the micro-batch, double the gradient
-    accumulation and continue from the last checkpoint; the effective batch size and the order of the rows stay the same."""
-
-
-class Output(Section):
-    """Output directory, trackers and sample answers."""
-
-    dir: str = "runs/run"
-    """Run folder."""
-    report_to: list[str] = []
-    """Experiment trackers that transformers knows: tensorboard, wandb, mlflow, trackio, ..."""
-    sample_prompts: list[str] = [
-        "Hello, how are you today?",
-        "What do you like to do on the weekend?",
-        "What is the capital of France?",
-    ]
-    """Prompts that the model answers before and after training, for report.html; []: none."""
+__all__ = [
+    "POSITIONS_OF_GPT2",
+    "Adapter",
+    "Data",
+    "Memory",
+    "Model",
+    "OptimizerSection",
+    "Output",
+    "Recipe",
+    "Section",
+    "Train",
+]
 
 
 class Recipe(Section):
@@ -234,7 +44,10 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _check_across_sections(self) -> Recipe:
-        problems = list(find_conflicts(self))
+        problems = [
+            *find_conflicts(self.model, self.adapter, self.data),
+            *find_train_conflicts(self.train, self.optimizer),
+        ]
         if problems:
             raise ValueError("\n".join(problems))
         return self

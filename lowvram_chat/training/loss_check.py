@@ -12,7 +12,7 @@ import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from importlib import metadata
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch.nn import functional as F
@@ -24,7 +24,15 @@ from lowvram_chat.model.scoring import autocast
 from lowvram_chat.training.callbacks import TokenCounts
 
 if TYPE_CHECKING:
-    from lowvram_chat.training.trainer import ChatTrainer
+    from datasets import Dataset
+    from torch import nn
+    from trl import SFTConfig
+
+    from lowvram_chat.data.rows import Collator
+
+Batch = dict[str, Any]
+"""A micro-batch: tensors, and the number of its real tokens."""
+Samples = tuple[list[Batch], torch.Tensor | int | None]
 
 MAX_DOCUMENTS = 2
 """Conversations in the micro-batch that is compared."""
@@ -43,7 +51,29 @@ One labelled token too many or too few in the divisor moves the loss by at least
 labelled tokens here."""
 
 
-def check_trainer_loss(trainer: ChatTrainer) -> None:
+class CheckedTrainer(Protocol):
+    """What the check needs of `training.trainer.ChatTrainer`."""
+
+    args: SFTConfig
+    counts: TokenCounts
+    precision: str
+    train_dataset: Dataset
+    held_out_collator: Collator
+
+    @property
+    def trained_model(self) -> nn.Module:
+        """The model, under its adapter if there is one."""
+
+    def get_batch_samples(self, epoch_iterator: Iterator[Batch], num_batches: int, device: torch.device) -> Samples:
+        """Return the micro-batches of a step, and the labelled tokens in all of them."""
+
+    def compute_loss(
+        self, model: nn.Module, inputs: Batch, *, num_items_in_batch: torch.Tensor | int | None
+    ) -> torch.Tensor:
+        """Return the loss of a micro-batch as it is trained on."""
+
+
+def check_trainer_loss(trainer: CheckedTrainer) -> None:
     """Refuse a trainer whose loss is not the mean cross-entropy of the labelled tokens.
 
     The loss of one micro-batch of training rows is computed as in a training step: the batch's labelled tokens are counted
@@ -76,17 +106,17 @@ def check_trainer_loss(trainer: ChatTrainer) -> None:
         )
 
 
-def _tolerance(trainer: ChatTrainer) -> float:
+def _tolerance(trainer: CheckedTrainer) -> float:
     """Return the largest accepted difference for the run's precision and the number formats of its weights."""
     in_float32 = all(parameter.dtype == torch.float32 for parameter in trainer.trained_model.parameters())
     return FP32_TOLERANCE if in_float32 and trainer.precision == "fp32" else HALF_TOLERANCE
 
 
-def _packed(trainer: ChatTrainer) -> bool:
+def _packed(trainer: CheckedTrainer) -> bool:
     return "documents" in trainer.train_dataset[0]
 
 
-def _first_documents(trainer: ChatTrainer) -> list[TokenRow]:
+def _first_documents(trainer: CheckedTrainer) -> list[TokenRow]:
     """Return the first conversations of the training rows, each cut to a window with at least one labelled token."""
     rows, max_length = trainer.train_dataset, trainer.args.max_length
     assert max_length is not None
@@ -115,7 +145,7 @@ def _window(document: TokenRow, length: int) -> TokenRow:
 
 
 @contextlib.contextmanager
-def _as_evaluated(trainer: ChatTrainer) -> Iterator[None]:
+def _as_evaluated(trainer: CheckedTrainer) -> Iterator[None]:
     """Switch off dropout, gradients, compilation and token counts, and restore everything afterwards."""
     model, counts = trainer.trained_model, trainer.counts
     training_modes = [(module, module.training) for module in model.modules()]
@@ -132,7 +162,7 @@ def _as_evaluated(trainer: ChatTrainer) -> Iterator[None]:
             module.training = training
 
 
-def _trainer_loss(trainer: ChatTrainer, documents: list[TokenRow]) -> float:
+def _trainer_loss(trainer: CheckedTrainer, documents: list[TokenRow]) -> float:
     """Return the loss that a training step of these conversations alone would log."""
     rows: list[dict[str, list[int]]]
     if _packed(trainer):
@@ -153,7 +183,7 @@ def _trainer_loss(trainer: ChatTrainer, documents: list[TokenRow]) -> float:
     return float(loss)
 
 
-def _summed_cross_entropy(trainer: ChatTrainer, document: TokenRow) -> float:
+def _summed_cross_entropy(trainer: CheckedTrainer, document: TokenRow) -> float:
     """Return the summed cross-entropy in nats of a conversation's labelled tokens, from its logits (T, V)."""
     device = trainer.args.device
     with autocast(device.type, trainer.precision):

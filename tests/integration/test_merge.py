@@ -15,7 +15,7 @@ import torch
 
 from lowvram_chat import api, merge
 from lowvram_chat.errors import ProofError
-from lowvram_chat.exporting.merge import Proof
+from lowvram_chat.exporting.proof import Proof
 from tests.runs import Bench
 from tests.samples import save_tiny_gpt2
 
@@ -187,7 +187,7 @@ def test_a_save_that_loses_weights_is_refused(lora_run: Path, tmp_path: Path, mo
         original(self, folder, **kwargs)
 
     monkeypatch.setattr(GPT2LMHeadModel, "save_pretrained", save)
-    with pytest.raises(ProofError, match="reloaded"):
+    with pytest.raises(ProofError, match="after reloading"):
         api.merge(lora_run, out=tmp_path / "m")
     assert not list(tmp_path.glob("m*"))
 

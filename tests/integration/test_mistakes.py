@@ -60,14 +60,14 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
     "flash": (["model.attention=flash_attention_2"], "model.attention=sdpa"),
     "packed and masked": (["data.rows=packed", "data.attention_mask=true"], "told apart by their positions"),
     "fp16 sums": (["train.fp16_accumulation=true"], "Leave it out, or set train.precision=fp16"),
-    "tracker": (["output.report_to=[nosuch]"], ". Leave it out of output.report_to."),
+    "tracker": (["output.report_to=[nosuch]"], ". Remove it from output.report_to."),
     "tracker's package": (
         ["output.report_to=[comet_ml]"],
-        "Install it, or leave it out of output.report_to",
+        "Install it, or remove it from output.report_to",
     ),
     "eval": (["data.eval_fraction=0.1"], "exclude each other"),
     "steps": (["--max-steps", "0"], "train.max_steps"),
-    "resume": (["--resume"], "no whole checkpoint"),
+    "resume": (["--resume"], "no complete checkpoint"),
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 from pathlib import Path
 from typing import Any
@@ -126,7 +127,7 @@ def test_the_newest_checkpoint_is_the_one_of_the_highest_step(tmp_path: Path) ->
 
 
 def test_resume_without_a_checkpoint_is_refused(bench: Bench) -> None:
-    with pytest.raises(NotFoundError, match="no whole checkpoint"):
+    with pytest.raises(NotFoundError, match="no complete checkpoint"):
         api.train(bench.recipe("r"), resume=True)
     assert not (bench.folder / "r").exists()
 
@@ -205,12 +206,20 @@ def test_a_run_whose_last_checkpoint_is_of_its_last_step_trains_no_further(bench
         assert torch.equal(tensor, trained[name]), name
 
 
-def test_a_run_that_has_ended_says_so(bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_that_has_ended_says_so(
+    bench: Bench,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     file = str(bench.file("r", train__max_steps=4, train__save_steps=4))
     assert sft.main([file]) == 0
     capsys.readouterr()
+    caplog.set_level(logging.INFO, "lowvram_chat")
+    monkeypatch.setattr(logging.getLogger("lowvram_chat"), "propagate", True)
     assert sft.main([file, "--resume"]) == 0
-    assert "this run has ended after 4 steps; nothing to resume" in capsys.readouterr().out
+    assert "this run ended after 4 steps, so there is nothing to resume" in caplog.text
+    assert "4 steps, " in capsys.readouterr().out
 
 
 def test_a_run_without_a_checkpoint_is_to_be_overwritten(bench: Bench) -> None:

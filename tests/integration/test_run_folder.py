@@ -211,9 +211,9 @@ def test_tensorboard_is_told_where_asked_and_refused_beforehand_where_missing(be
 def test_a_run_without_held_out_conversations_is_not_sent_to_evaluate(
     bench: Bench, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    bench.run("r", train__max_steps=1)
+    assert main([str(bench.file("r", train__max_steps=1))]) == 0
     assert f"next: python -m lowvram_chat.evaluate {bench.folder / 'r'}" in capsys.readouterr().out
-    bench.run("without", train__max_steps=1, data__eval_source=None)
+    assert main([str(bench.file("without", train__max_steps=1, data__eval_source=None))]) == 0
     printed = capsys.readouterr().out
     assert f"next: python -m lowvram_chat.chat {bench.folder / 'without'}" in printed
     assert "lowvram_chat.evaluate" not in printed

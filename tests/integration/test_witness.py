@@ -23,7 +23,7 @@ from lowvram_chat.tracing.dispatch import Operator
 from lowvram_chat.tracing.rules import DeviceRules
 from lowvram_chat.tracing.run import trace_run
 from lowvram_chat.tracing.training_loop import MicroBatchShape, TracedRun
-from lowvram_chat.training import run_dir, session
+from lowvram_chat.training import model_setup, run_dir
 from lowvram_chat.training.callbacks import TokenCounts
 from lowvram_chat.training.model_setup import build_model
 from lowvram_chat.training.session import Session
@@ -185,7 +185,7 @@ def test_the_traced_loop_has_the_peak_of_the_trainer_s_own(
     kind: str, bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # The settings that are fastest on a CPU take memory that no plan describes.
-    monkeypatch.setattr(session, "build_model", lambda recipe, device, **_: build_model(recipe, device))
+    monkeypatch.setattr(model_setup, "build_model", lambda recipe, device, **_: build_model(recipe, device))
     length, rows = 96, 8
     recipe = bench.recipe(
         "run",

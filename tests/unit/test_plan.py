@@ -232,7 +232,7 @@ def test_the_command_says_no_with_exit_code_1_and_what_would_fit(
 def test_a_model_too_large_at_any_setting_is_one_message(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert command.main([_file(tmp_path), "memory.limit_mib=301"]) == 2
     error = capsys.readouterr().err
-    assert "does not fit 301 MiB at any setting" in error
+    assert "does not fit in 301 MiB with any settings" in error
     assert "Traceback" not in error
 
 
@@ -249,7 +249,7 @@ def test_two_recipes_stand_side_by_side(tmp_path: Path, capsys: pytest.CaptureFi
     assert "+0" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("words", [[], ["a.yaml", "--validate", "b.csv"]])
+@pytest.mark.parametrize("words", [[], ["a.yaml", "--compare", "b.yaml", "c.yaml"]])
 def test_the_command_wants_one_thing_at_a_time(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert command.main(words) == 2
     assert "give one recipe" in capsys.readouterr().err

@@ -9,7 +9,7 @@ import torch
 
 from lowvram_chat.data.encode import CHARACTERS_PER_TOKEN, Encoder
 from lowvram_chat.data.formats import Conversation
-from lowvram_chat.exporting.merge import Proof
+from lowvram_chat.exporting.proof import Proof
 from lowvram_chat.gpus import CONTEXT_MIB
 from lowvram_chat.model.pretrained import load_tokenizer
 from lowvram_chat.planning import prediction
