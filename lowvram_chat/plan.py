@@ -26,6 +26,12 @@ from lowvram_chat.quiet import quiet_transformers
 if TYPE_CHECKING:
     from lowvram_chat.recipe.schema import Recipe
 
+MOVED_OPTIONS = {
+    "--validate": "python -m benchmarks.validation memory FILE.csv",
+    "--speeds": "python -m benchmarks.validation speed",
+}
+"""Options of version 0.1.0 and where they went."""
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code."""
@@ -38,7 +44,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments.add_argument("--compare", nargs=2, metavar="RECIPE", help="show two recipes side by side")
     arguments.add_argument("--plot", metavar="FILE.png", help="draw memory over the steps (needs matplotlib)")
     arguments.add_argument("--json", action="store_true", help="print one JSON document on the last line")
-    args = arguments.parse_intermixed_args(argv)
+    words = list(sys.argv[1:] if argv is None else argv)
+    for option, command in MOVED_OPTIONS.items():
+        if option in words:
+            arguments.error(f"{option} is now a command of the repository: {command}")
+    args = arguments.parse_intermixed_args(words)
     return guarded(lambda: _run(args))
 
 

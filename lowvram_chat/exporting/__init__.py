@@ -1,1 +1,1 @@
-"""What a run is turned into: a merged model, a model card."""
+"""Turns a run into a merged model, with a proof and a model card."""

@@ -1,1 +1,1 @@
-"""Does it fit?"""
+"""Predicts whether a run fits: allocator, runs, plan, search."""

@@ -1,1 +1,1 @@
-"""How long does it take?"""
+"""Predicts how long a step takes: fusion, roofline, speed."""

@@ -1,9 +1,9 @@
-"""How fast a recipe will run on a card, predicted from its trace: never measured, always to be called *predicted*.
+"""Predicts the speed of a recipe on a card from its trace. A predicted speed must always be called *predicted*.
 
-    predict(recipe, plan(recipe).work, "rtx-3050-laptop-4gb", 80).tokens_per_second
+    predict_speed(recipe, make_plan(recipe).work, "rtx-3050-laptop-4gb", 80).tokens_per_second
 
-What a run takes beside its optimizer steps (loading, evaluation, checkpoints, waiting for data) is left out, and every
-row is taken to be of the longest.
+Only optimizer steps count: loading, evaluations, checkpoints and waiting for data are left out. All rows are taken to have
+the maximum length.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from dataclasses import dataclass
 
 from lowvram_chat.gpus import GPUS, Gpu
 from lowvram_chat.recipe.schema import Recipe
-from lowvram_chat.timing import fusion, roofline
+from lowvram_chat.timing import roofline
+from lowvram_chat.timing.fusion import fuse
 from lowvram_chat.timing.roofline import Rates
 from lowvram_chat.tracing.operations import Work
 
@@ -23,24 +24,24 @@ class Speed:
     """A predicted speed."""
 
     gpu: str
-    """A row of the card table."""
+    """Name of the card in the GPU table."""
     watts: int
-    """The card's power limit."""
+    """Power limit of the card."""
     system: str
-    """"linux" or "windows": what the host takes for a launch depends on it."""
+    """"linux" or "windows", which differ in the time that the host needs for a kernel launch."""
     seconds_per_step: float
-    """An optimizer step, all of its micro-batches."""
+    """Time of an optimizer step with all of its micro-batches."""
     tokens_per_step: int
     flops_per_step: int
-    """Of the matrix products; those that checkpointing does twice count twice."""
+    """FLOPs of the matrix products; products that checkpointing computes twice count twice."""
     launches_per_step: int
-    """Kernels."""
+    """Kernel launches."""
     physical_limit_seconds_per_step: float
-    """The matrix products alone, at the card's peak rate."""
+    """Time of the matrix products alone at the card's peak rate."""
 
     @property
     def tokens_per_second(self) -> float:
-        """Tokens of the inputs, of rows that are full."""
+        """Input tokens per second, for rows of the maximum length."""
         return self.tokens_per_step / self.seconds_per_step
 
     @property
@@ -59,10 +60,10 @@ def predict_speed(
     fp16_accumulation: bool | None = None,
     system: str | None = None,
 ) -> Speed:
-    """Returns the predicted speed of a recipe whose traced operations are `work` (`Plan.work`).
+    """Return the predicted speed of a recipe whose traced operations are `work` (`Plan.work`).
 
-    `gpu`, `compiled` (the model under `torch.compile`), `fp16_accumulation`: None for the recipe's own; `watts`: a power
-    limit of the card's table, None for the highest; `system`: None for the one that asks.
+    `gpu`, `compiled` (the model under `torch.compile`) and `fp16_accumulation` default to the recipe's own. `watts` is a
+    power limit from the card's table (default: the highest), and `system` defaults to this machine's.
     """
     compiled = bool(recipe.train.compile) if compiled is None else compiled
     fp16_accumulation = recipe.train.fp16_accumulation if fp16_accumulation is None else fp16_accumulation
@@ -70,34 +71,29 @@ def predict_speed(
     watts = watts or max(GPUS[name].fp16_tflops)
     system = system or ("windows" if sys.platform == "win32" else "linux")
     rates = card_rates(GPUS[name], watts, fp16_accumulation=fp16_accumulation)
-    done = fusion.fuse(work) if compiled else work
+    operations = fuse(work) if compiled else work
     train = recipe.train
     count = train.gradient_accumulation_steps
     return Speed(
         gpu=name,
         watts=watts,
         system=system,
-        seconds_per_step=roofline.seconds_per_step(done, rates, count, system),
+        seconds_per_step=roofline.seconds_per_step(operations, rates, count, system),
         tokens_per_step=count * train.per_device_train_batch_size * recipe.data.max_length,
-        flops_per_step=int(roofline.sum_over_step(done, count, lambda operation: operation.flops)),
-        launches_per_step=int(roofline.sum_over_step(done, count, lambda operation: operation.launches)),
-        physical_limit_seconds_per_step=roofline.sum_over_step(done, count, rates.seconds_at_peak),
+        flops_per_step=int(roofline.sum_over_step(operations, count, lambda operation: operation.flops)),
+        launches_per_step=int(roofline.sum_over_step(operations, count, lambda operation: operation.launches)),
+        physical_limit_seconds_per_step=roofline.sum_over_step(operations, count, rates.seconds_at_peak),
     )
 
 
-def speeds_by_power_limit(recipe: Recipe, work: Work, **asked: bool | None) -> list[Speed]:
-    """Returns the predicted speed at each power limit of the recipe's card, the highest first; `asked` as of `predict_speed`."""
+def speeds_by_power_limit(recipe: Recipe, work: Work) -> list[Speed]:
+    """Return the predicted speed at each power limit of the recipe's card, the highest limit first."""
     limits = sorted(GPUS[recipe.memory.gpu].fp16_tflops, reverse=True)
-    return [
-        predict_speed(
-            recipe, work, watts=watts, compiled=asked.get("compiled"), fp16_accumulation=asked.get("fp16_accumulation")
-        )
-        for watts in limits
-    ]
+    return [predict_speed(recipe, work, watts=watts) for watts in limits]
 
 
 def card_rates(gpu: Gpu, watts: int, *, fp16_accumulation: bool = False) -> Rates:
-    """Returns what a card can do under a power limit. PyTorch leaves TF32 off unless told otherwise."""
+    """Return the peak rates of a card under a power limit, with TF32 off, which is PyTorch's default."""
     gain = gpu.fp16_accumulation_gain if fp16_accumulation else 1.0
     return Rates(
         half_tflops=gpu.fp16_tflops[watts] * gain,

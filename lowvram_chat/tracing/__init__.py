@@ -1,1 +1,1 @@
-"""One run on fake tensors: what it allocates and launches."""
+"""Traces one run on fake tensors: what it allocates and which kernels it launches."""

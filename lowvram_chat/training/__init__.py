@@ -1,1 +1,1 @@
-"""The run itself."""
+"""The training run: preflight, trainer, callbacks, checkpoints, resuming, out-of-memory errors."""

@@ -255,6 +255,14 @@ def test_the_command_wants_one_thing_at_a_time(words: list[str], capsys: pytest.
     assert "give one recipe" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("option", command.MOVED_OPTIONS)
+def test_an_option_that_moved_says_where(option: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        command.main([option, "measured.csv"])
+    assert stopped.value.code == 2
+    assert "python -m benchmarks.validation" in capsys.readouterr().err
+
+
 def test_a_plot_without_matplotlib_says_what_to_install(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
