@@ -128,7 +128,8 @@ class Session:
     def _trainer(self, run: RunDir, counts: TokenCounts, callback: TrainerCallback) -> ChatTrainer:
         from transformers import PrinterCallback
 
-        from lowvram_chat.training.trainer import ChatTrainer, sft_config
+        from lowvram_chat.training.sft_settings import sft_config
+        from lowvram_chat.training.trainer import ChatTrainer
 
         trainer = ChatTrainer(
             model=self.model,

@@ -17,12 +17,13 @@ from trl import SFTConfig, SFTTrainer
 from benchmarks.validation.witness import profiled_peak_bytes
 from lowvram_chat.errors import DeviceError
 from lowvram_chat.model.compilation import missing_compiler
-from lowvram_chat.training import loss_check, trainer
+from lowvram_chat.training import loss_check, sft_settings
 from lowvram_chat.training.callbacks import TokenCounts
 from lowvram_chat.training.loss_check import check_trainer_loss
 from lowvram_chat.training.run_dir import RunDir
 from lowvram_chat.training.session import Session
-from lowvram_chat.training.trainer import ChatTrainer, sft_config
+from lowvram_chat.training.sft_settings import sft_config
+from lowvram_chat.training.trainer import ChatTrainer
 from tests.runs import Bench
 
 UNNAMED = {
@@ -184,8 +185,8 @@ def test_every_setting_that_can_move_the_loss_is_named(bench: Bench) -> None:
         named.update(settings)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trainer, "_known_settings", lambda: fields)
-        patch.setattr(trainer, "SFTConfig", config)
+        patch.setattr(sft_settings, "_known_settings", lambda: fields)
+        patch.setattr(sft_settings, "SFTConfig", config)
         sft_config(recipe, RunDir(Path(recipe.output.dir)), evaluate=True)
     unnamed = {name for names in UNNAMED.values() for name in names.split()}
     assert fields - named - unnamed == set()
@@ -193,8 +194,8 @@ def test_every_setting_that_can_move_the_loss_is_named(bench: Bench) -> None:
 
 
 def test_a_setting_that_a_version_lacks_is_refused(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    known = trainer._known_settings()
-    monkeypatch.setattr(trainer, "_known_settings", lambda: known - {"loss_type", "neftune_noise_alpha"})
+    known = sft_settings._known_settings()
+    monkeypatch.setattr(sft_settings, "_known_settings", lambda: known - {"loss_type", "neftune_noise_alpha"})
     recipe = bench.recipe("r")
     with pytest.raises(DeviceError, match=r"trl .*no setting named loss_type, neftune_noise_alpha\. Install"):
         sft_config(recipe, RunDir(Path(recipe.output.dir)), evaluate=True)
