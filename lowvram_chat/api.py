@@ -28,6 +28,9 @@ if TYPE_CHECKING:
     from lowvram_chat.planning.search import Suggestion
     from lowvram_chat.recipe.schema import Recipe
 
+SAVED_DTYPES = ("float32", "float16", "bfloat16")
+"""Types that `merge` can save in."""
+
 __all__ = ["evaluate", "load_recipe", "merge", "open_chat", "plan", "search", "train"]
 
 
@@ -39,9 +42,14 @@ def load_recipe(path: str | Path, *overrides: str) -> Recipe:
         UsageError: an override is not of that form.
         RecipeError: a setting is wrong; the message lists every problem.
     """
+    from lowvram_chat.errors import UsageError
     from lowvram_chat.recipe.yaml_file import load_recipe
 
-    return load_recipe(path, overrides)
+    if not all(isinstance(word, str) for word in overrides):
+        raise UsageError(
+            "load_recipe: an override is not a text. Write 'section.key=value', such as 'train.max_steps=100'."
+        )
+    return load_recipe(_path("path", path), overrides)
 
 
 def plan(recipe: Recipe) -> Plan:
@@ -53,6 +61,11 @@ def plan(recipe: Recipe) -> Plan:
     Raises:
         NotFoundError, ModelError: the model's configuration or its adapter cannot be loaded.
     """
+    from lowvram_chat.quiet import quiet_transformers
+
+    recipe = _checked_recipe(recipe)
+    quiet_transformers()
+
     from lowvram_chat.planning.changes import apply_change
     from lowvram_chat.planning.prediction import make_plan
     from lowvram_chat.planning.search import planned_micro_batch
@@ -63,12 +76,22 @@ def plan(recipe: Recipe) -> Plan:
 def search(recipe: Recipe, *, goal: Literal["fit", "speed"] = "fit") -> list[Suggestion]:
     """Return changes to a recipe whose result is predicted to fit, fastest first; about 3 s per candidate.
 
-    `goal="fit"`: changes that make the recipe fit, the smallest ones; empty if nothing does. `goal="speed"`: all ways to
-    take the same optimizer step, with the largest micro-batch that fits.
+    `goal="fit"`: the smallest changes that make the recipe fit; empty if there are none. A recipe that fits already gets
+    changes that need less memory. `goal="speed"`: all ways to take the same optimizer step, with the largest micro-batch
+    that fits.
 
     Raises:
+        UsageError: `goal` is neither.
         NotFoundError, ModelError: the model's configuration or its adapter cannot be loaded.
     """
+    from lowvram_chat.errors import UsageError
+    from lowvram_chat.quiet import quiet_transformers
+
+    recipe = _checked_recipe(recipe)
+    if goal not in ("fit", "speed"):
+        raise UsageError(f"search: the goal {goal!r} is not known. Give 'fit' or 'speed'.")
+    quiet_transformers()
+
     from lowvram_chat.planning.changes import apply_change
     from lowvram_chat.planning.search import advise, fastest, planned_micro_batch
     from lowvram_chat.timing.planner import PLANNER
@@ -87,9 +110,13 @@ def train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False, forc
         LowVramError: for everything that can be known before the first step, with nothing written.
         OutOfMemory: the device ran out of memory; the run folder is as it was at the last checkpoint.
     """
+    from lowvram_chat.errors import UsageError
     from lowvram_chat.training.run_dir import is_main_process
     from lowvram_chat.training.start import check_start, finished_result
 
+    recipe = _checked_recipe(recipe)
+    if resume and overwrite:
+        raise UsageError("train: resume and overwrite exclude each other. Give one of them.")
     run = check_start(recipe, resume=resume, overwrite=overwrite)
     if resume and (finished := finished_result(run, recipe)):
         return finished
@@ -134,10 +161,13 @@ def merge(
         NotFoundError, ModelError, UsageError: no run, no adapter, another base, or a target in use.
         ProofError: the logits differ; nothing is kept.
     """
+    from lowvram_chat.errors import UsageError
     from lowvram_chat.exporting.merge_target import check_merge
     from lowvram_chat.quiet import quiet_transformers
 
-    folder, target = check_merge(run, None if out is None else Path(out), overwrite=overwrite)
+    if dtype not in SAVED_DTYPES:
+        raise UsageError(f"merge: the type {dtype!r} is not known. Give one of {', '.join(SAVED_DTYPES)}.")
+    folder, target = check_merge(_path("run", run), None if out is None else _path("out", out), overwrite=overwrite)
     _look_for_hub(base or folder.recipe().model.name)
     quiet_transformers()
 
@@ -148,7 +178,7 @@ def merge(
 
 def evaluate(
     model: str | Path,
-    data: str | Sequence[str] = (),
+    data: str | Path | Sequence[str | Path] = (),
     *,
     split: str = "train",
     format: str | None = None,
@@ -172,11 +202,11 @@ def evaluate(
     from lowvram_chat.training.evaluation_data import evaluation_data
 
     names = _as_list(data)
+    if not isinstance(batch_size, int) or batch_size < 1:
+        raise UsageError(f"batch_size: {batch_size!r} is not a whole number above 0. Give the rows per batch.")
     given = {"split": split, "format": format, "eval_limit": limit, "max_length": max_length}
     settings = {name: value for name, value in given.items() if value is not None}
     section, fit_length = evaluation_data(str(model), names, settings | {"max_bad_rows": max_bad_rows})
-    if batch_size < 1:
-        raise UsageError(f"batch_size: {batch_size} is below 1. Give the rows per batch.")
     _look_for_hub(str(model), *names)
     quiet_transformers()
 
@@ -203,9 +233,13 @@ def open_chat(
         UsageError: a sampling setting is out of range.
         NotFoundError, ModelError: the model cannot be loaded.
     """
-    from lowvram_chat.model.sampling import Sampling
+    from lowvram_chat.errors import UsageError
+    from lowvram_chat.model.sampling import Sampling, check_seed
     from lowvram_chat.quiet import quiet_transformers
 
+    if not (system is None or isinstance(system, str)):
+        raise UsageError(f"system: {system!r} is not a text. Give the system message.")
+    check_seed(seed)
     sampling = Sampling(temperature=temperature, top_p=top_p, max_new_tokens=max_new_tokens)
     _look_for_hub(str(model))
     quiet_transformers()
@@ -224,5 +258,48 @@ def _look_for_hub(*names: str) -> None:
         work_offline_if_unreachable()
 
 
-def _as_list(names: str | Iterable[str] | None) -> list[str]:
-    return [names] if isinstance(names, str) else list(names or ())
+def _as_list(names: str | Path | Sequence[str | Path] | None) -> list[str]:
+    """Return one name or several as a list of texts.
+
+    Raises:
+        UsageError: it is neither.
+    """
+    from lowvram_chat.errors import UsageError
+
+    names = (
+        [names] if isinstance(names, str | Path) else list(names or ()) if isinstance(names, Iterable | None) else names
+    )
+    if not isinstance(names, list) or not all(isinstance(name, str | Path) for name in names):
+        raise UsageError(f"data: {names!r} is neither a name nor a list of names. Give files, globs or a hub dataset.")
+    return [str(name) for name in names]
+
+
+def _checked_recipe(recipe: Recipe) -> Recipe:
+    """Return the recipe.
+
+    Raises:
+        UsageError: it is something else, such as the path of a recipe.
+    """
+    from lowvram_chat.errors import UsageError
+    from lowvram_chat.quiet import silence_libraries
+    from lowvram_chat.recipe.schema import Recipe
+
+    silence_libraries()
+    if not isinstance(recipe, Recipe):
+        raise UsageError(f"recipe: {recipe!r} is not a Recipe. Load it with load_recipe(path).")
+    return recipe
+
+
+def _path(name: str, path: str | Path) -> Path:
+    """Return an argument as a path.
+
+    Raises:
+        UsageError: it is not one.
+    """
+    from lowvram_chat.errors import UsageError
+    from lowvram_chat.quiet import silence_libraries
+
+    silence_libraries()
+    if not isinstance(path, str | Path) or not str(path):
+        raise UsageError(f"{name}: {path!r} is not a path. Give the path as a text.")
+    return Path(path)

@@ -26,9 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments.add_argument(
         "--base", metavar="MODEL", help="base model, if it is no longer found under the recipe's name"
     )
-    arguments.add_argument(
-        "--dtype", choices=("float32", "float16", "bfloat16"), default="float32", help="type to save in"
-    )
+    arguments.add_argument("--dtype", choices=api.SAVED_DTYPES, default="float32", help="type to save in")
     arguments.add_argument("--overwrite", action="store_true", help="replace an earlier result")
     arguments.add_argument("--json", action="store_true", help="print the proof as JSON on the last line")
     args = arguments.parse_args(argv)

@@ -5,7 +5,7 @@
     python -m lowvram_chat.plan recipes/full_fp16.yaml --search
     python -m lowvram_chat.plan --compare recipes/full_fp16.yaml recipes/lora_fp16.yaml
 
-Exit code 0: it fits. 1: it does not fit, and changes that make it fit are printed.
+Exit code 0: it fits. 1: it does not fit; changes that make it fit are printed, if there are any.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 
 from lowvram_chat import api
 from lowvram_chat.cli import guarded, parser, print_json
-from lowvram_chat.errors import ModelError, UsageError
+from lowvram_chat.errors import UsageError
 from lowvram_chat.quiet import quiet_transformers
 
 if TYPE_CHECKING:
@@ -55,6 +55,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(args: argparse.Namespace) -> int:
     if (args.recipe is None) == (args.compare is None):
         raise UsageError("plan: give one recipe, or --compare with two. Add --help for the usage.")
+    if args.compare is not None and (args.search or args.plot is not None):
+        raise UsageError("plan: --search and --plot take one recipe. Leave them out, or leave --compare out.")
     # Nothing is compiled here, and bitsandbytes takes half the time to import when told so.
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
     return _plan(args) if args.compare is None else _compare(args.compare, as_json=args.json)
@@ -79,14 +81,14 @@ def _plan(args: argparse.Namespace) -> int:
     if args.search or not plan.fits:
         print("looking for settings that fit, about 3 s per candidate ...", file=sys.stderr, flush=True)
         suggestions = api.search(recipe, goal="speed" if args.search else "fit")
+        if args.search:
+            show_fastest(recipe, suggestions)
+        elif suggestions:
+            show_advice(suggestions)
         if not (suggestions or plan.fits):
             from lowvram_chat.planning.search import too_large
 
-            raise ModelError(too_large(recipe, plan))
-        if args.search:
-            show_fastest(recipe, suggestions)
-        else:
-            show_advice(suggestions)
+            print(too_large(recipe, plan), file=sys.stderr)
     if args.json:
         print_json({**plan_document(recipe, plan), "options": [suggestion_document(one) for one in suggestions]})
     return 0 if plan.fits else 1

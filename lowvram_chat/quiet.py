@@ -45,8 +45,8 @@ SILENCED_WARNINGS = (
 """All other warnings reach the user."""
 
 
-def quiet_libraries() -> None:
-    """Set the libraries to log errors only, silence `SILENCED_WARNINGS`, and print this package's log to stderr.
+def silence_libraries() -> None:
+    """Set the libraries to log errors only, and silence `SILENCED_WARNINGS`.
 
     Call this before the libraries are imported: they read their variables at import.
     """
@@ -62,6 +62,11 @@ def quiet_libraries() -> None:
     for silenced in SILENCED_WARNINGS:
         warnings.filterwarnings("ignore", category=silenced.category, module=silenced.module, message=silenced.message)
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of missing CPU kernels that are optional
+
+
+def quiet_libraries() -> None:
+    """Silence the libraries, and print this package's log to stderr as plain lines: what every command does."""
+    silence_libraries()
     package = logging.getLogger("lowvram_chat")
     if not package.handlers:
         handler = logging.StreamHandler()

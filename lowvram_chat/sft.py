@@ -49,7 +49,7 @@ def _sft(args: argparse.Namespace) -> int:
         return 0
     result = api.train(recipe, resume=args.resume, overwrite=args.overwrite, force=args.force)
     if _is_main_process():
-        _print_outcome(Path(recipe.output.dir), result)
+        _print_outcome(Path(recipe.output.dir).expanduser(), result)
         if args.json:
             print_json(result)
     return 0

@@ -17,7 +17,7 @@ def check_merge(run_path: str | Path, out: Path | None, *, overwrite: bool) -> t
         UsageError: the target is in use.
     """
     run = open_run(run_path)
-    out = run.merged if out is None else out
+    out = run.merged if out is None else out.expanduser()
     if not (run.adapter / "adapter_config.json").is_file():
         if run.model.is_dir():
             advice = "It was a full fine-tune, so its model folder is already a complete model."

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 import torch
@@ -46,17 +47,18 @@ class ChatSession:
         sampling: Sampling | None = None,
         seed: int | None = None,
     ) -> None:
-        """Start a conversation; `system` is the system message, `seed` makes the answers repeatable."""
+        """Start a conversation; `system` is the system message, `seed` makes its answers repeatable."""
         self.opened = opened
         self.sampling = sampling or Sampling()
-        self.start: Messages = [{"role": "system", "content": system}] if system else []
+        self.start: Messages = [{"role": "system", "content": system}] if system and system.strip() else []
         self.messages = list(self.start)
-        if seed is not None:
-            torch.manual_seed(seed)
+        self.seed = seed
+        self.answers = 0
+        """Answers since the start: each has a random state of its own, derived from the seed."""
 
     def reset(self) -> None:
-        """Forget everything but the system message."""
-        self.messages = list(self.start)
+        """Forget everything but the system message; with a seed, the same questions then get the same answers."""
+        self.messages, self.answers = list(self.start), 0
 
     def ask(self, text: str, on_text: Callable[[str], None] | None = None) -> str:
         """Return the answer to a message; `on_text` is called with each piece of it as it is generated.
@@ -66,17 +68,29 @@ class ChatSession:
         Raises:
             UsageError: the message is empty, or does not fit the model's positions by itself.
         """
-        if not text.strip():
-            raise UsageError("The message is empty. Give a question.")
+        if not isinstance(text, str) or not text.strip():
+            raise UsageError("The message is empty or not a text. Give a question.")
         opened, asked = self.opened, [*self.messages, {"role": "user", "content": text}]
         kept, tokens = fit_to_positions(opened, asked, self.sampling.max_new_tokens)
         room = min(self.sampling.max_new_tokens, opened.positions - len(tokens))
         sampling = dataclasses.replace(self.sampling, max_new_tokens=room)
         prompt = torch.tensor([tokens], device=opened.model.device)
         streamer = None if on_text is None else _CallbackStreamer(opened.tokenizer, on_text)
-        answer = generate(opened.model, opened.tokenizer, prompt, sampling, streamer)
+        with self._random_state(prompt.device):
+            answer = generate(opened.model, opened.tokenizer, prompt, sampling, streamer)
+        self.answers += 1
         self.messages = [*kept, {"role": "assistant", "content": answer}]
         return answer
+
+    @contextlib.contextmanager
+    def _random_state(self, device: torch.device) -> Iterator[None]:
+        """Use this conversation's own random state, and restore the process's afterwards; without a seed, the process's."""
+        if self.seed is None:
+            yield
+            return
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            torch.manual_seed(self.seed + self.answers)
+            yield
 
 
 def fit_to_positions(opened: OpenedModel, messages: Messages, new_tokens: int) -> tuple[Messages, list[int]]:

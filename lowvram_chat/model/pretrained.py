@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import threading
 from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
@@ -22,6 +23,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 log = logging.getLogger(__name__)
+
+LOADING = threading.RLock()
+"""Held while a model loads: transformers patches torch meanwhile, and two threads that load at once break each other."""
 
 BUILTIN_MODELS = {"builtin:tiny-gpt2": Path(__file__).parent.parent / "assets" / "tiny-gpt2"}
 """Name -> folder of the models that come with the package."""
@@ -173,7 +177,8 @@ def _errors_explained(name: str, path: str, loader: str, *, attention: str = "")
         NotFoundError, ModelError: as `load_model`.
     """
     try:
-        yield
+        with LOADING:
+            yield
     except torch.OutOfMemoryError:
         raise
     except OSError as error:

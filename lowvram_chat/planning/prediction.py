@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
+from pathlib import Path
 
 from lowvram_chat.gpus import CONTEXT_MIB, GPUS
 from lowvram_chat.planning.plan import LIMIT_SETTING, Plan, TensorGroup
@@ -82,7 +83,7 @@ def plan_category(storage: Storage) -> str:
 
 @dataclass(frozen=True)
 class _CacheKey:
-    """A recipe that compares and hashes by its JSON."""
+    """A recipe that compares and hashes by its JSON and its model's local configuration."""
 
     json: str
     recipe: Recipe = field(compare=False)
@@ -90,7 +91,13 @@ class _CacheKey:
 
 def _cache_key(recipe: Recipe) -> _CacheKey:
     reduced = _memory_settings(recipe)
-    return _CacheKey(reduced.model_dump_json(), reduced)
+    return _CacheKey(reduced.model_dump_json() + _local_config(recipe.model.name), reduced)
+
+
+def _local_config(name: str) -> str:
+    """Return the configuration file of a local model folder, which can change between plans; empty for other models."""
+    path = Path(name, "config.json")
+    return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
 
 
 @lru_cache(maxsize=1)

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from lowvram_chat.planning.changes import Change, apply_change, free_savings, lighter_optimizers, micro_batch_changes
-from lowvram_chat.planning.plan import Plan
+from lowvram_chat.planning.plan import LIMIT_SETTING, Plan
 from lowvram_chat.recipe.schema import Recipe
 from lowvram_chat.units import MIB, format_mib
 
@@ -111,11 +111,12 @@ def largest_micro_batch(recipe: Recipe, system: str, plan: Callable[[Recipe], Pl
 
 
 def too_large(recipe: Recipe, plan: Plan) -> str:
-    """Return the error message for a model that does not fit with any settings."""
+    """Return the message for a model that does not fit with any settings."""
+    remedy = "raise memory.limit_mib" if plan.budget == LIMIT_SETTING else "set memory.gpu to a larger card"
     return (
         f"model.name: {recipe.model.name} does not fit in {format_mib(plan.limit_bytes)} MiB with any settings, not even "
         f"with LoRA and one short row at a time (its weights take {format_mib(plan.categories['weights'])} MiB, the CUDA "
-        f"context {format_mib(plan.context_bytes)} MiB). Use a smaller model, or set memory.gpu to a larger card."
+        f"context {format_mib(plan.context_bytes)} MiB). Use a smaller model, or {remedy}."
     )
 
 

@@ -55,7 +55,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         UsageError: an override is not of the form `section.key=value`.
         RecipeError: the file is not valid YAML, or settings are wrong; the message lists every problem.
     """
-    path = Path(path)
+    path = Path(path).expanduser()
     if not path.is_file():
         raise NotFoundError(f"{path}: there is no such recipe file.{_nearby(path)} Give the path of a .yaml file.")
     try:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import logging
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -40,7 +39,7 @@ def train(recipe: Recipe, *, device: torch.device, resume: bool, force: bool = F
             if recipe.memory.on_oom == "stop" or smaller is None:
                 raise OutOfMemory(advice(recipe, error)) from None
         # Outside the handler, because the error keeps the failed step's tensors alive.
-        rows, recipe, resume = session.rows, smaller, RunDir(Path(recipe.output.dir)).last_checkpoint() is not None
+        rows, recipe, resume = session.rows, smaller, RunDir.of(recipe).last_checkpoint() is not None
         log.warning("out of memory: continuing with %s", micro_batch_overrides(recipe))
         del session
         gc.collect()

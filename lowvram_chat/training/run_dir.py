@@ -17,7 +17,7 @@ from typing import Any
 
 from lowvram_chat import __version__
 from lowvram_chat.errors import NotFoundError, UsageError
-from lowvram_chat.files import write_json
+from lowvram_chat.files import write_json, write_text
 from lowvram_chat.recipe.schema import Recipe
 from lowvram_chat.recipe.yaml_file import dump_recipe, load_recipe
 
@@ -35,6 +35,11 @@ class RunDir:
     """A run folder and the paths in it, none of which need exist."""
 
     path: Path
+
+    @classmethod
+    def of(cls, recipe: Recipe) -> RunDir:
+        """Return the run folder of a recipe; `~` is the home folder."""
+        return cls(Path(recipe.output.dir).expanduser())
 
     @property
     def recipe_file(self) -> Path:
@@ -142,13 +147,13 @@ def check_new(path: Path, *, overwrite: bool, resume: bool) -> None:
 
 def create(recipe: Recipe, *, resume: bool) -> RunDir:
     """Create the run folder of a recipe and write its recipe and environment; `resume` keeps what the folder holds."""
-    run = RunDir(Path(recipe.output.dir))
+    run = RunDir.of(recipe)
     if not is_main_process():
         return run
     if not resume and run.path.exists():
         shutil.rmtree(run.path)
     run.path.mkdir(parents=True, exist_ok=True)
-    run.recipe_file.write_text(dump_recipe(recipe), encoding="utf-8")
+    write_text(run.recipe_file, dump_recipe(recipe))
     write_json(run.path / "environment.json", environment())
     return run
 
@@ -159,7 +164,7 @@ def open_run(path: str | Path) -> RunDir:
     Raises:
         NotFoundError: there is no such folder, or it holds no run.
     """
-    run = RunDir(Path(path))
+    run = RunDir(Path(path).expanduser())
     if not run.path.is_dir():
         raise NotFoundError(f"{path}: there is no such folder. Give the run folder that sft printed.")
     if not run.recipe_file.is_file():

@@ -111,7 +111,7 @@ class Session:
     def _open_run(self, *, resume: bool) -> tuple[RunDir, Path | None, TokenCounts]:
         """Create the run folder, or reopen it; return it with the checkpoint to resume from and the counts so far."""
         if resume:
-            log_changes(RunDir(Path(self.recipe.output.dir)), self.recipe)
+            log_changes(RunDir.of(self.recipe), self.recipe)
         run = create(self.recipe, resume=resume)
         checkpoint = run.last_checkpoint() if resume else None
         if checkpoint is None:

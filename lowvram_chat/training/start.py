@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import logging
-from pathlib import Path
 from typing import Any
 
 from lowvram_chat.recipe.schema import Recipe
-from lowvram_chat.training.resume import check_resumed, is_same
+from lowvram_chat.training.resume import changed_settings, check_resumed, is_same
 from lowvram_chat.training.run_dir import RunDir, check_new, is_main_process, read_result
 from lowvram_chat.units import count
 
@@ -21,7 +20,7 @@ def check_start(recipe: Recipe, *, resume: bool, overwrite: bool) -> RunDir:
         UsageError: the folder is in use, or the recipe is not that of the run to resume.
         NotFoundError: there is no complete checkpoint to resume from.
     """
-    run = RunDir(Path(recipe.output.dir))
+    run = RunDir.of(recipe)
     if is_main_process():
         check_new(run.path, overwrite=overwrite, resume=resume)
         if resume:
@@ -30,9 +29,15 @@ def check_start(recipe: Recipe, *, resume: bool, overwrite: bool) -> RunDir:
 
 
 def finished_result(run: RunDir, recipe: Recipe) -> dict[str, Any]:
-    """Return the result of a run that has finished with this recipe; empty if there are steps left."""
-    result = read_result(run)
-    if not result or not is_same(run.recipe(), recipe):
+    """Return the result of a run that has finished with this recipe; empty if there are steps left.
+
+    Settings that differ from the finished run's have no effect without further steps, so `recipe.yaml` is left as it was.
+    """
+    result, before = read_result(run), run.recipe()
+    last = recipe.train.max_steps
+    if not result or not (is_same(before, recipe) or (last is not None and result["steps"] >= last)):
         return {}
+    for name, old, new in changed_settings(before, recipe) if not is_same(before, recipe) else ():
+        log.warning("%s = %s has no effect: the run ended with %s", name, new, old)
     log.info("%s: this run ended after %s, so there is nothing to resume", run.path, count(result["steps"], "step"))
     return result

@@ -76,7 +76,7 @@ def test_importing_takes_under_a_fifth_of_a_second() -> None:
 
 
 def test_a_wrong_batch_size_is_refused_before_a_model_is_loaded() -> None:
-    with pytest.raises(UsageError, match="batch_size: 0 is below 1"):
+    with pytest.raises(UsageError, match="batch_size: 0 is not a whole number above 0"):
         api.evaluate("no-such-model", "builtin:chitchat-held-out", batch_size=0)
 
 

@@ -14,6 +14,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import GPT2Config
 
 from lowvram_chat import plan as command
 from lowvram_chat.model.configs import KNOWN_CONFIGS, config_for
@@ -230,8 +231,10 @@ def test_the_command_says_no_with_exit_code_1_and_what_would_fit(
 
 
 def test_a_model_too_large_at_any_setting_is_one_message(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert command.main([_file(tmp_path), "memory.limit_mib=301"]) == 2
-    error = capsys.readouterr().err
+    assert command.main([_file(tmp_path), "memory.limit_mib=301", "--json"]) == 1
+    printed, error = capsys.readouterr()
+    assert json.loads(printed.splitlines()[-1])["options"] == []
+    assert "or raise memory.limit_mib" in error
     assert "does not fit in 301 MiB with any settings" in error
     assert "Traceback" not in error
 
@@ -253,6 +256,19 @@ def test_two_recipes_stand_side_by_side(tmp_path: Path, capsys: pytest.CaptureFi
 def test_the_command_wants_one_thing_at_a_time(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert command.main(words) == 2
     assert "give one recipe" in capsys.readouterr().err
+
+
+def test_a_plan_follows_the_configuration_of_a_local_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    parameters = []
+    for layers in (1, 2):
+        place = tmp_path / str(layers)
+        GPT2Config(n_layer=layers, n_embd=32, n_head=2, vocab_size=64, n_positions=64).save_pretrained(place / "gpt2")
+        monkeypatch.chdir(place)
+        local = Recipe.model_validate({"model": {"name": "gpt2"}, "data": {"max_length": 32}})
+        parameters.append(make_plan(local).parameters)
+    GPT2Config(n_layer=3, n_embd=32, n_head=2, vocab_size=64, n_positions=64).save_pretrained("gpt2")
+    parameters.append(make_plan(local).parameters)
+    assert len(set(parameters)) == 3
 
 
 @pytest.mark.parametrize("option", command.MOVED_OPTIONS)
