@@ -94,11 +94,11 @@ def test_a_4_bit_weight_takes_half_a_byte_and_an_fp32_scale_for_every_64_values(
 def test_8_bit_optimizers_keep_embeddings_in_32_bits_and_a_scale_for_every_256_values_on_the_card() -> None:
     asked = recipe(model={"name": gpt2(width=256)}, optimizer={"name": "adamw_8bit"})
     paged = apply_change(asked, {"optimizer.name": "paged_adamw_8bit"})
-    embeddings, large, small = (5000 + 1024) * 256, 11 * 256**2, 256**2
+    embeddings, large, small, tiny = (5000 + 1024) * 256, 11 * 256**2, 256**2, 15 * 256
     scale = 4 / 256
     states = [make_plan(each).categories["optimizer state"] for each in (asked, paged)]
-    assert states[0] == pytest.approx(2 * (4 * embeddings + (1 + scale) * (large + small)), rel=0.01)
-    assert states[1] == pytest.approx(2 * (scale * large + (1 + scale) * small), rel=0.3)
+    assert states[0] == pytest.approx(2 * (4 * (embeddings + tiny) + (1 + scale) * (large + small)), rel=0.001)
+    assert states[1] == pytest.approx(2 * (scale * large + (1 + scale) * small + 4 * tiny), rel=0.02)
 
 
 def test_settings_that_take_no_memory_are_not_traced_again() -> None:
