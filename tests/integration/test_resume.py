@@ -158,6 +158,7 @@ def test_resuming_a_run_that_has_ended_changes_nothing(bench: Bench) -> None:
 
 CHANGES: list[tuple[dict[str, Any], str]] = [
     ({"adapter": {"kind": "lora", "r": 4}}, "adapter.r=4 (was 16)"),
+    ({"adapter": {"kind": "lora", "alpha": 8}}, "adapter.alpha=8 (was 32)"),
     ({"adapter": None}, "adapter=null (was lora)"),
     ({"model__name": "builtin:tiny-gpt2"}, "model.name=builtin:tiny-gpt2 (was "),
     ({"model__dtype": "bfloat16"}, "model.dtype=bfloat16 (was float32)"),

@@ -143,6 +143,16 @@ def test_a_wrong_divisor_and_a_loss_that_is_nan_are_refused(
         build(prepared)
 
 
+@pytest.mark.parametrize(("precision", "factor"), [("fp32", 1.0002), ("bf16", 1.006)])
+def test_a_loss_that_differs_by_little_more_than_the_tolerance_is_refused(
+    precision: str, factor: float, bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = ChatTrainer.compute_loss
+    monkeypatch.setattr(ChatTrainer, "compute_loss", lambda *args, **kwargs: factor * original(*args, **kwargs))
+    with pytest.raises(DeviceError, match="train on a wrong loss"):
+        build(session(bench, train__precision=precision))
+
+
 def test_nothing_is_changed_by_the_comparison(bench: Bench) -> None:
     built = build(session(bench, adapter={"kind": "lora", "r": 8, "dropout": 0.5}))
     model = built.trained_model

@@ -91,6 +91,26 @@ def test_another_template_is_another_entry(
     assert "tokenising" in caplog.text
 
 
+def test_another_vocabulary_is_another_entry(
+    file: Path, tokenizer: PreTrainedTokenizerBase, caplog: pytest.LogCaptureFixture
+) -> None:
+    read(file, tokenizer)
+    tokenizer.add_tokens(["the cat"])
+    caplog.clear()
+    read(file, tokenizer)
+    assert "tokenising" in caplog.text
+
+
+def test_another_end_of_text_token_is_another_entry(
+    file: Path, tokenizer: PreTrainedTokenizerBase, caplog: pytest.LogCaptureFixture
+) -> None:
+    first = read(file, tokenizer)
+    tokenizer.eos_token = tokenizer.convert_ids_to_tokens(65)
+    caplog.clear()
+    assert read(file, tokenizer).rows["input_ids"][:] != first.rows["input_ids"][:]
+    assert "tokenising" in caplog.text
+
+
 def test_another_version_of_this_code_is_another_entry(
     file: Path, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -192,6 +212,21 @@ def test_an_interrupted_reading_continues_where_it_stopped(
     assert again.facts.bad_rows == 4
     assert again.rows.to_dict() == whole.rows.to_dict()
     assert kept(own_cache) == ["", ".arrow", ".json"]  # "" is the other cache
+
+
+def test_half_a_block_at_the_end_of_an_interrupted_reading_is_written_again(
+    many: Path, tokenizer: PreTrainedTokenizerBase, own_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patched:
+        interrupt(patched, 50)
+        with pytest.raises(KeyboardInterrupt):
+            read(many, tokenizer, max_bad_rows=9)
+    [partial] = own_cache.glob("*.partial")
+    with partial.open("ab") as unfinished:
+        unfinished.write(partial.read_bytes()[-300:-100])
+    again = read(many, tokenizer, max_bad_rows=9)
+    monkeypatch.setenv("LOWVRAM_CHAT_CACHE", str(own_cache / "other"))
+    assert again.rows.to_dict() == read(many, tokenizer, max_bad_rows=9).rows.to_dict()
 
 
 def test_a_damaged_unfinished_reading_starts_again(

@@ -12,7 +12,7 @@ import warnings
 import pytest
 
 from lowvram_chat import __version__, cli, doctor
-from lowvram_chat.errors import LowVramError, ProofError, RecipeError
+from lowvram_chat.errors import DoesNotFit, LowVramError, OutOfMemory, ProofError, RecipeError
 from lowvram_chat.quiet import quiet_libraries
 from tests.samples import ROOT
 
@@ -51,7 +51,14 @@ def test_a_wrong_word_is_one_line_with_exit_code_2(words: list[str], capsys: pyt
 
 @pytest.mark.parametrize(
     ("raised", "code"),
-    [(RecipeError("r: wrong."), 2), (LowVramError("x"), 2), (ProofError("no"), 1), (KeyboardInterrupt(), 130)],
+    [
+        (RecipeError("r: wrong."), 2),
+        (LowVramError("x"), 2),
+        (OutOfMemory("full"), 2),
+        (ProofError("no"), 1),
+        (DoesNotFit("no"), 1),
+        (KeyboardInterrupt(), 130),
+    ],
 )
 def test_an_error_is_a_sentence_and_an_exit_code(
     raised: BaseException, code: int, capsys: pytest.CaptureFixture[str]

@@ -6,7 +6,8 @@ import random
 from typing import TYPE_CHECKING
 
 import pytest
-from transformers import BatchEncoding
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import BatchEncoding, PreTrainedTokenizerFast
 
 from lowvram_chat.data import encode as encode_module
 from lowvram_chat.data.encode import Encoder
@@ -71,6 +72,24 @@ def test_a_text_that_is_cut_first_gives_the_same_head(
         assert ids[:keep] == all_ids[:keep]
         assert labels[:keep] == all_labels[:keep]
         assert len(ids) >= min(len(all_ids), keep + 1)  # so that a conversation over the length is counted as one
+
+
+@pytest.mark.parametrize(
+    ("words", "is_cut"),
+    [
+        (pre_tokenizers.ByteLevel(), True),
+        (pre_tokenizers.Sequence([pre_tokenizers.Digits(), pre_tokenizers.ByteLevel(use_regex=False)]), True),
+        (pre_tokenizers.Metaspace(), False),
+        (None, False),
+    ],
+)
+def test_a_text_is_cut_only_for_a_tokenizer_that_splits_it_into_words(
+    words: pre_tokenizers.PreTokenizer | None, is_cut: bool
+) -> None:
+    backend = Tokenizer(models.BPE())
+    if words is not None:
+        backend.pre_tokenizer = words
+    assert Encoder(PreTrainedTokenizerFast(tokenizer_object=backend), "all", 8).keep == (8 if is_cut else None)
 
 
 def test_a_text_of_long_words_that_proves_too_short_is_encoded_whole(tokenizer: PreTrainedTokenizerBase) -> None:

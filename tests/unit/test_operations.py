@@ -77,6 +77,12 @@ def test_an_expanded_tensor_is_read_once() -> None:
 def test_a_lookup_reads_the_rows_that_it_returns_and_not_the_table() -> None:
     lookup = listed(lambda table: F.embedding(torch.zeros(5, dtype=torch.int64), table), (1000, 16))[-1]
     assert lookup.nbytes == 5 * 8 + 2 * 4 * 5 * 16
+    chosen = listed(lambda table: table.index_select(0, torch.zeros(5, dtype=torch.int64)), (1000, 16))[-1]
+    assert chosen.nbytes == 5 * 8 + 2 * 4 * 5 * 16
+
+
+def test_a_product_with_itself_reads_its_matrix_once() -> None:
+    assert only(listed(lambda matrix: matrix @ matrix, (64, 64))).nbytes == 2 * 4 * 64 * 64
 
 
 def test_an_operation_over_lists_launches_for_chunks_and_for_tensors() -> None:

@@ -28,7 +28,12 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from lowvram_chat.data.packing import best_fit_decreasing, pack_rows
 from lowvram_chat.data.rows import IGNORED_LABEL, Collator
 from lowvram_chat.errors import ModelError
-from lowvram_chat.model.document_attention import DOCUMENT_ATTENTION, attention_implementation, document_attention
+from lowvram_chat.model.document_attention import (
+    DOCUMENT_ATTENTION,
+    attention_implementation,
+    document_attention,
+    use_document_attention,
+)
 from lowvram_chat.model.isolation import check_causal, check_isolation, isolate_documents, isolates_documents
 from lowvram_chat.model.loss import attach_loss
 
@@ -240,6 +245,17 @@ def test_a_model_with_a_sliding_window_keeps_its_mask() -> None:
     )  # fmt: skip
     isolate_documents(model, torch.device("cpu"), "fp32", by_document=True)
     assert attention_implementation(model.config) == "sdpa"
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [{"sliding_window": 12}, {"attention_chunk_size": 12}, {"layer_types": ["full_attention", "sliding_attention"]}],
+)
+def test_a_config_with_a_special_mask_is_not_switched_to_document_attention(setting: dict[str, Any]) -> None:
+    model = small()
+    vars(model.config).update(setting)
+    assert not use_document_attention(model)
+    assert use_document_attention(small())
 
 
 def test_a_model_whose_layers_are_not_given_the_documents_keeps_its_mask(monkeypatch: pytest.MonkeyPatch) -> None:

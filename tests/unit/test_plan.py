@@ -83,6 +83,25 @@ def test_states_are_as_large_as_the_optimizer_makes_them() -> None:
     assert states["sgd"] == 0 < states["adafactor"] < states["adamw"] / 10  # no momentum by default
 
 
+def test_a_4_bit_weight_takes_half_a_byte_and_an_fp32_scale_for_every_64_values() -> None:
+    weights = {
+        load_in: make_plan(recipe(model={"name": gpt2(2), "load_in": load_in}, adapter={"r": 4})).categories["weights"]
+        for load_in in (None, "4bit")
+    }
+    linear = 2 * 12 * 128**2  # the head is tied to the embedding and stays
+    assert weights[None] - weights["4bit"] == pytest.approx(linear * (4 - 1 / 2 - 4 / 64), rel=0.002)
+
+
+def test_8_bit_optimizers_keep_embeddings_in_32_bits_and_a_scale_for_every_256_values_on_the_card() -> None:
+    asked = recipe(model={"name": gpt2(width=256)}, optimizer={"name": "adamw_8bit"})
+    paged = apply_change(asked, {"optimizer.name": "paged_adamw_8bit"})
+    embeddings, large, small, tiny = (5000 + 1024) * 256, 11 * 256**2, 256**2, 15 * 256
+    scale = 4 / 256
+    states = [make_plan(each).categories["optimizer state"] for each in (asked, paged)]
+    assert states[0] == pytest.approx(2 * (4 * (embeddings + tiny) + (1 + scale) * (large + small)), rel=0.001)
+    assert states[1] == pytest.approx(2 * (scale * large + (1 + scale) * small + 4 * tiny), rel=0.02)
+
+
 def test_settings_that_take_no_memory_are_not_traced_again() -> None:
     once = make_plan(recipe(train={"learning_rate": 1e-4}))
     assert make_plan(recipe(train={"learning_rate": 1e-4, "logging_steps": 3}, output={"dir": "elsewhere"})) is once

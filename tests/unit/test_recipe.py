@@ -73,6 +73,25 @@ def test_settings_that_exclude_each_other_are_all_named(tmp_path: Path) -> None:
         assert path in message
 
 
+@pytest.mark.parametrize(
+    ("text", "path"),
+    [
+        ("data: {eval_source: a.jsonl, eval_split: test}\n", "data:"),
+        ("data: {eval_source: a.jsonl, eval_fraction: 0.1}\n", "data:"),
+        ("data: {rows: packed, attention_mask: true}\n", "data.attention_mask:"),
+        ("adapter: {kind: pissa}\nmodel: {load_in: 4bit}\n", "adapter.kind:"),
+        ("train: {fp16_accumulation: true, precision: bf16}\n", "train.fp16_accumulation:"),
+        ("train: {fp16_accumulation: true, precision: fp32}\n", "train.fp16_accumulation:"),
+        *((f"optimizer: {{name: sgd, {name}: 0.5}}\n", f"optimizer.{name}:") for name in ("beta1", "beta2", "eps")),
+        ("optimizer: {name: adamw, momentum: 0.5}\n", "optimizer.momentum:"),
+    ],
+)
+def test_two_settings_that_exclude_each_other_are_refused(tmp_path: Path, text: str, path: str) -> None:
+    message = problems(tmp_path, text)
+    assert "1 problem in" in message
+    assert path in message
+
+
 @pytest.mark.parametrize("key", ["learning_rat", "strategy", "lists", "functional"])
 def test_an_unknown_setting_is_named_with_its_whole_path(tmp_path: Path, key: str) -> None:
     assert f"train.{key}: there is no such setting." in problems(tmp_path, f"train: {{{key}: 1}}\n")
@@ -190,6 +209,11 @@ def test_a_recipe_cannot_be_changed_after_it_was_checked(tmp_path: Path) -> None
     recipe = load_recipe(write(tmp_path, ""))
     with pytest.raises(ValueError, match="frozen"):
         recipe.train.seed = 1
+
+
+def test_the_settings_of_version_0_1_0_are_known_by_their_old_names() -> None:
+    lean = {"model.lean_gelu", "model.lean_loss", "model.lean_attention", "adapter.lean"}
+    assert lean <= RENAMED_SETTINGS.keys()
 
 
 @pytest.mark.parametrize(("old", "new"), RENAMED_SETTINGS.items())

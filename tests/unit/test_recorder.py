@@ -222,6 +222,46 @@ def test_autocast_runs_layer_norm_and_softmax_in_fp32_as_on_cuda() -> None:
         )
 
 
+def test_autocast_runs_what_could_overflow_in_fp32_as_on_cuda() -> None:
+    def step() -> None:
+        with torch.autocast("cpu", dtype=torch.float16):
+            half = torch.empty(4, 8, dtype=torch.float16)
+            for result in (
+                half**3,
+                half.exp(),
+                half.log(),
+                half.rsqrt(),
+                half.reciprocal(),
+                half.sum(),
+                half.sum(-1),
+                half.cumsum(-1),
+                half.norm(),
+                half.logsumexp(-1),
+                functional.softplus(half),
+                functional.rms_norm(half, (8,)),
+            ):
+                assert result.dtype == torch.float32
+            assert (half * half).dtype == torch.float16
+
+    _trace(step, CudaRules())
+
+
+def test_the_buffers_inside_one_kernel_exist_together() -> None:
+    recorder = TraceRecorder()
+    recorder.record_temporaries([1024, 2048], "a kernel")
+    assert replay(recorder.events).peak_allocated_bytes == 3072
+
+
+def test_the_rows_of_an_attention_mask_are_padded_to_a_multiple_of_eight() -> None:
+    def attend(length: int) -> None:
+        query, mask = torch.empty(2, 4, length, 64), torch.empty(2, 1, length, length)
+        functional.scaled_dot_product_attention(query, query, query, mask)
+
+    padded = "aten.constant_pad_nd.default"
+    assert _allocated_sizes(_trace(lambda: attend(30), CudaRules()), padded) == [4 * 2 * 30 * 32]
+    assert _allocated_sizes(_trace(lambda: attend(32), CudaRules()), padded) == []
+
+
 @pytest.mark.parametrize(("dtype", "copied"), [(torch.float16, False), (torch.bfloat16, True)])
 def test_cuda_s_log_softmax_copies_bf16_but_not_fp16(dtype: torch.dtype, copied: bool) -> None:
     logits = torch.empty(4, 1024, dtype=dtype)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,12 @@ def test_a_file_that_is_not_a_record_is_refused_with_its_path(change: dict[str, 
     path.write_text("not json")
     with pytest.raises(UsageError, match=r"one\.json"):
         load(path)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_figure_that_is_not_a_number_is_no_result(value: float) -> None:
+    with pytest.raises(ValueError, match="finite number"):
+        metric(value)
 
 
 def test_a_path_without_results_is_refused(tmp_path: Path) -> None:
@@ -136,6 +143,10 @@ def test_results_of_a_tree_with_uncommitted_changes_are_not_stored(tmp_path: Pat
     assert len(machine.commit(tmp_path) or "") == 12
     (tmp_path / "code.py").write_text("x = 2\n")
     with pytest.raises(UsageError, match=r"dirty \(code\.py\)"):
+        machine.check_clean(tmp_path, results)
+    (tmp_path / "code.py").write_text("x = 1\n")
+    (tmp_path / "new.py").write_text("x = 1\n")
+    with pytest.raises(UsageError, match=r"dirty \(new\.py\)"):
         machine.check_clean(tmp_path, results)
 
 
