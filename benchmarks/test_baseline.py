@@ -10,10 +10,11 @@ import pytest
 from benchmarks.plans import Plans, metrics
 from benchmarks.suite import RECIPES, Keeper
 from lowvram_chat.recipe.yaml_file import load_recipe
-from lowvram_chat.reporting.plan_tables import SPEED_ERROR_PERCENT
 from lowvram_chat.results.baseline import BASELINE_SECONDS
 
 PUBLISHED_HOURS = BASELINE_SECONDS / 3600
+OWN_RECIPE_ERROR = 0.12
+"""How far the prediction of the baseline's own recipe may be from its published time."""
 LORA = ("adapter.kind=lora",)
 MAX_HOURS = {"fast_fp16": 3.0, f"fast_fp16 {LORA[0]}": 2.0}
 """The longest time at 80 W that passes, for the fastest recipe, full and as LoRA; the others must beat the baseline."""
@@ -39,7 +40,7 @@ def _problem(case: str, hours: float) -> str | None:
         case == "baseline_7h27m"
     ):  # the baseline's own recipe must take the published time, within the time model's error
         error = hours / PUBLISHED_HOURS - 1
-        return None if abs(error) <= SPEED_ERROR_PERCENT / 100 else f"{hours:.2f} h, published {PUBLISHED_HOURS:.2f}"
+        return None if abs(error) <= OWN_RECIPE_ERROR else f"{hours:.2f} h, published {PUBLISHED_HOURS:.2f}"
     limit = MAX_HOURS.get(case, PUBLISHED_HOURS)
     return None if hours <= limit else f"{hours:.2f} h at 80 W, at most {limit:.2f} expected"
 

@@ -49,7 +49,8 @@ def load_recipe(path: str | Path, *overrides: str) -> Recipe:
         raise UsageError(
             "load_recipe: an override is not a text. Write 'section.key=value', such as 'train.max_steps=100'."
         )
-    return load_recipe(_path("path", path), overrides)
+    _check_path("path", path)
+    return load_recipe(path, overrides)
 
 
 def plan(recipe: Recipe) -> Plan:
@@ -167,7 +168,10 @@ def merge(
 
     if dtype not in SAVED_DTYPES:
         raise UsageError(f"merge: the type {dtype!r} is not known. Give one of {', '.join(SAVED_DTYPES)}.")
-    folder, target = check_merge(_path("run", run), None if out is None else _path("out", out), overwrite=overwrite)
+    _check_path("run", run)
+    if out is not None:
+        _check_path("out", out)
+    folder, target = check_merge(run, None if out is None else Path(out), overwrite=overwrite)
     _look_for_hub(base or folder.recipe().model.name)
     quiet_transformers()
 
@@ -290,11 +294,11 @@ def _checked_recipe(recipe: Recipe) -> Recipe:
     return recipe
 
 
-def _path(name: str, path: str | Path) -> Path:
-    """Return an argument as a path.
+def _check_path(name: str, path: str | Path) -> None:
+    """Refuse an argument that is not a path.
 
     Raises:
-        UsageError: it is not one.
+        UsageError: it is empty, or neither a text nor a Path.
     """
     from lowvram_chat.errors import UsageError
     from lowvram_chat.quiet import silence_libraries
@@ -302,4 +306,3 @@ def _path(name: str, path: str | Path) -> Path:
     silence_libraries()
     if not isinstance(path, str | Path) or not str(path):
         raise UsageError(f"{name}: {path!r} is not a path. Give the path as a text.")
-    return Path(path)

@@ -1,9 +1,9 @@
-"""Merge a run's adapter into its base model and prove that the result is the same function.
+"""Merge a run's adapter into its base model and check that the result gives the same logits.
 
     python -m lowvram_chat.merge runs/quickstart
 
-The merged model is an ordinary Hugging Face model folder in RUN/merged. It is written only if its logits equal those of
-base and adapter. The adapter of a 4-bit run is merged into the full-precision base.
+The merged model is an ordinary Hugging Face model folder in RUN/merged. It is written only if its fp32 logits equal
+those of base and adapter. The adapter of a 4-bit run is merged into the full-precision base.
 """
 
 from __future__ import annotations
@@ -23,9 +23,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser("merge", __doc__)
     arguments.add_argument("run", help="run folder with an adapter")
     arguments.add_argument("--out", type=Path, metavar="FOLDER", help="output folder (default: RUN/merged)")
-    arguments.add_argument(
-        "--base", metavar="MODEL", help="base model, if it is no longer found under the recipe's name"
-    )
+    arguments.add_argument("--base", metavar="MODEL", help="where the base model is now, if it moved")
     arguments.add_argument("--dtype", choices=api.SAVED_DTYPES, default="float32", help="type to save in")
     arguments.add_argument("--overwrite", action="store_true", help="replace an earlier result")
     arguments.add_argument("--json", action="store_true", help="print the proof as JSON on the last line")

@@ -9,6 +9,7 @@ import csv
 import json
 import math
 import re
+import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -17,6 +18,8 @@ from lowvram_chat.errors import NotFoundError, UsageError, did_you_mean
 MeasuredRow = Mapping[str, str]
 """Column -> cell."""
 
+WIDE = 160
+"""Columns of a table in a file or pipe."""
 MAX_CHOICES_LISTED = 8
 """A message lists this many known values at most; of more it names the nearest."""
 MAX_SHOWN_CHARACTERS = 60
@@ -124,3 +127,8 @@ def _check_cells(path: Path, line: int, row: Mapping[str | None, object]) -> Non
             raise UsageError(f"{place}, column {column}: it contains a control character. Remove it.")
     if not str(name).strip():
         raise UsageError(f"{place}, column id: it is empty. Give the row a name.")
+
+
+def table_width() -> int | None:
+    """Return the width of a table: wide enough for every column where the output is no terminal, else the terminal's."""
+    return None if sys.stdout.isatty() else WIDE

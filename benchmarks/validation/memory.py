@@ -15,7 +15,7 @@ import transformers
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.validation.csv_rows import MeasuredRow, wrong_cell
+from benchmarks.validation.csv_rows import MeasuredRow, table_width, wrong_cell
 from benchmarks.validation.measured_runs import (
     late_kernels_mib,
     limit_mib,
@@ -102,7 +102,7 @@ def run(path: Path, *, as_json: bool = False) -> Report:
     for line in version_notes(rows):
         notes.print(line)
     report = summarise(tuple(predict_peak(row) for row in rows))
-    Console(markup=False, emoji=False).print(table(report, rows), summary(report), sep="\n")
+    Console(markup=False, emoji=False, width=table_width()).print(table(report, rows), summary(report), sep="\n")
     if as_json:
         print_json(asdict(report))
     return report
@@ -120,7 +120,16 @@ def version_notes(rows: list[MeasuredRow]) -> Iterator[str]:
 
 def table(report: Report, rows: list[MeasuredRow]) -> Table:
     """Return the report as a table for the terminal; an asterisk marks rows of another transformers version."""
-    shown = Table("run", "model", "B x T", "optimizer", "predicted MiB", "measured MiB", "error %", "transformers")
+    shown = Table(
+        "run",
+        "model",
+        "B x T",
+        "optimizer",
+        "predicted MiB",
+        "measured MiB",
+        "error %",
+        "transformers (*: not installed)",
+    )
     for row, prediction in zip(rows, report.rows, strict=True):
         is_other_version = row["transformers"] not in ("", transformers.__version__)
         shown.add_row(

@@ -16,7 +16,7 @@ import transformers
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.validation.csv_rows import MeasuredRow, number, read_rows, wrong_cell
+from benchmarks.validation.csv_rows import MeasuredRow, number, read_rows, table_width, wrong_cell
 from benchmarks.validation.speed import predicted_seconds
 from benchmarks.validation.speed_rows import REQUIRED_COLUMNS, CannotTrace, Run, published_run
 from lowvram_chat.cli import print_json
@@ -92,7 +92,7 @@ def run(path: Path, *, as_json: bool) -> SpeedReport:
     for row in rows:
         _check(row)
     report = summarise([predict_speed(row) for row in rows])
-    Console(markup=False, emoji=False, highlight=False).print(table(report))
+    Console(markup=False, emoji=False, highlight=False, width=table_width()).print(table(report))
     for prediction in report.rows:
         if prediction.reason is not None:
             print(f"not predicted: {prediction.id}: {prediction.reason}")

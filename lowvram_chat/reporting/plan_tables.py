@@ -15,8 +15,10 @@ from lowvram_chat.recipe.schema import Recipe
 from lowvram_chat.timing.speed import predict_speed, speeds_by_power_limit
 from lowvram_chat.units import MIB, format_mib
 
-SPEED_ERROR_PERCENT = 12
-"""Largest error of the time model on the published speeds; a benchmark checks it."""
+FITTED_ERROR_PERCENT, OTHER_ERROR_PERCENT = 6, 17
+"""Median error of the time model on the 11 published speeds that its constants were chosen with, and on 36 others.
+
+Source: python -m benchmarks.validation speed, without and with benchmarks/data/speeds_measured.csv."""
 PEAK_PHASES = {
     "load": "while the model is loaded",
     "evaluation": "during evaluation",
@@ -48,8 +50,8 @@ def show_plan(recipe: Recipe, plan: Plan) -> None:
 def speed_lines(recipe: Recipe, plan: Plan) -> str:
     """Return the predicted speed at each power limit of the card."""
     lines = [
-        f"predicted speed on {GPUS[recipe.memory.gpu].title} (rows of the maximum length; the time model is within "
-        f"{SPEED_ERROR_PERCENT} % of published speeds):"
+        f"predicted speed on {GPUS[recipe.memory.gpu].title}, for rows of data.max_length tokens (median error "
+        f"{FITTED_ERROR_PERCENT} % on the published speeds it was fitted to, {OTHER_ERROR_PERCENT} % on others):"
     ]
     lines += [
         f"  {speed.watts} W: {speed.tokens_per_second:,.0f} tokens/s, {1000 * speed.seconds_per_step:,.0f} ms per step, "

@@ -217,3 +217,21 @@ def test_a_run_without_held_out_conversations_is_not_sent_to_evaluate(
     printed = capsys.readouterr().out
     assert f"next: python -m lowvram_chat.chat {bench.folder / 'without'}" in printed
     assert "lowvram_chat.evaluate" not in printed
+
+
+def test_the_home_folder_is_expanded_everywhere(bench: Bench, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    settings = {"train__save_steps": 2, "output": {"dir": "~/run", "sample_prompts": []}}
+    assert main([str(bench.file("r", train__max_steps=2, **settings))]) == 0
+    assert {"recipe.yaml", "checkpoints", "model"} <= {path.name for path in (tmp_path / "run").iterdir()}
+    assert main([str(bench.file("r", train__max_steps=3, **settings)), "--resume"]) == 0
+    assert result(tmp_path / "run")["steps"] == 3
+
+
+def test_resuming_a_finished_run_with_another_setting_changes_nothing(bench: Bench) -> None:
+    assert main([str(bench.file("r", train__max_steps=2, train__save_steps=2))]) == 0
+    before = (bench.folder / "r" / "recipe.yaml").read_text(encoding="utf-8")
+    file = bench.file("r", train__max_steps=2, train__save_steps=2, train__warmup_ratio=0.5)
+    assert main([str(file), "--resume"]) == 0
+    assert (bench.folder / "r" / "recipe.yaml").read_text(encoding="utf-8") == before

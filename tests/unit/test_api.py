@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import ast
 import inspect
+import math
 import re
 import subprocess
 import sys
 import time
 import typing
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -96,3 +98,38 @@ def test_a_plan_that_does_not_fit_says_so_in_html() -> None:
     html = api.plan(recipe)._repr_html_()
     assert "DOES NOT FIT in memory.limit_mib = 310 MiB" in html
     assert "usable: 310 MiB" in html
+
+
+@pytest.mark.parametrize("wrong", ["recipes/quickstart.yaml", Path("recipes/quickstart.yaml"), None, {}])
+@pytest.mark.parametrize("name", ["plan", "search", "train"])
+def test_what_is_no_recipe_is_refused(name: str, wrong: object) -> None:
+    with pytest.raises(UsageError, match=r"is not a Recipe. Load it with load_recipe"):
+        getattr(api, name)(wrong)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: api.load_recipe(None), "path: None is not a path"),  # type: ignore[arg-type]
+        (lambda: api.load_recipe("r.yaml", {"train.max_steps": 1}), "an override is not a text"),  # type: ignore[arg-type]
+        (lambda: api.merge(None), "run: None is not a path"),  # type: ignore[arg-type]
+        (lambda: api.merge("run", dtype="int8"), "the type 'int8' is not known"),
+        (lambda: api.evaluate("m", 3), "data: 3 is neither a name nor a list of names"),  # type: ignore[arg-type]
+        (lambda: api.evaluate("m", "d", batch_size=1.5), "batch_size: 1.5 is not a whole number"),  # type: ignore[arg-type]
+        (lambda: api.open_chat("m", temperature=math.inf), "temperature: inf is neither 0 nor"),
+        (lambda: api.open_chat("m", temperature=math.nan), "temperature: nan is neither 0 nor"),
+        (lambda: api.open_chat("m", temperature="0.7"), "temperature: '0.7' is not a number"),  # type: ignore[arg-type]
+        (lambda: api.open_chat("m", seed=10**30), "seed: 1000"),
+        (lambda: api.open_chat("m", system=3), "system: 3 is not a text"),  # type: ignore[arg-type]
+    ],
+)
+def test_a_wrong_argument_is_told_in_a_sentence(call: Callable[[], object], message: str) -> None:
+    with pytest.raises(UsageError) as error:
+        call()
+    assert message in str(error.value)
+
+
+def test_resume_and_overwrite_exclude_each_other() -> None:
+    recipe = api.load_recipe(ROOT / "recipes" / "quickstart.yaml")
+    with pytest.raises(UsageError, match="exclude each other"):
+        api.train(recipe, resume=True, overwrite=True)

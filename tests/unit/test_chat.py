@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+import torch
 
 from lowvram_chat import chat
 from lowvram_chat.errors import UsageError
@@ -111,3 +112,16 @@ def test_an_empty_message_is_refused_and_the_conversation_is_kept(opened: Opened
     with pytest.raises(UsageError, match="empty"):
         session.ask("  ")
     assert session.messages == [SYSTEM]
+
+
+def test_a_seed_makes_each_conversation_repeatable_and_leaves_the_random_state_alone(opened: OpenedModel) -> None:
+    one, other = (
+        ChatSession(opened, sampling=Sampling(temperature=1.5, top_p=1.0, max_new_tokens=8), seed=1) for _ in "ab"
+    )
+    before = torch.get_rng_state()
+    answers = [one.ask("the cat"), one.ask("the dog")]
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.manual_seed(7)
+    assert [other.ask("the cat"), other.ask("the dog")] == answers
+    one.reset()
+    assert one.ask("the cat") == answers[0]
