@@ -16,9 +16,11 @@ Every function raises a subclass of `lowvram_chat.errors.LowVramError` for whate
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
+
+from lowvram_chat.arguments import as_list, check_path, checked_recipe, look_for_hub
 
 if TYPE_CHECKING:
     from lowvram_chat.exporting.merge import Merged
@@ -49,7 +51,7 @@ def load_recipe(path: str | Path, *overrides: str) -> Recipe:
         raise UsageError(
             "load_recipe: an override is not a text. Write 'section.key=value', such as 'train.max_steps=100'."
         )
-    _check_path("path", path)
+    check_path("path", path)
     return load_recipe(path, overrides)
 
 
@@ -64,7 +66,7 @@ def plan(recipe: Recipe) -> Plan:
     """
     from lowvram_chat.quiet import quiet_transformers
 
-    recipe = _checked_recipe(recipe)
+    recipe = checked_recipe(recipe)
     quiet_transformers()
 
     from lowvram_chat.planning.changes import apply_change
@@ -88,7 +90,7 @@ def search(recipe: Recipe, *, goal: Literal["fit", "speed"] = "fit") -> list[Sug
     from lowvram_chat.errors import UsageError
     from lowvram_chat.quiet import quiet_transformers
 
-    recipe = _checked_recipe(recipe)
+    recipe = checked_recipe(recipe)
     if goal not in ("fit", "speed"):
         raise UsageError(f"search: the goal {goal!r} is not known. Give 'fit' or 'speed'.")
     quiet_transformers()
@@ -115,13 +117,13 @@ def train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False, forc
     from lowvram_chat.training.run_dir import is_main_process
     from lowvram_chat.training.start import check_start, finished_result
 
-    recipe = _checked_recipe(recipe)
+    recipe = checked_recipe(recipe)
     if resume and overwrite:
         raise UsageError("train: resume and overwrite exclude each other. Give one of them.")
     run = check_start(recipe, resume=resume, overwrite=overwrite)
     if resume and (finished := finished_result(run, recipe)):
         return finished
-    _look_for_hub(recipe.model.name, *_as_list(recipe.data.source), *_as_list(recipe.data.eval_source))
+    look_for_hub(recipe.model.name, *as_list(recipe.data.source), *as_list(recipe.data.eval_source))
 
     from lowvram_chat.model.device import check_device
     from lowvram_chat.quiet import quiet_transformers
@@ -168,11 +170,11 @@ def merge(
 
     if dtype not in SAVED_DTYPES:
         raise UsageError(f"merge: the type {dtype!r} is not known. Give one of {', '.join(SAVED_DTYPES)}.")
-    _check_path("run", run)
+    check_path("run", run)
     if out is not None:
-        _check_path("out", out)
+        check_path("out", out)
     folder, target = check_merge(run, None if out is None else Path(out), overwrite=overwrite)
-    _look_for_hub(base or folder.recipe().model.name)
+    look_for_hub(base or folder.recipe().model.name)
     quiet_transformers()
 
     from lowvram_chat.exporting.merge import merge_run
@@ -205,13 +207,13 @@ def evaluate(
     from lowvram_chat.quiet import quiet_transformers
     from lowvram_chat.training.evaluation_data import evaluation_data
 
-    names = _as_list(data)
+    names = as_list(data)
     if not isinstance(batch_size, int) or batch_size < 1:
         raise UsageError(f"batch_size: {batch_size!r} is not a whole number above 0. Give the rows per batch.")
     given = {"split": split, "format": format, "eval_limit": limit, "max_length": max_length}
     settings = {name: value for name, value in given.items() if value is not None}
     section, fit_length = evaluation_data(str(model), names, settings | {"max_bad_rows": max_bad_rows})
-    _look_for_hub(str(model), *names)
+    look_for_hub(str(model), *names)
     quiet_transformers()
 
     from lowvram_chat.training.evaluation import evaluate_model
@@ -245,64 +247,9 @@ def open_chat(
         raise UsageError(f"system: {system!r} is not a text. Give the system message.")
     check_seed(seed)
     sampling = Sampling(temperature=temperature, top_p=top_p, max_new_tokens=max_new_tokens)
-    _look_for_hub(str(model))
+    look_for_hub(str(model))
     quiet_transformers()
 
     from lowvram_chat.model.chat_session import ChatSession, open_for_chat
 
     return ChatSession(open_for_chat(str(model)), system=system, sampling=sampling, seed=seed)
-
-
-def _look_for_hub(*names: str) -> None:
-    """Switch to the hub's cache if any of these names needs the hub and it cannot be reached."""
-    from lowvram_chat.data.sources import is_remote
-    from lowvram_chat.hub import work_offline_if_unreachable
-
-    if any(is_remote(name) for name in names):
-        work_offline_if_unreachable()
-
-
-def _as_list(names: str | Path | Sequence[str | Path] | None) -> list[str]:
-    """Return one name or several as a list of texts.
-
-    Raises:
-        UsageError: it is neither.
-    """
-    from lowvram_chat.errors import UsageError
-
-    names = (
-        [names] if isinstance(names, str | Path) else list(names or ()) if isinstance(names, Iterable | None) else names
-    )
-    if not isinstance(names, list) or not all(isinstance(name, str | Path) for name in names):
-        raise UsageError(f"data: {names!r} is neither a name nor a list of names. Give files, globs or a hub dataset.")
-    return [str(name) for name in names]
-
-
-def _checked_recipe(recipe: Recipe) -> Recipe:
-    """Return the recipe.
-
-    Raises:
-        UsageError: it is something else, such as the path of a recipe.
-    """
-    from lowvram_chat.errors import UsageError
-    from lowvram_chat.quiet import silence_libraries
-    from lowvram_chat.recipe.schema import Recipe
-
-    silence_libraries()
-    if not isinstance(recipe, Recipe):
-        raise UsageError(f"recipe: {recipe!r} is not a Recipe. Load it with load_recipe(path).")
-    return recipe
-
-
-def _check_path(name: str, path: str | Path) -> None:
-    """Refuse an argument that is not a path.
-
-    Raises:
-        UsageError: it is empty, or neither a text nor a Path.
-    """
-    from lowvram_chat.errors import UsageError
-    from lowvram_chat.quiet import silence_libraries
-
-    silence_libraries()
-    if not isinstance(path, str | Path) or not str(path):
-        raise UsageError(f"{name}: {path!r} is not a path. Give the path as a text.")
