@@ -31,11 +31,11 @@ validate: benchmarks/data/vram_measured.csv
 test: $(READY)
 	$(BIN)/python -m pytest tests -n 2 --dist loadfile
 
-# Loss curves, the check of the trainer's loss, the quickstart, resuming, merging, the plan in README, and traced memory.
+# Loss curves, the check of the trainer's loss, the quickstart, resuming, merging, the documented plans, and traced memory.
 LOWEST_TESTS := tests/golden tests/integration/test_trainer_loss.py tests/integration/test_quickstart.py \
   tests/integration/test_merge.py \
   tests/integration/test_resume.py::test_a_resumed_run_equals_the_uninterrupted_one \
-  tests/unit/test_readme.py::test_the_plan_in_readme_is_the_one_that_is_printed \
+  tests/unit/test_readme.py::test_the_plans_in_the_documentation_are_the_ones_that_are_printed \
   tests/integration/test_witness.py::test_a_recipe_s_trace_has_the_peak_of_a_real_cpu_step
 
 test-lowest: $(VENV)-lowest/ready

@@ -92,6 +92,12 @@ def test_no_folder_is_more_than_a_fifth_of_the_package() -> None:
     assert max(folders.values()) <= MAX_SHARE_OF_A_FOLDER, folders
 
 
+def test_every_test_named_in_the_makefile_exists() -> None:
+    named = re.findall(r"(tests/[\w/]+\.py)(?:::(\w+))?", (ROOT / "Makefile").read_text(encoding="utf-8"))
+    assert named
+    assert not [(path, name) for path, name in named if f"def {name}" not in (ROOT / path).read_text(encoding="utf-8")]
+
+
 def test_no_module_imports_in_a_circle() -> None:
     imports = {module_name(path): set(imported(path)) for path in FILES}
     reached: dict[str, set[str]] = {}
