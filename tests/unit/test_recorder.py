@@ -129,6 +129,28 @@ def test_gradients_that_only_the_engine_holds_are_added_in_place() -> None:
     assert not _allocated_sizes(_trace(step), "aten.add.Tensor")[1:]
 
 
+def test_a_gradient_whose_storage_is_held_elsewhere_is_not_added_to_in_place() -> None:
+    held = []
+
+    class Held(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: object, tensor: torch.Tensor) -> torch.Tensor:
+            return tensor.clone()
+
+        @staticmethod
+        def backward(ctx: object, gradient: torch.Tensor) -> torch.Tensor:
+            held.append(gradient * 2)
+            return held[-1].view(-1)
+
+    def step() -> None:
+        weight = torch.empty(256, requires_grad=True)
+        first = (weight * 3).tanh()  # the later operation's gradient arrives first
+        result: torch.Tensor = Held.apply(weight)  # type: ignore[no-untyped-call]
+        (first.sum() + result.sum()).backward()
+
+    assert 1024 in _allocated_sizes(_trace(step), "aten.add.Tensor")
+
+
 def test_a_sum_in_a_custom_backward_is_a_new_tensor() -> None:
     class Doubled(torch.autograd.Function):
         @staticmethod

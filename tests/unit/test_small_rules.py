@@ -21,7 +21,7 @@ from lowvram_chat.model.loss import attach_loss
 from lowvram_chat.model.pretrained import load_model, load_tokenizer
 from lowvram_chat.planning import prediction, search
 from lowvram_chat.planning.allocator import CachingAllocator
-from lowvram_chat.planning.changes import apply_change
+from lowvram_chat.planning.changes import apply_change, lighter_optimizers
 from lowvram_chat.planning.plan import Plan
 from lowvram_chat.planning.replay import Replay, live_storages_at, replay
 from lowvram_chat.planning.runs import SHUFFLED_RUNS, composed_runs, traced_steps
@@ -37,7 +37,7 @@ from lowvram_chat.training import budget
 from lowvram_chat.training.callbacks import MetricsCallback, TokenCounts
 from lowvram_chat.training.preflight import run_longest_batch
 from lowvram_chat.training.run_dir import RunDir
-from lowvram_chat.training.trainer import GroupedSampler
+from lowvram_chat.training.trainer import ChatTrainer, GroupedSampler
 from lowvram_chat.units import MIB
 
 if TYPE_CHECKING:
@@ -250,3 +250,29 @@ def test_a_limit_holds_the_context_too() -> None:
 def test_an_attention_mask_is_planned_for() -> None:
     masked = apply_change(TINY, {"data.attention_mask": True})
     assert prediction.make_plan(masked).peak_allocated_bytes > prediction.make_plan(TINY).peak_allocated_bytes
+
+
+def test_the_loss_of_one_process_makes_up_for_the_average_over_two() -> None:
+    trainer = SimpleNamespace(counts=TokenCounts(), accelerator=SimpleNamespace(num_processes=2))
+    inputs = {"real_tokens": torch.tensor(3), "input_ids": torch.tensor([[1, 2, 3, 0]])}
+    loss = ChatTrainer.compute_loss(
+        cast("ChatTrainer", trainer),
+        cast("torch.nn.Module", lambda **_: {"loss": torch.tensor(6.0)}),
+        inputs,
+        num_items_in_batch=4,
+    )
+    assert loss.item() == pytest.approx(3.0)
+
+
+@pytest.mark.parametrize(
+    ("name", "lighter"),
+    [
+        ("adamw_unfused", ["adamw", "adamw_8bit", "paged_adamw_8bit"]),
+        ("adamw", ["adamw_8bit", "paged_adamw_8bit"]),
+        ("adamw_8bit", ["paged_adamw_8bit"]),
+        ("sgd", []),
+    ],
+)
+def test_the_optimizers_advised_have_smaller_states(name: str, lighter: list[str]) -> None:
+    recipe = apply_change(TINY, {"optimizer.name": name})
+    assert lighter_optimizers(recipe) == [{"optimizer.name": other} for other in lighter]
