@@ -1,10 +1,17 @@
-"""Files written whole: a crash leaves the old file or the new one, never half of one."""
+"""Files and folders replaced whole: a crash or an error leaves the old one or the new one, never half of one."""
 
 from __future__ import annotations
 
 import json
+import logging
+import os
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+
+from lowvram_chat.errors import UsageError
+
+log = logging.getLogger(__name__)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -17,3 +24,51 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, content: Mapping[str, object] | Sequence[object]) -> None:
     """Write an indented JSON file as `write_text` does."""
     write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+def delete_unfinished(folder: Path) -> None:
+    """Delete what an interrupted command left, if it left anything.
+
+    Raises:
+        UsageError: the folder cannot be deleted.
+    """
+    if folder.exists():
+        try:
+            shutil.rmtree(folder)
+        except OSError as error:
+            raise UsageError(
+                f"{folder}: left by an interrupted command, and cannot be deleted ({error.strerror}). Close the programs that "
+                f"use it, delete it, and try again."
+            ) from error
+
+
+def discard(folder: Path) -> None:
+    """Delete a folder that is not needed any more, or log that it is still there."""
+    shutil.rmtree(folder, ignore_errors=True)
+    if folder.exists():
+        log.warning("%s: is not needed any more, but could not be deleted. Please delete it.", folder)
+
+
+def replace_folder(new: Path, target: Path) -> None:
+    """Move a folder to `target`. An earlier folder there is deleted only when the new one is in its place.
+
+    Raises:
+        UsageError: a folder cannot be moved; the earlier one is still in its place.
+    """
+    earlier = target.with_name(f"{target.name}.replaced-{os.getpid()}")
+    try:
+        if target.exists():
+            target.rename(earlier)
+        try:
+            new.rename(target)
+        except OSError:
+            if earlier.exists():
+                earlier.rename(target)
+            raise
+    except OSError as error:
+        raise UsageError(
+            f"{target}: cannot be written ({error.strerror}). Close the programs that use it, and try again. An earlier folder "
+            f"of this name was kept."
+        ) from error
+    if earlier.exists():
+        discard(earlier)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from transformers import AutoModelForCausalLM
 from lowvram_chat.errors import ProofError
 from lowvram_chat.exporting.model_card import model_card
 from lowvram_chat.exporting.proof import MAX_LOGIT_DIFFERENCE, Proof
+from lowvram_chat.files import delete_unfinished, discard, replace_folder
 from lowvram_chat.model.adapters import load_adapter, probe_logits
 from lowvram_chat.model.pretrained import load_model, load_tokenizer
 from lowvram_chat.recipe.schema import Model
@@ -32,6 +32,7 @@ def merge_run(run: RunDir, out: Path, *, base: str | None = None, dtype: str = "
     Raises:
         NotFoundError, ModelError: the base cannot be loaded, or is not the one that the adapter was trained on.
         ProofError: the logits differ by more than `MAX_LOGIT_DIFFERENCE`; nothing is kept.
+        UsageError: `out` cannot be replaced; an earlier merge is kept.
     """
     recipe = run.recipe()
     revision = None if base else recipe.model.revision
@@ -51,14 +52,13 @@ def _merge(adapter: Path, settings: Model, out: Path, dtype: str, card: str) -> 
     after_merge = probe_logits(merged, vocabulary)
 
     partial = out.with_name(out.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
+    delete_unfinished(partial)
     try:
         merged.to(getattr(torch, dtype)).save_pretrained(partial)
         load_tokenizer(str(adapter)).save_pretrained(partial)
-        reloaded = AutoModelForCausalLM.from_pretrained(partial, dtype=torch.float32, trust_remote_code=False)
         proof = Proof(
             adapter_to_merged=_largest_difference(expected, after_merge),
-            adapter_to_reloaded=_largest_difference(expected, probe_logits(reloaded, vocabulary)),
+            adapter_to_reloaded=_largest_difference(expected, _saved_logits(partial, vocabulary)),
             adapter_to_base=_largest_difference(expected, original),
         )
         if not proof.holds(exact=dtype == "float32"):
@@ -68,11 +68,17 @@ def _merge(adapter: Path, settings: Model, out: Path, dtype: str, card: str) -> 
                 f"most {MAX_LOGIT_DIFFERENCE:g} is allowed. Nothing was written. Was the adapter trained on this base?"
             )
         (partial / "README.md").write_text(card, encoding="utf-8")
-        shutil.rmtree(out, ignore_errors=True)
-        partial.rename(out)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        replace_folder(partial, out)
+    except BaseException:
+        discard(partial)
+        raise
     return proof
+
+
+def _saved_logits(folder: Path, vocabulary: int) -> torch.Tensor:
+    """Return the logits of a saved model. It is freed on return: its weights map the file, which Windows then locks."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False)
+    return probe_logits(model, vocabulary)
 
 
 def _largest_difference(logits: torch.Tensor, others: torch.Tensor) -> float:

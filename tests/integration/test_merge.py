@@ -7,14 +7,18 @@ import os
 import shutil
 import subprocess
 import sys
+import weakref
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from lowvram_chat import api, merge
-from lowvram_chat.errors import ProofError
+from lowvram_chat.errors import ProofError, UsageError
+from lowvram_chat.exporting import merge as merging
 from lowvram_chat.exporting.proof import Proof
 from tests.runs import Bench
 from tests.samples import save_tiny_gpt2
@@ -140,6 +144,62 @@ def test_overwrite_replaces_an_earlier_merge(lora_run: Path, tmp_path: Path) -> 
     assert merge.main([str(lora_run), "--out", str(tmp_path / "m"), "--dtype", "float16"]) == 0
     assert merge.main([str(lora_run), "--out", str(tmp_path / "m"), "--overwrite"]) == 0
     assert (tmp_path / "m" / "model.safetensors").stat().st_size > 2_000_000
+
+
+def test_an_earlier_merge_survives_a_new_one_that_cannot_be_moved_into_its_place(
+    lora_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "m"
+    api.merge(lora_run, out=out)
+    (out / "mine.txt").write_text("kept")
+    rename = Path.rename
+
+    def refuse(path: Path, target: Path) -> Path:
+        if path.name.endswith(".partial"):
+            raise PermissionError(13, "Permission denied")
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", refuse)
+    assert merge.main([str(lora_run), "--out", str(out), "--overwrite"]) == 2
+    assert "cannot be written (Permission denied)" in capsys.readouterr().err
+    assert (out / "mine.txt").read_text() == "kept"
+    assert [path.name for path in tmp_path.iterdir()] == ["m"]
+
+
+def test_what_an_interrupted_merge_left_is_not_mixed_with_a_new_one(
+    lora_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left = tmp_path / "m.partial"
+    left.mkdir()
+    (left / "model-00002-of-00002.safetensors").write_text("old")
+
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    with monkeypatch.context() as locked:
+        locked.setattr(shutil, "rmtree", refuse)
+        with pytest.raises(UsageError, match="left by an interrupted command, and cannot be deleted"):
+            api.merge(lora_run, out=tmp_path / "m")
+    api.merge(lora_run, out=tmp_path / "m")
+    assert not list((tmp_path / "m").glob("model-*"))
+
+
+def test_the_reloaded_model_is_freed_before_its_files_are_moved(
+    lora_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reloaded: list[weakref.ref[object]] = []
+    load = AutoModelForCausalLM.from_pretrained
+
+    def remembered(*args: Any, **kwargs: Any) -> object:
+        model = load(*args, **kwargs)
+        reloaded.append(weakref.ref(model))
+        return model
+
+    monkeypatch.setattr(merging, "AutoModelForCausalLM", SimpleNamespace(from_pretrained=remembered))
+    alive: list[object] = []
+    monkeypatch.setattr(merging, "replace_folder", lambda *_: alive.extend(model() for model in reloaded))
+    api.merge(lora_run, out=tmp_path / "m")
+    assert alive == [None]
 
 
 def test_a_full_run_has_nothing_to_merge(full_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
