@@ -173,7 +173,7 @@ def merge(
     check_path("run", run)
     if out is not None:
         check_path("out", out)
-    folder, target = check_merge(run, None if out is None else Path(out), overwrite=overwrite)
+    folder, target = check_merge(run, None if out is None else Path(out), base=base, overwrite=overwrite)
     look_for_hub(base or folder.recipe().model.name)
     quiet_transformers()
 

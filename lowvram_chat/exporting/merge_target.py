@@ -8,13 +8,13 @@ from lowvram_chat.errors import ModelError, UsageError
 from lowvram_chat.training.run_dir import RunDir, open_run
 
 
-def check_merge(run_path: str | Path, out: Path | None, *, overwrite: bool) -> tuple[RunDir, Path]:
+def check_merge(run_path: str | Path, out: Path | None, *, base: str | None, overwrite: bool) -> tuple[RunDir, Path]:
     """Return the run and the folder that its merged model goes to.
 
     Raises:
         NotFoundError: there is no such run.
         ModelError: the run has no adapter.
-        UsageError: the target is in use.
+        UsageError: the target is in use, or holds the base model.
     """
     run = open_run(run_path)
     out = run.merged if out is None else out.expanduser()
@@ -30,4 +30,7 @@ def check_merge(run_path: str | Path, out: Path | None, *, overwrite: bool) -> t
         raise UsageError(
             f"{out}: exists and is not a model folder, so it is left alone. Give another folder with --out."
         )
+    base_folder = Path(base or run.recipe().model.name).expanduser().resolve()
+    if out.exists() and base_folder.is_relative_to(out.resolve()):
+        raise UsageError(f"{out}: holds the base model, so it is not replaced. Give another folder with --out.")
     return run, out

@@ -146,6 +146,14 @@ def test_overwrite_replaces_an_earlier_merge(lora_run: Path, tmp_path: Path) -> 
     assert (tmp_path / "m" / "model.safetensors").stat().st_size > 2_000_000
 
 
+def test_the_base_is_never_replaced(lora_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    base = save_tiny_gpt2(tmp_path / "base")
+    before = (base / "config.json").read_bytes()
+    assert merge.main([str(lora_run), "--base", str(base), "--out", str(base), "--overwrite"]) == 2
+    assert "holds the base model" in capsys.readouterr().err
+    assert (base / "config.json").read_bytes() == before
+
+
 def test_an_earlier_merge_survives_a_new_one_that_cannot_be_moved_into_its_place(
     lora_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
