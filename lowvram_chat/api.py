@@ -3,6 +3,7 @@
     from lowvram_chat import api
 
     recipe = api.load_recipe("recipes/quickstart.yaml", "train.max_steps=100")
+    api.preview("chats.jsonl", recipe)  # the rows, with the tokens that carry loss
     api.plan(recipe)                    # predicted GPU memory; shown as a table in a notebook
     api.train(recipe)
     api.merge("runs/quickstart")
@@ -23,6 +24,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from lowvram_chat.arguments import as_list, check_path, checked_recipe, look_for_hub
 
 if TYPE_CHECKING:
+    from lowvram_chat.data.preview import Preview
     from lowvram_chat.exporting.merge import Merged
     from lowvram_chat.model.chat_session import ChatSession
     from lowvram_chat.model.scoring import Score
@@ -33,7 +35,16 @@ if TYPE_CHECKING:
 SAVED_DTYPES = ("float32", "float16", "bfloat16")
 """Types that `merge` can save in."""
 
-__all__ = ["evaluate", "load_recipe", "merge", "open_chat", "plan", "search", "train"]
+__all__ = [
+    "evaluate",
+    "load_recipe",
+    "merge",
+    "open_chat",
+    "plan",
+    "preview",
+    "search",
+    "train",
+]
 
 
 def load_recipe(path: str | Path, *overrides: str) -> Recipe:
@@ -53,6 +64,38 @@ def load_recipe(path: str | Path, *overrides: str) -> Recipe:
         )
     check_path("path", path)
     return load_recipe(path, overrides)
+
+
+def preview(source: str | Path | Sequence[str | Path], recipe: Recipe | None = None, *, rows: int = 3) -> Preview:
+    """Return what would be trained: the first `rows` rows of a source, and what the source holds.
+
+    The recipe gives the tokenizer and the data settings (default: the built-in model). A hub dataset is read only as far as
+    its first rows. `Preview.rows` holds the rows, `Preview.facts` the counts.
+
+    Raises:
+        UsageError: `rows` is not a whole number from 0.
+        NotFoundError, DataError: the source as a whole cannot be read. Rows that cannot be used are counted.
+        ModelError: the tokenizer cannot be loaded.
+    """
+    from lowvram_chat.errors import UsageError
+    from lowvram_chat.quiet import quiet_transformers
+    from lowvram_chat.recipe.yaml_file import build_recipe
+
+    if not isinstance(rows, int) or rows < 0:
+        raise UsageError(f"rows: {rows!r} is not a whole number from 0. Give the number of rows to show.")
+    recipe = checked_recipe(recipe or build_recipe({"model": {"name": "builtin:tiny-gpt2"}}, (), "preview"))
+    names = as_list(source)
+    data = recipe.data.model_copy(update={"source": names[0] if len(names) == 1 else names})
+    look_for_hub(recipe.model.name, *names, *as_list(data.eval_source))
+    quiet_transformers()
+
+    from lowvram_chat.data.preview import make_preview
+    from lowvram_chat.data.template import set_template
+    from lowvram_chat.model.pretrained import load_tokenizer
+
+    tokenizer = load_tokenizer(recipe.model.name, recipe.model.revision)
+    set_template(tokenizer, data.chat_template, data.loss_on)
+    return make_preview(data, tokenizer, recipe.train.seed, rows)
 
 
 def plan(recipe: Recipe) -> Plan:

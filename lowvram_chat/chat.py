@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from lowvram_chat import api
 from lowvram_chat.cli import guarded, parser
 from lowvram_chat.errors import UsageError
+from lowvram_chat.terminal import printable
 
 if TYPE_CHECKING:
     from lowvram_chat.model.chat_session import ChatSession
@@ -71,7 +72,7 @@ def converse(session: ChatSession) -> int:
             session.reset()
             print("(forgotten)", file=sys.stderr)
         elif text.startswith("/"):
-            print(f"(there is no command {text}; known: /reset, /exit)", file=sys.stderr)
+            print(printable(f"(there is no command {text}; known: /reset, /exit)"), file=sys.stderr)
         elif text:
             _answer(session, text)
 
@@ -84,11 +85,11 @@ def _answer(session: ChatSession, text: str) -> None:
     except KeyboardInterrupt:
         print(" (stopped)")
     except UsageError as error:
-        print(f"({error})", file=sys.stderr)
+        print(printable(f"({error})"), file=sys.stderr)
 
 
 def _print_piece(text: str) -> None:
-    print(text, end="", flush=True)
+    print(printable(text), end="", flush=True)
 
 
 if __name__ == "__main__":

@@ -17,8 +17,10 @@ from typing import NoReturn
 from lowvram_chat import __version__
 from lowvram_chat.errors import DoesNotFit, LowVramError, ProofError, did_you_mean
 from lowvram_chat.quiet import quiet_libraries
+from lowvram_chat.terminal import UNPRINTABLE, printable
 
 COMMANDS: Mapping[str, str] = {
+    "preview": "show the rows that would be trained, and what a data source holds",
     "plan": "predict whether a recipe fits, without GPU, weights or data",
     "sft": "fine-tune a model as a recipe says",
     "merge": "merge a run's adapter into its base model and check the result",
@@ -36,7 +38,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Print the mistake and exit with 2."""
-        self.exit(2, f"{self.prog}: {message}. Use --help to see the usage.\n")
+        self.exit(2, printable(f"{self.prog}: {message}. Use --help to see the usage.\n"))
 
 
 def parser(command: str, doc: str | None) -> Parser:
@@ -52,10 +54,10 @@ def guarded(work: Callable[[], int]) -> int:
     try:
         return work()
     except (ProofError, DoesNotFit) as error:
-        print(error, file=sys.stderr)
+        print(printable(str(error)), file=sys.stderr)
         return 1
     except LowVramError as error:
-        print(error, file=sys.stderr)
+        print(printable(str(error)), file=sys.stderr)
         return 2
     except ModuleNotFoundError as error:
         if str(error.name).startswith("lowvram_chat"):
@@ -76,7 +78,7 @@ def guarded(work: Callable[[], int]) -> int:
 
 def print_json(document: Mapping[str, object]) -> None:
     """Print a JSON document as the last line of stdout."""
-    print(json.dumps(document, ensure_ascii=False))
+    print(UNPRINTABLE.sub(lambda match: f"\\u{ord(match[0]):04x}", json.dumps(document, ensure_ascii=False)))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -93,7 +95,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     if words[0] not in COMMANDS:
         hint = did_you_mean(words[0], COMMANDS)
-        print(f"lowvram-chat: there is no command '{words[0]}'.{hint} Known: {', '.join(COMMANDS)}.", file=sys.stderr)
+        text = f"lowvram-chat: there is no command '{words[0]}'.{hint} Known: {', '.join(COMMANDS)}."
+        print(printable(text), file=sys.stderr)
         return 2
     module = importlib.import_module(f"lowvram_chat.{words[0]}")
     return int(module.main(words[1:]))

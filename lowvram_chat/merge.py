@@ -16,6 +16,7 @@ from pathlib import Path
 
 from lowvram_chat import api
 from lowvram_chat.cli import guarded, parser, print_json
+from lowvram_chat.terminal import printable
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -37,7 +38,7 @@ def _merge(args: argparse.Namespace) -> int:
     print(f"largest difference in logits, base + adapter to merged:             {proof.adapter_to_merged:.2e}")
     print(f"largest difference in logits, base + adapter to saved and reloaded: {proof.adapter_to_reloaded:.2e}")
     print(f"(the adapter itself moves the base's logits by up to                {proof.adapter_to_base:.2e})")
-    print(f"merged model: {merged.path}")
+    print(printable(f"merged model: {merged.path}"))
     if args.json:
         print_json({**asdict(proof), "out": str(merged.path)})
     return 0

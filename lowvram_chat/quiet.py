@@ -8,6 +8,8 @@ import sys
 import warnings
 from dataclasses import dataclass
 
+from lowvram_chat.terminal import PrintableFormatter
+
 
 @dataclass(frozen=True, kw_only=True)
 class SilencedWarning:
@@ -70,7 +72,7 @@ def quiet_libraries() -> None:
     package = logging.getLogger("lowvram_chat")
     if not package.handlers:
         handler = logging.StreamHandler()
-        handler.setFormatter(logging.Formatter("%(message)s"))
+        handler.setFormatter(PrintableFormatter("%(message)s"))
         package.addHandler(handler)
         package.setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING)
         package.propagate = False

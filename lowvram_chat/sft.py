@@ -17,6 +17,7 @@ from typing import Any
 from lowvram_chat import api
 from lowvram_chat.cli import guarded, parser, print_json
 from lowvram_chat.errors import UsageError
+from lowvram_chat.terminal import printable
 from lowvram_chat.units import count
 
 
@@ -70,15 +71,15 @@ def _print_outcome(run: Path, result: Mapping[str, Any]) -> None:
     print(
         f"{count(steps, 'step')}, {count(tokens, 'token')} in {seconds:.0f} s, {tokens / max(seconds, 1e-9):,.0f} tokens/s"
     )
-    print(f"run folder: {run}")
+    print(printable(f"run folder: {run}"))
     commands = [
         *(["merge"] if "adapter" in result else []),
         "chat",
         *(["evaluate"] if after is not None else []),  # otherwise the run has no held-out conversations
     ]
     for command in commands:
-        print(f"next: python -m lowvram_chat.{command} {run}")
-    print(f"report: {run / 'report.html'}")
+        print(printable(f"next: python -m lowvram_chat.{command} {run}"))
+    print(printable(f"report: {run / 'report.html'}"))
 
 
 if __name__ == "__main__":

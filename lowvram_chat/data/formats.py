@@ -5,60 +5,81 @@ Each function returns a `Conversation`, or raises `ValueError` with the reason w
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
 
+from lowvram_chat.data.conversation import Conversation, Message, conversation_of, exchanges_of, is_empty
+from lowvram_chat.data.known_datasets import read_glaive, read_oasst_tree
+from lowvram_chat.data.parsers import parse_json
 from lowvram_chat.errors import DataError
-from lowvram_chat.recipe.formats import FORMATS
+from lowvram_chat.recipe.formats import FORMATS, SYSTEM_COLUMNS
+from lowvram_chat.wording import kind_of
+
+__all__ = [
+    "READERS",
+    "Conversation",
+    "Message",
+    "RawFields",
+    "check_readers",
+    "detect_format",
+    "missing_columns",
+    "unused_columns",
+]
 
 RawFields = Mapping[str, object]
 """A row as it is stored: column -> value."""
-Message = dict[str, str]
-"""One message: `role` and `content`."""
-
-KNOWN_ROLES = ("system", "user", "assistant")
-
-SHAREGPT_ROLES: Mapping[str, str] = {
-    "human": "user",
-    "gpt": "assistant",
-    "bot": "assistant",
-    "chatgpt": "assistant",
-    "model": "assistant",
-}
-"""Role in ShareGPT files -> role in chat templates."""
-
-
-@dataclass(frozen=True)
-class Conversation:
-    """One training example: messages that a chat template renders, or plain text (then `messages` is empty)."""
-
-    messages: tuple[Message, ...] = ()
-    text: str = ""
-    append_eos: bool = True
-    """Whether an EOS token follows the plain text."""
 
 
 def _read_messages(row: RawFields) -> Conversation:
-    return _checked_conversation(row.get("messages"))
+    return conversation_of(_list_in_cell(row, "messages"), system=_system(row))
 
 
 def _read_sharegpt(row: RawFields) -> Conversation:
-    return _checked_conversation(row.get("conversations"), "from", "value", SHAREGPT_ROLES)
+    return conversation_of(_list_in_cell(row, "conversations"), column="conversations", system=_system(row))
 
 
 def _read_alpaca(row: RawFields) -> Conversation:
+    if not is_empty(row.get("input")) and not is_empty(row.get("context")):
+        raise ValueError("both 'input' and 'context' are given; keep one")
+    context = _optional_text(row, "input") or _optional_text(row, "context")
+    return _instruction(row, context, "output", _history(row.get("history")))
+
+
+def _read_dolly(row: RawFields) -> Conversation:
+    return _instruction(row, _optional_text(row, "context"), "response", [])
+
+
+def _instruction(row: RawFields, context: str, answer: str, history: list[tuple[str, str]]) -> Conversation:
+    """Return the exchange of an instruction and its answer, after earlier exchanges without loss."""
     question = _required_text(row, "instruction")
-    context = row.get("input")
-    if isinstance(context, str) and context.strip():
-        question += f"\n\n{context.strip()}"
-    return _single_exchange(question, _required_text(row, "output"))
+    if context:
+        question = f"{question.strip()}\n\n{context.strip()}"
+    return exchanges_of([*history, (question, _required_text(row, answer))], _system(row), context=len(history))
+
+
+def _history(value: object) -> list[tuple[str, str]]:
+    """Return the earlier (question, answer) pairs of an alpaca row."""
+    if is_empty(value):
+        return []
+    if not isinstance(value, list | tuple):
+        raise ValueError(f"'history' is {kind_of(value)}, not a list of [question, answer] pairs")
+    for pair in value:
+        is_pair = isinstance(pair, list | tuple) and len(pair) == 2
+        if not is_pair or not all(isinstance(text, str) and text.strip() for text in pair):
+            raise ValueError("'history' holds something else than [question, answer] pairs of texts")
+    return [(pair[0], pair[1]) for pair in value]
 
 
 def _read_prompt_completion(row: RawFields) -> Conversation:
-    prompt, completion = row.get("prompt"), row.get("completion")
-    if isinstance(prompt, list) and isinstance(completion, list):
-        return _checked_conversation([*prompt, *completion])
-    return _single_exchange(_required_text(row, "prompt"), _required_text(row, "completion"))
+    prompt, completion = (_messages_in_cell(row[column]) for column in ("prompt", "completion"))
+    if not isinstance(prompt, list | tuple) and not isinstance(completion, list | tuple):
+        return exchanges_of([(_required_text(row, "prompt"), _required_text(row, "completion"))], _system(row))
+    if not isinstance(prompt, list | tuple):
+        prompt = [{"role": "user", "content": _required_text(row, "prompt")}]
+    if not isinstance(completion, list | tuple):
+        completion = [{"role": "assistant", "content": _required_text(row, "completion")}]
+    conversation_of(completion)  # without an answer of its own, nothing would be learned
+    return conversation_of([*prompt, *completion], system=_system(row), context=len(prompt))
 
 
 def _read_text(row: RawFields) -> Conversation:
@@ -70,21 +91,28 @@ def _read_baseline(row: RawFields) -> Conversation:
 
     Source: the baseline's public training notebook, as decoded in docs/benchmarks.md.
     """
-    messages = row.get("messages")
+    messages = _list_in_cell(row, "messages")
     if not isinstance(messages, list | tuple) or len(messages) < 2:
         raise ValueError("fewer than two messages")
-    try:
-        lines = [f"{message['role']}: {message['content']}" for message in messages[:-1]]
-    except (TypeError, KeyError):
-        raise ValueError("a message needs 'role' and 'content'") from None
-    return Conversation(text="\n".join(lines), append_eos=False)
+    for number, message in enumerate(messages, start=1):
+        if not isinstance(message, Mapping) or not {"role", "content"} <= message.keys():
+            raise ValueError("a message needs 'role' and 'content'")
+        for key in ("role", "content"):
+            if not isinstance(message[key], str):
+                raise ValueError(f"message {number} has a {key} that is {kind_of(message[key])}, not text")
+    return Conversation(
+        text="\n".join(f"{message['role']}: {message['content']}" for message in messages[:-1]), append_eos=False
+    )
 
 
 READERS: Mapping[str, Callable[[RawFields], Conversation]] = {
     "messages": _read_messages,
     "sharegpt": _read_sharegpt,
     "alpaca": _read_alpaca,
+    "dolly": _read_dolly,
     "prompt_completion": _read_prompt_completion,
+    "oasst_tree": read_oasst_tree,
+    "glaive": read_glaive,
     "text": _read_text,
     "baseline": _read_baseline,
 }
@@ -114,62 +142,93 @@ def detect_format(row: RawFields, where: str) -> str:
     Raises:
         DataError: no format has the row's columns.
     """
-    detected = {name: kind.columns for name, kind in FORMATS.items() if kind.detected}
-    for name, columns in detected.items():
-        if all(column in row for column in columns):
-            return name
-    known = "; ".join(f"{name}: {', '.join(columns)}" for name, columns in detected.items())
+    name = _format_of(row)
+    if name is not None:
+        return name
+    known = "; ".join(f"{name}: {', '.join(kind.columns)}" for name, kind in FORMATS.items() if kind.detected)
     raise DataError(
         f"{where}: no known format has the columns {', '.join(map(str, row)) or '(none)'}. "
         f"Rename them to those of a format ({known}), or set data.format."
     )
 
 
-def _checked_conversation(
-    messages: object, role_key: str = "role", text_key: str = "content", roles: Mapping[str, str] | None = None
-) -> Conversation:
-    """Return the conversation of a list of messages; `roles` maps the file's role names to the known ones."""
-    if messages is None:
-        raise ValueError("there are no messages")
-    if not isinstance(messages, list | tuple):
-        raise ValueError(f"the messages are of type {type(messages).__name__}, not a list")
-    if not messages:
-        raise ValueError("the conversation is empty")
-    checked = tuple(
-        _checked_message(message, f"message {number}", role_key, text_key, roles or {})
-        for number, message in enumerate(messages, start=1)
+def _format_of(row: RawFields) -> str | None:
+    detected = (name for name, kind in FORMATS.items() if kind.detected and all(c in row for c in kind.columns))
+    return next(detected, None)
+
+
+def missing_columns(row: RawFields, name: str, *, given: bool) -> str:
+    """Return what to say of a row without the columns of the format `name`; empty if it has them.
+
+    `given`: the recipe names the format; otherwise it is that of the file's first row.
+    """
+    missing = [column for column in FORMATS[name].columns if column not in row]
+    if not missing:
+        return ""
+    other = _format_of(row)
+    if other is not None and other != name:
+        why = f"data.format is {name}" if given else f"the first row of the file has the format {name}"
+        return f"this row has the format {other}, but {why}. Put rows of different formats into different files"
+    names = " and ".join(f"'{column}'" for column in missing)
+    return (
+        f"{names} {'is' if len(missing) == 1 else 'are'} missing; the row has {', '.join(map(repr, row)) or 'nothing'}"
     )
-    if all(message["role"] != "assistant" for message in checked):
-        raise ValueError("no assistant turn")
-    return Conversation(messages=checked)
 
 
-def _checked_message(message: object, place: str, role_key: str, text_key: str, roles: Mapping[str, str]) -> Message:
-    """Return one message with its role translated and its content stripped; `place` begins each error."""
-    if not isinstance(message, Mapping) or role_key not in message or text_key not in message:
-        raise ValueError(f"{place} needs '{role_key}' and '{text_key}'")
-    role, content = str(message[role_key]), message[text_key]
-    role = roles.get(role, role)
-    if role not in KNOWN_ROLES:
-        raise ValueError(f"{place} has the unknown role {role!r}; known: {', '.join(KNOWN_ROLES)}")
-    if not isinstance(content, str):
-        raise ValueError(f"{place} is of type {type(content).__name__}, not text")
-    if not content.strip():
-        raise ValueError(f"{place} is empty")
-    return {"role": role, "content": content.strip()}
+def unused_columns(row: RawFields, name: str) -> list[str]:
+    """Return the columns of a row that hold something and that its format does not use."""
+    used = {*FORMATS[name].columns, *FORMATS[name].optional}
+    return [str(column) for column, value in row.items() if column not in used and not is_empty(value)]
+
+
+def _list_in_cell(row: RawFields, column: str) -> object:
+    """Return the list in a column; CSV and Parquet cells may hold it as JSON text."""
+    value = row[column]
+    if not isinstance(value, str):
+        return value
+    if is_empty(value):
+        return None
+    if not value.lstrip().startswith("["):
+        raise ValueError(f"'{column}' is text, not a list")
+    try:
+        return parse_json(value)
+    except ValueError as error:
+        python = (
+            " It looks like Python's notation: write it with json.dumps." if value.lstrip().startswith("[{'") else ""
+        )
+        raise ValueError(f"'{column}' is text, but {error}.{python}") from None
+
+
+def _messages_in_cell(value: object) -> object:
+    """Return the messages in a cell if its text is a JSON list of objects, else the value itself."""
+    if isinstance(value, str) and value.lstrip().startswith("[{"):
+        try:
+            return parse_json(value)
+        except ValueError:
+            return value
+    return value
+
+
+def _system(row: RawFields) -> str:
+    """Return the system message that a row holds in a column of its own; empty if there is none."""
+    texts = [text for column in SYSTEM_COLUMNS if (text := _optional_text(row, column))]
+    if len(texts) > 1:
+        raise ValueError(f"both {' and '.join(map(repr, SYSTEM_COLUMNS))} are given; keep one")
+    return texts[0] if texts else ""
+
+
+def _optional_text(row: RawFields, column: str) -> str:
+    """Return the text of a column that may be missing or empty."""
+    return "" if is_empty(row.get(column)) else _required_text(row, column)
 
 
 def _required_text(row: RawFields, column: str) -> str:
-    """Return the stripped text of a column that must not be empty."""
+    """Return the text of a column that must not be empty; a number is its text, because tables make numbers of "42"."""
     value = row.get(column)
-    if value is None:
+    if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
+        return str(value)
+    if is_empty(value) and not isinstance(value, list | tuple | dict):
         raise ValueError(f"'{column}' is empty")
     if not isinstance(value, str):
-        raise ValueError(f"'{column}' is not text")
-    if not value.strip():
-        raise ValueError(f"'{column}' is empty")
-    return value.strip()
-
-
-def _single_exchange(question: str, answer: str) -> Conversation:
-    return Conversation(messages=({"role": "user", "content": question}, {"role": "assistant", "content": answer}))
+        raise ValueError(f"'{column}' is not text but {kind_of(value)}")
+    return value

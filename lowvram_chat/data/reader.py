@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any, TypedDict
 
-from lowvram_chat.data.encode import Encoder
-from lowvram_chat.data.formats import READERS, Conversation, detect_format
+from lowvram_chat.data.conversation import Conversation
+from lowvram_chat.data.encode import Encoded, Encoder
+from lowvram_chat.data.formats import READERS, RawFields, detect_format, missing_columns, unused_columns
+from lowvram_chat.data.known_datasets import refuse_bad_labels, refuse_pairs
+from lowvram_chat.data.markup import markup_of
+from lowvram_chat.data.parsers import BadRow, RawRow
+from lowvram_chat.data.render import Rendered, Renderer
 from lowvram_chat.data.rows import TokenRow, cut_to_length
-from lowvram_chat.data.sources import BadRow, RawRow, Source
+from lowvram_chat.data.sources import Part, Source
 from lowvram_chat.errors import DataError
 from lowvram_chat.recipe.formats import FORMATS
 from lowvram_chat.recipe.schema import Data
@@ -34,16 +40,41 @@ class Facts:
     loss_tokens: int = 0
     longest: int = 0
     """Tokens of the longest row."""
+    characters: int = 0
+    """Length of the conversations' text."""
+    characters_cut: int = 0
+    """Part of it that is dropped, because it is beyond `max_length`."""
     shortened: int = 0
     """Conversations longer than `max_length`, which were truncated or split."""
     without_loss: int = 0
     """Conversations left out because none of their tokens within `max_length` carries loss."""
+    duplicates: int = 0
+    """Conversations whose text an earlier one has, too."""
     special_tokens_removed: int = 0
-    """Conversations whose text contained one of the tokenizer's special tokens."""
+    """Conversations whose text contained a special token of the tokenizer or of the chat template."""
+    spelled_turns: int = 0
+    """Conversations whose text contains the beginning of a turn, which the model cannot tell from a real one."""
+    columns_not_used: dict[str, int] = field(default_factory=dict)
+    """Column, or `messages.key` of a message, that the format does not use -> the rows in which it holds something."""
     bad_rows: int = 0
     """Rows that cannot be used."""
     bad_examples: list[str] = field(default_factory=list)
     """Place and problem of the first unusable rows, at most `MAX_LISTED_BAD_ROWS`."""
+
+    @property
+    def share_cut(self) -> float:
+        """Share of the text that is dropped, from 0 to 1."""
+        return self.characters_cut / self.characters if self.characters else 0.0
+
+    @property
+    def rows_read(self) -> int:
+        """Rows of the source that were read, whether they can be used or not."""
+        return self.conversations + self.bad_rows
+
+    def allowed_bad_rows(self, data: Data) -> int:
+        """Return the number of unusable rows that `data.max_bad_rows` allows; a share is one of the rows read."""
+        limit = data.max_bad_rows
+        return limit if isinstance(limit, int) else int(limit * self.rows_read)
 
 
 class ReaderState(TypedDict):
@@ -51,20 +82,139 @@ class ReaderState(TypedDict):
 
     raw_rows: int
     """Rows of the source that were read."""
+    part: int
+    """Number of the file or dataset of the last row."""
     format: str | None
+    """Format of that file."""
     facts: dict[str, Any]
     """The fields of `Facts`."""
 
 
 @dataclass(frozen=True)
-class _ReadRow:
-    """The result of reading one raw row: a conversation, or the problem that makes it unusable."""
+class ReadRow:
+    """The result of reading one raw row: a rendered conversation, or the problem that makes it unusable."""
 
     where: str
-    conversation: Conversation | None = None
+    rendered: Rendered | None = None
     problem: str = ""
-    cleaned: bool = False
-    """Whether special tokens were removed."""
+    special_tokens_removed: bool = False
+    spells_turn: bool = False
+    not_used: tuple[str, ...] = ()
+    """Columns and message keys that hold something and are not used."""
+    part: int = 0
+    """Number of the file or dataset that the row is in."""
+    format: str | None = None
+    """Format of that file; None where no row could be parsed yet."""
+
+    @property
+    def digest(self) -> int:
+        """Digest of the text, of 63 bits; equal conversations have equal digests."""
+        text = self.rendered.text if self.rendered else ""
+        return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest()) >> 1
+
+
+@dataclass(frozen=True)
+class ReadConversation:
+    """A usable row and its token rows."""
+
+    number: int
+    """Number of the conversation in the source, from 0."""
+    row: ReadRow
+    length: int
+    """Number of its tokens; of a conversation that is cut, perhaps only of its beginning."""
+    token_rows: list[TokenRow]
+    """The rows that carry loss."""
+
+
+def format_of_part(part: Part, row: RawFields, where: str, named: str | None) -> str:
+    """Return the format of a file or dataset: `named` where it is given, or else the one that its first row has.
+
+    A set that comes with the package keeps its own format, so that it can be held out beside any training source.
+
+    Raises:
+        DataError: no format has the columns of the row.
+    """
+    if named is not None and not (part.is_builtin and any(c not in row for c in FORMATS[named].columns)):
+        return named
+    return detect_format(row, where)
+
+
+class RowReader:
+    """Reads raw rows into rendered conversations; it remembers the format of the file that is being read."""
+
+    def __init__(self, source: Source, tokenizer: PreTrainedTokenizerBase, data: Data) -> None:
+        """Set up a reader of the rows of a source."""
+        self.source, self.data = source, data
+        self.markup = markup_of(tokenizer)
+        self.render = Renderer(tokenizer, data.loss_on)
+        self.part = 0
+        self.format: str | None = None
+
+    def rows(self, start: int) -> Iterator[ReadRow]:
+        """Yield the rows of the source, from the one with this number.
+
+        Raises:
+            DataError: the whole source cannot be used: no format fits, the format has no roles for the loss, or the rows are
+                not meant for supervised fine-tuning.
+        """
+        for part, where, raw in itertools.islice(self.source.numbered_rows(), start, None):
+            if part != self.part:
+                self.part, self.format = part, None
+            row = self._read(where, raw)
+            yield replace(row, part=part, format=self.format)
+
+    def _read(self, where: str, raw: RawRow) -> ReadRow:
+        if isinstance(raw, BadRow):
+            return ReadRow(where, problem=raw.reason)
+        refuse_pairs(raw, where)
+        if self.format is None:
+            self.format = format_of_part(self.source.parts[self.part], raw, where, self.data.format)
+        kind = FORMATS[self.format]
+        if self.data.loss_on == "assistant" and not kind.has_roles:
+            raise DataError(
+                f"{where}: the format {self.format} has no assistant turns to learn from. Set data.loss_on=all."
+            )
+        if kind.has_roles:  # texts without roles have labels of other kinds
+            refuse_bad_labels(raw, where)
+        problem = missing_columns(raw, self.format, given=self.data.format is not None)
+        if problem:
+            return ReadRow(where, problem=problem)
+        try:
+            return self._rendered(where, raw, READERS[self.format](raw), self.format)
+        except ValueError as error:
+            return ReadRow(where, problem=str(error))
+
+    def _rendered(self, where: str, raw: RawFields, conversation: Conversation, name: str) -> ReadRow:
+        """Return a usable row.
+
+        Raises:
+            ValueError: a text cannot be used, or the template refuses the conversation.
+        """
+        markup = self.markup
+        texts = [conversation.text, *(message["content"] for message in conversation.messages)]
+        for text in texts:
+            _check_encodable(text)
+        cleaned = [markup.without_special_tokens(text) for text in texts]
+        if any(text.strip() and not clean.strip() for text, clean in zip(texts, cleaned, strict=True)):
+            raise ValueError("a message consists of special tokens only")
+        if cleaned != texts:  # an EOS token in a text would teach the model to stop early
+            contents = zip(conversation.messages, cleaned[1:], strict=True)
+            messages = tuple({**message, "content": content} for message, content in contents)
+            conversation = replace(conversation, messages=messages, text=cleaned[0])
+        return ReadRow(
+            where,
+            rendered=self.render(conversation),
+            special_tokens_removed=cleaned != texts,
+            spells_turn=any(markup.spells_turn(text) for text in cleaned[1:]),
+            not_used=(*unused_columns(raw, name), *conversation.unused),
+        )
+
+
+def _check_encodable(text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError("half of a surrogate pair, which UTF-8 cannot encode") from None
 
 
 class Reader:
@@ -79,112 +229,86 @@ class Reader:
         state: ReaderState | None,
     ) -> None:
         """Set up a reader of at most `limit` conversations (None: all), which continues from `state` (None: the start)."""
-        self.source, self.data, self.limit = source, data, limit
-        self.special_tokens = tokenizer.all_special_tokens
-        self.encode = Encoder(tokenizer, data.loss_on, data.max_length if data.overflow == "truncate" else None)
+        self.data, self.limit = data, limit
+        self.encode = Encoder(tokenizer, data.max_length if data.overflow == "truncate" else None)
+        self.row_reader = RowReader(source, tokenizer, data)
         self.facts = Facts(**state["facts"]) if state else Facts()
         self.raw_rows = state["raw_rows"] if state else 0
-        self.format = state["format"] if state else data.format
+        self.part: int = state["part"] if state else 0
+        self.format = state["format"] if state else None
+        self.row_reader.part, self.row_reader.format = self.part, self.format
 
     def state(self) -> ReaderState:
         """Return the progress, from which another reader can continue."""
-        return {"raw_rows": self.raw_rows, "format": self.format, "facts": asdict(self.facts)}
+        return {"raw_rows": self.raw_rows, "part": self.part, "format": self.format, "facts": asdict(self.facts)}
 
-    def rows(self) -> Iterator[tuple[int, list[TokenRow]]]:
-        """Yield the number and the token rows of each conversation."""
-        read_ahead: deque[_ReadRow] = deque()  # rows that were read and whose encoding is still to come, in order
-        conversations = self._conversations(read_ahead)
-        for tokens, labels in self.encode(conversations):
-            while (row := read_ahead.popleft()).conversation is None:
-                self._count_bad_row(row)
-            self.raw_rows += 1
-            self.facts.special_tokens_removed += row.cleaned
-            self.facts.conversations += 1
-            yield self.facts.conversations - 1, self._token_rows(tokens, labels)
-        for row in read_ahead:
-            self._count_bad_row(row)
+    def conversations(self) -> Iterator[ReadConversation]:
+        """Yield each usable conversation with its token rows.
 
-    def _token_rows(self, tokens: list[int], labels: list[int]) -> list[TokenRow]:
-        """Return the rows of a conversation that carry loss, and count them."""
-        facts, data = self.facts, self.data
-        facts.shortened += len(tokens) > data.max_length
-        rows = [row for row in cut_to_length(tokens, labels, data.max_length, data.overflow) if row.loss_tokens]
-        facts.without_loss += not rows
-        facts.rows += len(rows)
-        for row in rows:
-            facts.tokens += len(row.input_ids)
-            facts.loss_tokens += row.loss_tokens
-            facts.longest = max(facts.longest, len(row.input_ids))
-        return rows
-
-    def _count_bad_row(self, row: _ReadRow) -> None:
-        self.raw_rows += 1
-        self.facts.bad_rows += 1
-        if len(self.facts.bad_examples) < MAX_LISTED_BAD_ROWS:
-            self.facts.bad_examples.append(f"{row.where}: {row.problem}")
-
-    def _conversations(self, read_ahead: deque[_ReadRow]) -> Iterator[Conversation]:
-        """Yield the usable conversations, and append every row that was read to `read_ahead`.
-
-        Stops at the limit, and where more rows are unusable than may be skipped or listed.
+        Once more rows are unusable than may be skipped, no further conversation is yielded: the rest is read to count.
         """
+        read_ahead: deque[ReadRow] = deque()  # rows that were read and whose encoding is still to come, in order
+        for encoded in self.encode(self._rendered(read_ahead)):
+            while (row := read_ahead.popleft()).rendered is None:
+                self._count_bad_row(row)
+            number = self._count_conversation(row)
+            yield ReadConversation(number, row, len(encoded.ids), self._token_rows(row, encoded))
+        for row in read_ahead:
+            if row.rendered is None:
+                self._count_bad_row(row)
+            else:
+                self._count_conversation(row)
+
+    def _rendered(self, read_ahead: deque[ReadRow]) -> Iterator[Rendered]:
+        """Yield the usable rows' texts, and append every row that was read to `read_ahead`; stop at the limit."""
         usable, bad = self.facts.conversations, self.facts.bad_rows
-        for where, raw in itertools.islice(self.source.rows(), self.raw_rows, None):
-            if usable == self.limit or (bad > self.data.max_bad_rows and bad >= MAX_LISTED_BAD_ROWS):
-                return
-            row = self._read_row(where, raw)
-            read_ahead.append(row)
-            if row.conversation is None:
+        rows = self.row_reader.rows(self.raw_rows)
+        while usable != self.limit and (row := next(rows, None)) is not None:
+            too_many = isinstance(self.data.max_bad_rows, int) and bad > self.data.max_bad_rows
+            if row.rendered is None:
                 bad += 1
             else:
                 usable += 1
-                yield row.conversation
+                if not too_many:
+                    read_ahead.append(row)
+                    yield row.rendered
+                    continue
+                row = replace(row, rendered=Rendered(""))  # only counted, so its text need not be kept
+            read_ahead.append(row)
 
-    def _read_row(self, where: str, raw: RawRow) -> _ReadRow:
-        """Return the conversation of a raw row, or its problem.
+    def _count_conversation(self, row: ReadRow) -> int:
+        """Count a usable row and return the number of its conversation."""
+        facts = self.facts
+        self._count_row(row)
+        facts.conversations += 1
+        facts.special_tokens_removed += row.special_tokens_removed
+        facts.spelled_turns += row.spells_turn
+        for name in row.not_used:
+            facts.columns_not_used[name] = facts.columns_not_used.get(name, 0) + 1
+        return facts.conversations - 1
 
-        Raises:
-            DataError: the whole source cannot be used: no format fits, or the format has no roles for the loss.
-        """
-        if isinstance(raw, BadRow):
-            return _ReadRow(where, problem=raw.reason)
-        if self.format is None:
-            self.format = detect_format(raw, where)
-        if self.data.loss_on == "assistant" and not FORMATS[self.format].has_roles:
-            raise DataError(
-                f"{where}: the format {self.format} has no assistant turns to learn from. Set data.loss_on=all."
-            )
-        try:
-            conversation = READERS[self.format](raw)
-            cleaned = _remove_special_tokens(conversation, self.special_tokens)
-        except ValueError as error:
-            return _ReadRow(where, problem=str(error))
-        return _ReadRow(where, cleaned, cleaned=cleaned is not conversation)
+    def _token_rows(self, row: ReadRow, encoded: Encoded) -> list[TokenRow]:
+        """Return the rows of a conversation that carry loss, and count them."""
+        facts, data = self.facts, self.data
+        windows = cut_to_length(encoded.ids, encoded.labels, data.max_length, data.overflow)
+        rows = [window for window in windows if window.loss_tokens]
+        facts.characters += len(row.rendered.text) if row.rendered else 0
+        facts.characters_cut += encoded.characters_cut
+        facts.shortened += len(encoded.ids) > data.max_length
+        facts.without_loss += not rows
+        facts.rows += len(rows)
+        for token_row in rows:
+            facts.tokens += len(token_row.input_ids)
+            facts.loss_tokens += token_row.loss_tokens
+            facts.longest = max(facts.longest, len(token_row.input_ids))
+        return rows
 
+    def _count_row(self, row: ReadRow) -> None:
+        self.raw_rows += 1
+        self.part, self.format = row.part, row.format
 
-def _remove_special_tokens(conversation: Conversation, special_tokens: list[str]) -> Conversation:
-    """Return the conversation without special tokens in its text: an EOS token there would teach the model to stop early.
-
-    Raises:
-        ValueError: a text is empty without them, or cannot be encoded in UTF-8.
-    """
-    texts = [conversation.text, *(message["content"] for message in conversation.messages)]
-    cleaned = [_text_without(text, special_tokens) for text in texts]
-    if not all(cleaned[1:] if conversation.messages else cleaned):
-        raise ValueError("a message consists of special tokens only")
-    if cleaned == texts:
-        return conversation
-    contents = zip(conversation.messages, cleaned[1:], strict=True)
-    messages = tuple({**message, "content": content} for message, content in contents)
-    return Conversation(messages=messages, text=cleaned[0], append_eos=conversation.append_eos)
-
-
-def _text_without(text: str, special_tokens: list[str]) -> str:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise ValueError("half of a surrogate pair, which UTF-8 cannot encode") from None
-    while any(token in text for token in special_tokens):  # removing one token can form another
-        for token in special_tokens:
-            text = text.replace(token, "").strip()
-    return text
+    def _count_bad_row(self, row: ReadRow) -> None:
+        self._count_row(row)
+        self.facts.bad_rows += 1
+        if len(self.facts.bad_examples) < MAX_LISTED_BAD_ROWS:
+            self.facts.bad_examples.append(f"{row.where}: {row.problem}")

@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import datasets
+    import numpy as np
     import torch
+    from numpy.typing import NDArray
 
 IGNORED_LABEL = -100
 """Label of a token that carries no loss; the default of torch.nn.functional.cross_entropy."""
@@ -63,14 +65,22 @@ def split_by_conversation(
     import numpy
 
     conversation_of_row = numpy.asarray(rows["conversation"][:])
-    order = numpy.random.default_rng(seed).permutation(conversations)
-    chosen = order[: max(1, round(fraction * conversations))]
-    is_chosen = numpy.isin(conversation_of_row, chosen)
+    is_chosen = chosen_conversations(conversations, fraction, seed)[conversation_of_row]
     is_held_out = is_chosen
     if limit is not None:
         first_chosen = numpy.unique(conversation_of_row[is_chosen])[:limit]
         is_held_out = numpy.isin(conversation_of_row, first_chosen)
     return rows.select(numpy.flatnonzero(~is_chosen)), rows.select(numpy.flatnonzero(is_held_out))
+
+
+def chosen_conversations(conversations: int, fraction: float, seed: int) -> NDArray[np.bool_]:
+    """Return for each conversation (N,) whether it is among the share that is held out."""
+    import numpy
+
+    is_chosen = numpy.zeros(conversations, dtype=bool)
+    order = numpy.random.default_rng(seed).permutation(conversations)
+    is_chosen[order[: max(1, round(fraction * conversations))]] = True
+    return is_chosen
 
 
 class Collator:

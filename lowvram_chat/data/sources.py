@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
-import csv
+import functools
 import glob
 import hashlib
-import json
-import re
-from collections.abc import Callable, Iterator, Mapping
+import itertools
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from lowvram_chat.data.parsers import FILE_PARSERS, BadRow, PlacedRows, RawRow, check_suffix, parse_file
+from lowvram_chat.data.text_files import text_suffix
 from lowvram_chat.errors import DataError, NotFoundError, did_you_mean
 from lowvram_chat.hub import explain
+
+if TYPE_CHECKING:
+    import datasets
+
+__all__ = ["BadRow", "Part", "RawRow", "Source", "check_splits", "is_remote", "open_source"]
 
 ASSETS = Path(__file__).parent.parent / "assets"
 BUILTIN_DATASETS = {
@@ -22,15 +29,14 @@ BUILTIN_DATASETS = {
 
 
 @dataclass(frozen=True)
-class BadRow:
-    """A row that could not be parsed."""
+class Part:
+    """One file or hub dataset of a source. Its rows have one format."""
 
-    reason: str
-
-
-RawRow = Mapping[str, object] | BadRow
-PlacedRows = Iterator[tuple[str, RawRow]]
-"""Pairs of a place, such as `chats.jsonl:3`, and the row that was read there."""
+    name: str
+    rows: Callable[[], PlacedRows]
+    """Starts a new reading from the first row."""
+    is_builtin: bool = False
+    """Whether it comes with the package."""
 
 
 @dataclass(frozen=True)
@@ -38,37 +44,54 @@ class Source:
     """A source of rows that can be read more than once."""
 
     name: str
-    rows: Callable[[], PlacedRows]
-    """Starts a new reading from the first row."""
+    parts: tuple[Part, ...]
+    """Files and datasets, which are read one after the other."""
     fingerprint: str
     """Digest of the content: it changes when the content changes."""
+    is_sample: bool = False
+    """Whether it holds only the first rows of a hub dataset."""
+
+    def rows(self) -> PlacedRows:
+        """Start a new reading of all parts from the first row."""
+        return ((where, row) for _, where, row in self.numbered_rows())
+
+    def numbered_rows(self) -> Iterator[tuple[int, str, RawRow]]:
+        """Start a new reading; yield the number of each row's part, its place and the row."""
+        return ((number, where, row) for number, part in enumerate(self.parts) for where, row in part.rows())
 
 
-def open_source(source: str | list[str], *, split: str, subset: str | None) -> Source:
+def open_source(source: str | list[str], *, split: str, subset: str | None, sample: int | None = None) -> Source:
     """Return the source that a recipe's `data.source` names; several names are read one after the other.
+
+    `sample`: stream only this many rows of each hub dataset, instead of downloading all of it.
 
     Raises:
         NotFoundError: there is no such file or dataset, or the hub cannot be reached.
-        DataError: the list is empty, or a file has an unknown suffix.
+        DataError: the list is empty, a name is that of a folder, or a file has an unknown suffix.
     """
     names = [source] if isinstance(source, str) else source
-    parts = [_open_name(name, split, subset) for name in names]
-    if not parts:
+    sources = [_open_name(name, split, subset, sample) for name in names]
+    if not sources:
         raise DataError("data.source: the list is empty. Name at least one file or dataset.")
-    if len(parts) == 1:
-        return parts[0]
-    digest = hashlib.sha256("".join(part.fingerprint for part in parts).encode()).hexdigest()
-    return Source(", ".join(names), lambda: (pair for part in parts for pair in part.rows()), digest)
+    if len(sources) == 1:
+        return sources[0]
+    digest = hashlib.sha256("".join(source.fingerprint for source in sources).encode()).hexdigest()
+    parts = tuple(part for source in sources for part in source.parts)
+    return Source(", ".join(names), parts, digest, is_sample=any(source.is_sample for source in sources))
 
 
-def _open_name(name: str, split: str, subset: str | None) -> Source:
+def _open_name(name: str, split: str, subset: str | None, sample: int | None) -> Source:
+    if name.startswith("~"):
+        name = str(Path(name).expanduser())
     if name.startswith("builtin:"):
         if name not in BUILTIN_DATASETS:
             raise NotFoundError(
                 f"{name}: there is no such built-in dataset.{did_you_mean(name, BUILTIN_DATASETS)} "
                 f"Known: {', '.join(BUILTIN_DATASETS)}."
             )
-        return _files(name, [BUILTIN_DATASETS[name]])
+        return _files(name, [BUILTIN_DATASETS[name]], is_builtin=True)
+    if Path(name).is_dir():
+        raise _folder_error(Path(name))
     matches = [name] if Path(name).is_file() else sorted(glob.glob(name, recursive=True))
     paths = [Path(path) for path in matches if Path(path).is_file()]
     if paths:
@@ -77,7 +100,7 @@ def _open_name(name: str, split: str, subset: str | None) -> Source:
         raise NotFoundError(
             f"{name}: no file of that name or pattern. Give a file, a glob in quotes, or a hub id (owner/name)."
         )
-    return _hub(name, split, subset)
+    return _hub(name, split, subset, sample)
 
 
 def is_remote(name: str) -> bool:
@@ -88,7 +111,7 @@ def is_remote(name: str) -> bool:
 
 def _is_path(name: str) -> bool:
     """Return whether a name is that of a path: no model or dataset on the hub can have it."""
-    return Path(name).suffix in FILE_READERS or "\\" in name or name.startswith((".", "/", "~"))
+    return text_suffix(Path(name)) in FILE_PARSERS or "\\" in name or name.startswith((".", "/", "~"))
 
 
 def _looks_like_a_path(name: str) -> bool:
@@ -96,112 +119,93 @@ def _looks_like_a_path(name: str) -> bool:
     return _is_path(name) or "*" in name or "?" in name or name.count("/") != 1
 
 
-def _files(name: str, paths: list[Path]) -> Source:
+def _folder_error(folder: Path) -> DataError:
+    """Return the refusal of a folder: it may hold a training and a held-out part, so only the user knows which files."""
+    files = sorted(path for path in folder.iterdir() if text_suffix(path) in FILE_PARSERS)
+    example = files[0].suffix if files else ".jsonl"
+    found = (
+        f" It holds {', '.join(path.name for path in files[:5])}{', ...' if len(files) > 5 else ''}." if files else ""
+    )
+    return DataError(
+        f"{folder}: is a folder.{found} Name its files, or a pattern in quotes such as '{folder}/*{example}'."
+    )
+
+
+def check_splits(source: str | list[str], split: str | None) -> None:
+    """Refuse `data.eval_split` for sources without splits: the held-out loss would be measured on the training rows.
+
+    Raises:
+        DataError: a source is a file or comes with the package.
+    """
+    local = [name for name in ([source] if isinstance(source, str) else source) if not is_remote(name)]
+    if split is not None and local:
+        raise DataError(
+            f"data.eval_split: {split}, but {local[0]} is a file, and files have no splits. Set data.eval_split=null, and "
+            "data.eval_fraction=0.05 to hold out a share of it, or data.eval_source to name held-out conversations."
+        )
+
+
+def _files(name: str, paths: list[Path], *, is_builtin: bool = False) -> Source:
     """Return local files as one source.
 
     Raises:
         DataError: a file has an unknown suffix.
     """
     for path in paths:
-        if path.suffix not in FILE_READERS:
-            raise DataError(
-                f"{path}: files that end in '{path.suffix}' are not read. Use one of {', '.join(FILE_READERS)}."
-            )
+        check_suffix(path)
     digest = hashlib.sha256()
     for path in paths:
         with path.open("rb") as file:
             while block := file.read(1 << 20):
                 digest.update(block)
-    return Source(
-        name, lambda: (pair for path in paths for pair in FILE_READERS[path.suffix](path)), digest.hexdigest()
-    )
+    parts = (Part(str(path), functools.partial(parse_file, path), is_builtin) for path in paths)
+    return Source(name, tuple(parts), digest.hexdigest())
 
 
-def _jsonl(path: Path) -> PlacedRows:
-    with path.open(encoding="utf-8-sig", errors="surrogateescape") as file:
-        for number, line in enumerate(file, start=1):
-            if line.strip():
-                yield f"{path}:{number}", _json_object(line)
-
-
-NOT_UTF8 = BadRow("not UTF-8 text")
-NOT_UTF8_BYTE = re.compile(r"[\udc80-\udcff]|\\udc[89a-f]")
-"""A byte that is not UTF-8, in the form that Python's surrogateescape handler gives it and as `repr` shows it."""
-
-
-def _json_object(line: str) -> RawRow:
-    if re.search(r"[\udc80-\udcff]", line):
-        return NOT_UTF8
-    try:
-        row = json.loads(line)
-    except ValueError as error:
-        return BadRow(f"not JSON ({error})")
-    return row if isinstance(row, dict) else BadRow("not a JSON object")
-
-
-def _json(path: Path) -> PlacedRows:
-    try:
-        rows = json.loads(path.read_text(encoding="utf-8-sig"))
-    except ValueError as error:
-        raise DataError(
-            f"{path}: not JSON ({error}). A .json file holds one list of rows; one row on each line is a .jsonl file."
-        ) from None
-    if not isinstance(rows, list):
-        raise DataError(f"{path}: holds a {type(rows).__name__}, not a list of rows. Put the rows into a list.")
-    for number, row in enumerate(rows, start=1):
-        yield f"{path}: row {number}", row if isinstance(row, dict) else BadRow("not a JSON object")
-
-
-def _csv(path: Path) -> PlacedRows:
-    csv.field_size_limit(2**31 - 1)  # for long conversations; a larger limit overflows C's long on Windows
-    with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-        reader = csv.DictReader(file)
-        for row in reader:
-            yield f"{path}:{reader.line_num}", NOT_UTF8 if NOT_UTF8_BYTE.search(repr(row)) else row
-
-
-def _parquet(path: Path) -> PlacedRows:
-    import pyarrow
-    import pyarrow.parquet
-
-    number = 0
-    try:
-        for batch in pyarrow.parquet.ParquetFile(path).iter_batches(batch_size=256):
-            for row in batch.to_pylist():
-                number += 1
-                yield f"{path}: row {number}", row
-    except pyarrow.ArrowInvalid as error:
-        raise DataError(f"{path}: not a Parquet file ({error}). Check the file.") from None
-
-
-FILE_READERS: Mapping[str, Callable[[Path], PlacedRows]] = {
-    ".jsonl": _jsonl,
-    ".json": _json,
-    ".csv": _csv,
-    ".parquet": _parquet,
-}
-
-
-def _hub(name: str, split: str, subset: str | None) -> Source:
-    """Return one split of a hub dataset, from the network or from the hub cache.
+def _hub(name: str, split: str, subset: str | None, sample: int | None) -> Source:
+    """Return one split of a hub dataset, from the network or from the hub cache; `sample`: at most its first rows.
 
     Raises:
         NotFoundError: the dataset is neither reachable nor cached, or has no such split or subset.
     """
+    if sample is not None and (streamed := _streamed(name, split, subset, sample)) is not None:
+        return streamed
+    data = _load_dataset(name, split, subset)
+    files = "".join(Path(part["filename"]).as_posix() for part in data.cache_files)
+    digest = hashlib.sha256(f"{files}{data.num_rows}".encode()).hexdigest()
+    part = _hub_part(name, split, lambda: itertools.islice(data, sample))
+    return Source(f"{name} ({split})", (part,), digest, is_sample=sample is not None and sample < data.num_rows)
+
+
+def _streamed(name: str, split: str, subset: str | None, sample: int) -> Source | None:
+    """Return the first rows of a hub dataset, streamed from the network; None where it cannot be reached."""
     import datasets
 
     try:
-        data = datasets.load_dataset(name, subset, split=split)
+        rows = list(datasets.load_dataset(name, subset, split=split, streaming=True).take(sample + 1))
+    except (OSError, ValueError):  # offline, or an unknown split: reading from the cache finds out which
+        return None
+    part = _hub_part(name, split, lambda: iter(rows[:sample]))
+    return Source(f"{name} ({split})", (part,), "", is_sample=len(rows) > sample)
+
+
+def _hub_part(name: str, split: str, rows: Callable[[], Iterator[RawRow]]) -> Part:
+    return Part(name, lambda: ((f"{name} {split}: row {number}", row) for number, row in enumerate(rows(), start=1)))
+
+
+def _load_dataset(name: str, split: str, subset: str | None) -> datasets.Dataset:
+    """Return one split of a hub dataset.
+
+    Raises:
+        NotFoundError: as `_hub`.
+    """
+    import datasets
+
+    try:
+        return datasets.load_dataset(name, subset, split=split)
     except OSError as error:
         raise NotFoundError(explain("dataset", name, error)) from None
     except ValueError as error:  # an unknown split or subset; the message of datasets lists the known ones
         raise NotFoundError(
             f"{name}: {str(error).splitlines()[0]} Set data.split or data.subset to a known one."
         ) from None
-    files = "".join(Path(part["filename"]).as_posix() for part in data.cache_files)
-    digest = hashlib.sha256(f"{files}{data.num_rows}".encode()).hexdigest()
-    return Source(
-        f"{name} ({split})",
-        lambda: ((f"{name} {split}: row {number}", row) for number, row in enumerate(data, start=1)),
-        digest,
-    )

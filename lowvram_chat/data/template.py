@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lowvram_chat.data.answers import SAMPLE, end_token_of
+from lowvram_chat.data.markup import bos_text
+from lowvram_chat.data.template_text import render_text
 from lowvram_chat.errors import DataError, NotFoundError, did_you_mean
 
 if TYPE_CHECKING:
@@ -20,6 +22,7 @@ def read_template(name: str) -> str:
 
     Raises:
         NotFoundError: the name is neither that of a shipped template nor of a file.
+        DataError: the file is not text.
     """
     path = TEMPLATE_FOLDER / f"{name}.jinja" if name in SHIPPED_TEMPLATES else Path(name)
     if not path.is_file():
@@ -28,20 +31,21 @@ def read_template(name: str) -> str:
             f"data.chat_template: '{name}' is neither {', '.join(known)} nor a file.{did_you_mean(name, known)} "
             "Give one of those names or the path of a .jinja file."
         )
-    return path.read_text(encoding="utf-8").strip()
-
-
-def marks_answers(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Return whether the tokenizer's chat template marks the assistant's words with {% generation %}."""
-    return re.search(r"\{%-?\s*generation\s*-?%\}", str(tokenizer.chat_template)) is not None
+    try:
+        return path.read_text(encoding="utf-8").strip()
+    except UnicodeDecodeError:
+        raise DataError(f"data.chat_template: {name} is not UTF-8 text. Give a Jinja template.") from None
 
 
 def set_template(tokenizer: PreTrainedTokenizerBase, name: str, loss_on: str) -> None:
     """Set the tokenizer's chat template and padding token, without adding a token to its vocabulary.
 
+    A template that does not write the BOS token gets it in front if the tokenizer puts one before each text.
+
     Raises:
         DataError: the tokenizer has no EOS token; the name is `own` and the tokenizer has no template; the tokenizer lacks
-            the template's tokens; or the loss is on the assistant and the template does not mark its words.
+            the template's tokens; the template fails; or the loss is on the assistant, and its answers cannot be found in the
+            template's text or have no end that a model could learn.
         NotFoundError: see `read_template`.
     """
     if tokenizer.eos_token is None:
@@ -54,11 +58,16 @@ def set_template(tokenizer: PreTrainedTokenizerBase, name: str, loss_on: str) ->
                 "data.chat_template: own, but the tokenizer has no chat template. Set data.chat_template=plain."
             )
     else:
-        tokenizer.chat_template = read_template(name)
+        template = read_template(name)
+        writes_bos = "bos_token" in template or not bos_text(tokenizer)
+        tokenizer.chat_template = template if writes_bos else "{{- bos_token -}}" + template
     if name == "chatml" and "<|im_end|>" not in tokenizer.get_vocab():
         raise DataError("data.chat_template: chatml, but the tokenizer lacks its tokens. Set data.chat_template=plain.")
-    if loss_on == "assistant" and not marks_answers(tokenizer):
+    try:
+        render_text(tokenizer, SAMPLE)
+        if loss_on == "assistant":
+            end_token_of(tokenizer)
+    except ValueError as error:
         raise DataError(
-            f"data.chat_template: {name} has no {{% generation %}} marks, so that the assistant's words cannot be found. "
-            "Set data.loss_on=all, or use the template plain or chatml."
-        )
+            f"data.chat_template: {name} cannot be used: {error}. Use the template plain, or another."
+        ) from None

@@ -6,19 +6,15 @@ import contextlib
 import dataclasses
 import logging
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
 
 import torch
 from transformers import TextStreamer
 
 from lowvram_chat.data.template import read_template
 from lowvram_chat.errors import UsageError
-from lowvram_chat.model.generation import Messages, encode_messages, generate
+from lowvram_chat.model.generation import Messages, encode_messages, generate, stop_token_ids
 from lowvram_chat.model.sampling import Sampling
 from lowvram_chat.model.saved import OpenedModel, open_model
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 log = logging.getLogger(__name__)
 
@@ -75,7 +71,7 @@ class ChatSession:
         room = min(self.sampling.max_new_tokens, opened.positions - len(tokens))
         sampling = dataclasses.replace(self.sampling, max_new_tokens=room)
         prompt = torch.tensor([tokens], device=opened.model.device)
-        streamer = None if on_text is None else _CallbackStreamer(opened.tokenizer, on_text)
+        streamer = None if on_text is None else _CallbackStreamer(opened, on_text)
         with self._random_state(prompt.device):
             answer = generate(opened.model, opened.tokenizer, prompt, sampling, streamer)
         self.answers += 1
@@ -118,10 +114,16 @@ def fit_to_positions(opened: OpenedModel, messages: Messages, new_tokens: int) -
 class _CallbackStreamer(TextStreamer):
     """Hands each finished piece of text to a callback, without the space that an answer begins with."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, on_text: Callable[[str], None]) -> None:
-        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    def __init__(self, opened: OpenedModel, on_text: Callable[[str], None]) -> None:
+        super().__init__(opened.tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self.stops = stop_token_ids(opened.model, opened.tokenizer)
         self.on_text = on_text
         self.begun = False
+
+    def put(self, value: torch.Tensor) -> None:
+        """Take the next token; one that ends the answer is no text, also where its vocabulary does not call it special."""
+        if self.next_tokens_are_prompt or value.flatten()[0] not in self.stops:
+            super().put(value)  # type: ignore[no-untyped-call]
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
         """Pass on a piece of text."""

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import nn
-from transformers import BatchEncoding, GenerationConfig
+from transformers import GenerationConfig
 
+from lowvram_chat.data.answers import end_token_of
+from lowvram_chat.data.markup import markup_of
+from lowvram_chat.data.template_text import render_text
+from lowvram_chat.errors import UsageError
 from lowvram_chat.model.sampling import Sampling
 
 if TYPE_CHECKING:
@@ -20,10 +25,31 @@ Messages = list[dict[str, str]]
 
 
 def encode_messages(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> list[int]:
-    """Return the tokens of messages, up to where the assistant's answer begins."""
-    encoded = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=True)
-    assert isinstance(encoded, BatchEncoding)
-    return list(encoded["input_ids"])
+    """Return the tokens of messages, up to where the assistant's answer begins.
+
+    What a message says stays text: a special token or the beginning of a turn in it gets a space inside.
+
+    Raises:
+        UsageError: the chat template refuses the messages.
+    """
+    markup = markup_of(tokenizer)
+    as_text = [{**message, "content": markup.as_plain_text(message["content"])} for message in messages]
+    try:
+        text = render_text(tokenizer, as_text, add_generation_prompt=True)
+    except ValueError as error:
+        raise UsageError(f"{error}. Change the message, or leave the system message out.") from None
+    return list(tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids)
+
+
+def stop_token_ids(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Return the tokens that end an answer: the EOS token, the chat template's end token, and those of the model's own
+    generation config."""
+    ids = [tokenizer.eos_token_id]
+    with contextlib.suppress(ValueError):  # a template without an end token
+        ids.append(tokenizer.convert_tokens_to_ids(end_token_of(tokenizer)))
+    own = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    ids += [] if own is None else [own] if isinstance(own, int) else own
+    return list(dict.fromkeys(ids))
 
 
 def generate(
@@ -33,11 +59,12 @@ def generate(
     sampling: Sampling,
     streamer: TextStreamer | None = None,
 ) -> str:
-    """Return the text that follows a (1, T) prompt; generation stops at the EOS token.
+    """Return the text that follows a (1, T) prompt; generation stops at one of the `stop_token_ids`.
 
     At least one token is generated, because an empty answer helps nobody.
     """
     sampled = {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
+    stops = stop_token_ids(model, tokenizer)
     run = cast("Callable[..., object]", model.generate)
     output = run(
         input_ids=prompt,
@@ -46,10 +73,11 @@ def generate(
         generation_config=GenerationConfig(
             max_new_tokens=sampling.max_new_tokens,
             min_new_tokens=1,
-            eos_token_id=tokenizer.eos_token_id,
+            eos_token_id=stops,
             pad_token_id=tokenizer.eos_token_id,
             **(sampled if sampling.temperature > 0 else {"do_sample": False}),
         ),
     )
     assert isinstance(output, torch.Tensor)  # a plain (1, T') tensor unless a dictionary is asked for
-    return str(tokenizer.decode(output[0, prompt.size(1) :], skip_special_tokens=True)).strip()
+    answer = [token for token in output[0, prompt.size(1) :].tolist() if token not in stops]
+    return str(tokenizer.decode(answer, skip_special_tokens=True)).strip()

@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from lowvram_chat.recipe.adapters import REFUSED_TARGETS
 from lowvram_chat.recipe.choices import AdapterKind, FormatName, GpuName, OptimizerName, Positive, Share
+from lowvram_chat.terminal import UNPRINTABLE
 
 POSITIONS_OF_GPT2 = 1024
 
@@ -21,6 +22,14 @@ class Section(BaseModel):
     model_config = ConfigDict(
         extra="forbid", frozen=True, use_attribute_docstrings=True, validate_default=True, allow_inf_nan=False
     )
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _refuse_control_characters(cls, value: object) -> object:
+        for text in value if isinstance(value, list | tuple) else [value]:
+            if isinstance(text, str) and (bad := UNPRINTABLE.search(text)):
+                raise ValueError(f"{text!r} holds the character {bad[0]!r}, which names and paths cannot have")
+        return value
 
 
 class Model(Section):
@@ -95,14 +104,14 @@ class Data(Section):
     """Share of the training conversations to hold out, chosen with `train.seed`; null: none, or see `eval_source` and
     `eval_split`."""
     format: FormatName | None = None
-    """Format of the rows: `messages`, `sharegpt`, `alpaca`, `prompt_completion`, `text` or `baseline`; null: detected from
-    the columns of the first row."""
+    """Format of the rows: `messages`, `sharegpt`, `alpaca`, `dolly`, `prompt_completion`, `oasst_tree`, `glaive`, `text` or
+    `baseline`; null: detected for each file from the columns of its first row."""
     limit: Positive | None = None
     """Number of training conversations to use, from the first; null: all."""
     eval_limit: Positive | None = None
     """Number of held-out conversations to use, from the first; null: all."""
-    max_bad_rows: Annotated[int, Field(ge=0)] = 0
-    """Number of unusable rows to skip; the run is refused when there are more."""
+    max_bad_rows: Annotated[int, Field(ge=0)] | Annotated[float, Field(gt=0, lt=1)] = 0
+    """Number of unusable rows to skip, or their share of all rows (0.01); the run is refused when there are more."""
     loss_on: Literal["assistant", "all"] = "assistant"
     """Tokens that carry loss: those of the assistant's messages and the EOS token after each, or all tokens."""
     max_length: Annotated[int, Field(ge=8, le=POSITIONS_OF_GPT2)] = POSITIONS_OF_GPT2
@@ -159,7 +168,7 @@ class Train(Section):
     coarsely."""
     dataloader_num_workers: Annotated[int, Field(ge=0)] | None = None
     """Number of processes that prepare batches; null: 2 on CUDA, 0 on a CPU."""
-    seed: Annotated[int, Field(ge=0)] = 42
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 42
     """Seed of shuffling, dropout, the adapter's initial weights and the choice of held-out conversations."""
     logging_steps: Positive = 10
     """Optimizer steps between two lines of metrics.jsonl."""

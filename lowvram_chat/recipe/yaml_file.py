@@ -4,47 +4,19 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import get_args
 
-import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from lowvram_chat.errors import NotFoundError, RecipeError, UsageError, did_you_mean
 from lowvram_chat.recipe.optimizers import OPTIMIZERS
 from lowvram_chat.recipe.schema import Recipe
-
-
-class _Loader(yaml.SafeLoader):
-    """A safe YAML loader that reads `3e-4` as a number and refuses duplicate keys."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, object]:
-        """Return the mapping of a node.
-
-        Raises:
-            MarkedYAMLError: a key is not a word, or occurs twice.
-        """
-        seen: set[str] = set()
-        for key, _ in node.value:
-            if not isinstance(key, yaml.ScalarNode):
-                raise yaml.MarkedYAMLError(problem="a key must be a word", problem_mark=key.start_mark)
-            if key.value in seen:
-                raise yaml.MarkedYAMLError(problem=f"the key '{key.value}' is given twice", problem_mark=key.start_mark)
-            seen.add(key.value)
-        return super().construct_mapping(node, deep)
-
-
-class _Dumper(yaml.SafeDumper):
-    """A safe YAML dumper that quotes texts which `_Loader` would read as numbers."""
-
-
-# YAML 1.1 requires a dot and a signed exponent in a number; people write 3e-4 and 1e6.
-for _class in (_Loader, _Dumper):
-    _class.add_implicit_resolver(
-        "tag:yaml.org,2002:float", re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
-    )
+from lowvram_chat.recipe.yaml_text import dump_yaml, parse_yaml
+from lowvram_chat.units import count
+from lowvram_chat.wording import kind_of, shorten
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -62,19 +34,29 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError:
         raise RecipeError(f"{path}: not a UTF-8 text file. Give the path of a .yaml file.") from None
-    tree = _parse(text, str(path))
+    tree = parse_yaml(text, str(path))
     if tree is None:
         tree = {}
     if not isinstance(tree, dict):
         raise RecipeError(
-            f"{path}: a recipe must be a mapping of sections, and this is a {type(tree).__name__}. See recipes/."
+            f"{path}: a recipe must be a mapping of sections, and this is {kind_of(tree)}. See the examples in recipes/."
         )
+    return build_recipe(tree, overrides, str(path))
+
+
+def build_recipe(tree: dict[str, object], overrides: Sequence[str], where: str) -> Recipe:
+    """Return the recipe of a tree of settings with `section.key=value` overrides applied; `where` begins each error.
+
+    Raises:
+        UsageError: an override is not of the form `section.key=value`.
+        RecipeError: settings are wrong; the message lists every problem.
+    """
     for override in overrides:
         _apply_override(tree, override)
     try:
         return Recipe.model_validate(tree)
     except ValidationError as error:
-        raise RecipeError(describe_problems(error, str(path))) from None
+        raise RecipeError(describe_problems(error, where)) from None
 
 
 def dump_recipe(recipe: Recipe) -> str:
@@ -82,7 +64,7 @@ def dump_recipe(recipe: Recipe) -> str:
     tree = recipe.model_dump(mode="json")
     used = {"name", "weight_decay", *OPTIMIZERS[recipe.optimizer.name].reads}
     tree["optimizer"] = {name: value for name, value in tree["optimizer"].items() if name in used}
-    return yaml.dump(tree, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+    return dump_yaml(tree)
 
 
 def json_schema() -> str:
@@ -94,22 +76,6 @@ def _nearby(path: Path) -> str:
     """Return a hint at the recipe with the most similar name, in the same folder or in recipes/."""
     folder = path.parent if path.parent.is_dir() else Path("recipes")
     return did_you_mean(path.name, [file.name for file in folder.glob("*.yaml")]) if folder.is_dir() else ""
-
-
-def _parse(text: str, where: str) -> object:
-    """Return the parsed YAML.
-
-    Raises:
-        RecipeError: the text is not valid YAML; the message names `where`, the line and the column.
-    """
-    try:
-        return yaml.load(text, _Loader)  # noqa: S506  (a SafeLoader)
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark
-        at = f":{mark.line + 1}:{mark.column + 1}" if mark else ""
-        raise RecipeError(f"{where}{at}: not valid YAML: {error.problem}. Correct that line.") from None
-    except yaml.YAMLError as error:
-        raise RecipeError(f"{where}: not valid YAML: {error}. Correct the file.") from None
 
 
 def _apply_override(tree: dict[str, object], override: str) -> None:
@@ -131,7 +97,7 @@ def _apply_override(tree: dict[str, object], override: str) -> None:
         if not isinstance(child, dict):
             raise UsageError(f"'{override}': {'.'.join(parts[:depth])} is not a section. Write section.key=value.")
         node = child
-    node[parts[-1]] = _parse(value, f"'{override}'")
+    node[parts[-1]] = parse_yaml(value, f"'{override}'")
 
 
 def describe_problems(error: ValidationError, where: str) -> str:
@@ -144,9 +110,13 @@ def describe_problems(error: ValidationError, where: str) -> str:
             line = f"  {path}: {text}" if path else f"  {text}"
             if line not in lines:
                 lines.append(line)
-    count = "1 problem" if len(lines) == 1 else f"{len(lines)} problems"
-    return f"{where}: {count} in the recipe.\n" + "\n".join(lines)
+    listed = [shorten(line) for line in lines[:MAX_PROBLEMS]]
+    more = [f"  and {len(lines) - MAX_PROBLEMS:,} more"] if len(lines) > MAX_PROBLEMS else []
+    return f"{where}: {count(len(lines), 'problem')} in the recipe.\n" + "\n".join([*listed, *more])
 
+
+MAX_PROBLEMS = 20
+"""Problems of a recipe that are listed."""
 
 RENAMED_SETTINGS: Mapping[str, str] = {
     "model.lean_gelu": "model.fused_gelu",
@@ -156,8 +126,17 @@ RENAMED_SETTINGS: Mapping[str, str] = {
 }
 """Settings that were renamed after version 0.1.0: old name -> new name."""
 
-UNION_BRANCH_NAMES = ("str", "list[str]")
-"""Parts of pydantic's error paths that name the branches of `str | list[str]`, not a setting."""
+UNION_BRANCH_NAMES = ("str", "list[str]", "constrained-int", "constrained-float")
+"""Parts of pydantic's error paths that name the branches of a union such as `str | list[str]`, not a setting."""
+
+EXPECTED: Mapping[str, str] = {
+    "model_type": "expected a section, written as indented `key: value` lines",
+    "list_type": "expected a list, such as [a, b]",
+    "string_type": "expected text",
+    "dict_type": "expected `key: value` lines",
+    "invalid_key": "a key must be text",
+}
+"""Type of pydantic's error -> what is wrong, in the words of a recipe."""
 
 
 def _explain_problem(detail: ErrorDetails) -> str:
@@ -174,7 +153,7 @@ def _explain_problem(detail: ErrorDetails) -> str:
         expected = detail.get("ctx", {}).get("expected", "")
         hint = did_you_mean(str(value), re.findall(r"'([^']*)'", expected))
         return f"{value!r} is not one of the choices; known: {expected}.{hint}"
-    message = detail["msg"].removeprefix("Value error, ")
+    message = EXPECTED.get(detail["type"], detail["msg"].removeprefix("Value error, "))
     end = "" if message.endswith((".", "?")) else "."
     if isinstance(value, dict) or message.startswith("'"):  # the message already quotes the value
         return f"{message}{end}"

@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from lowvram_chat.data.dataset import held_out_source, load_held_out, load_rows
-from lowvram_chat.data.formats import detect_format
+from lowvram_chat.data.reader import format_of_part
 from lowvram_chat.data.rows import Collator
 from lowvram_chat.data.sources import BadRow
-from lowvram_chat.data.template import marks_answers, set_template
+from lowvram_chat.data.template import set_template
 from lowvram_chat.model.loss import attach_loss
 from lowvram_chat.model.pretrained import check_positions
 from lowvram_chat.model.saved import open_model
@@ -35,7 +35,7 @@ def evaluate_model(model: str, data: Data, *, batch_size: int, fit_length: bool)
     check_positions(opened.model.config, data.max_length, model)
     tokenizer = opened.tokenizer
     attach_loss(opened.model.get_base_model() if hasattr(opened.model, "get_base_model") else opened.model)
-    set_template(tokenizer, "own" if marks_answers(tokenizer) else "plain", "all")
+    set_template(tokenizer, "own" if tokenizer.chat_template else "plain", "all")
     collate = Collator(int(tokenizer.pad_token_id))
     seed = opened.recipe.train.seed if opened.recipe else 0
     scores = {}
@@ -55,10 +55,9 @@ def held_out_rows(data: Data, tokenizer: PreTrainedTokenizerBase, seed: int) -> 
 
 
 def _has_roles(data: Data) -> bool:
-    """Return whether the held-out conversations tell the assistant's words from the rest."""
-    if data.format is not None:
-        return FORMATS[data.format].has_roles
-    for where, row in held_out_source(data).rows():
-        if not isinstance(row, BadRow):
-            return FORMATS[detect_format(row, where)].has_roles
+    """Return whether the held-out conversations, of all files, tell the assistant's words from the rest."""
+    for part in held_out_source(data).parts:
+        first = next(((where, row) for where, row in part.rows() if not isinstance(row, BadRow)), None)
+        if first is not None and not FORMATS[format_of_part(part, first[1], first[0], data.format)].has_roles:
+            return False
     return True

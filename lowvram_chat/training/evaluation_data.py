@@ -28,7 +28,8 @@ def evaluation_data(model: str, data: Sequence[str], settings: Settings) -> tupl
     section = {} if own is None else own.model_dump()
     if data:
         split = settings.get("split")
-        section |= {"eval_source": list(data), "eval_split": split, "eval_fraction": None, "eval_limit": None}
+        section |= {"eval_source": list(data), "eval_fraction": None, "eval_limit": None}
+        section |= {"eval_split": None if split == "train" else split}  # files have no splits, and are refused with one
         section |= {"format": None, "split": split or "train"}
     elif own is None or (own.eval_source is None and own.eval_split is None and own.eval_fraction is None):
         raise UsageError(f"{model}: has no held-out conversations of its own. Name some: evaluate {model} chats.jsonl")

@@ -99,8 +99,8 @@ def test_wrong_yaml(content: bytes, bench: Bench, capsys: pytest.CaptureFixture[
 ROWS: dict[str, tuple[list[Any], str]] = {
     "empty": ([], "no row to train on"),
     "no answer": ([{"messages": [{"role": "user", "content": "Hi"}]}], ":1: no assistant turn"),
-    "bad row": ([*conversations(3, 0), {"messages": "Hi"}], ":4: the messages are of type str, not a list"),
-    "no messages": ([*conversations(3, 0), {"foo": 1}], ":4: there are no messages"),
+    "bad row": ([*conversations(3, 0), {"messages": "Hi"}], ":4: 'messages' is text, not a list"),
+    "no messages": ([*conversations(3, 0), {"foo": 1}], ":4: 'messages' is missing; the row has 'foo'"),
     "no message": ([*conversations(3, 0), {"messages": []}], ":4: the conversation is empty"),
     "not an object": ([*conversations(3, 0), 5], ":4: not a JSON object"),
     "columns": ([{"question": "Hi", "answer": "Ho"}], "no known format has the columns question, answer"),

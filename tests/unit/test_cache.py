@@ -170,7 +170,7 @@ def test_a_failed_reading_leaves_nothing_in_the_cache(
 @pytest.fixture
 def many(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Return a file that takes ten blocks to write and contains unusable rows."""
-    monkeypatch.setattr(tokenize_module, "ROWS_PER_WRITE", 10)
+    monkeypatch.setattr(tokenize_module, "CONVERSATIONS_PER_WRITE", 10)
     monkeypatch.setattr(encode_module, "CONVERSATIONS_PER_BATCH", 8)
     raw = conversations(100, seed=2)
     for place in (3, 40, 41, 99):

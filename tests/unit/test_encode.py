@@ -10,8 +10,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import BatchEncoding, PreTrainedTokenizerFast
 
 from lowvram_chat.data import encode as encode_module
+from lowvram_chat.data.conversation import Conversation
 from lowvram_chat.data.encode import Encoder
-from lowvram_chat.data.formats import Conversation
+from lowvram_chat.data.render import Rendered, Renderer
 from lowvram_chat.data.rows import IGNORED_LABEL
 from lowvram_chat.data.template import set_template
 
@@ -44,11 +45,18 @@ def conversation(seed: int, words: int) -> Conversation:
     return Conversation(messages=tuple(messages))
 
 
+def rendered(
+    talks: list[Conversation], tokenizer: PreTrainedTokenizerBase, loss_on: str = "assistant"
+) -> list[Rendered]:
+    return [*map(Renderer(tokenizer, loss_on), talks)]
+
+
 @pytest.mark.parametrize("loss_on", ["assistant", "all"])
 def test_tokens_and_labels_are_those_of_the_template(loss_on: str, tokenizer: PreTrainedTokenizerBase) -> None:
     set_template(tokenizer, "plain", loss_on)
     talks = [conversation(seed, 20) for seed in range(40)]
-    for talk, (ids, labels) in zip(talks, Encoder(tokenizer, loss_on, None)(talks), strict=True):
+    encoded = Encoder(tokenizer, None)(rendered(talks, tokenizer, loss_on))
+    for talk, (ids, labels, _) in zip(talks, encoded, strict=True):
         expected = tokenizer.apply_chat_template(
             list(talk.messages), tokenize=True, return_dict=True, return_assistant_tokens_mask=loss_on == "assistant"
         )
@@ -64,13 +72,14 @@ def test_a_text_that_is_cut_first_gives_the_same_head(
 ) -> None:
     monkeypatch.setattr(encode_module, "CONVERSATIONS_PER_BATCH", 16)
     set_template(tokenizer, "plain", "assistant")
-    talks = [conversation(seed, 60) for seed in range(100)]
-    whole = list(Encoder(tokenizer, "assistant", None)(talks))
-    heads = list(Encoder(tokenizer, "assistant", keep)(talks))
+    talks = rendered([conversation(seed, 60) for seed in range(100)], tokenizer)
+    whole = list(Encoder(tokenizer, None)(talks))
+    heads = list(Encoder(tokenizer, keep)(talks))
     assert any(len(cut[0]) < len(full[0]) for cut, full in zip(heads, whole, strict=True))
-    for (ids, labels), (all_ids, all_labels) in zip(heads, whole, strict=True):
+    for (ids, labels, cut), (all_ids, all_labels, _) in zip(heads, whole, strict=True):
         assert ids[:keep] == all_ids[:keep]
         assert labels[:keep] == all_labels[:keep]
+        assert (cut > 0) == (len(all_ids) > keep)
         assert len(ids) >= min(len(all_ids), keep + 1)  # so that a conversation over the length is counted as one
 
 
@@ -89,7 +98,7 @@ def test_a_text_is_cut_only_for_a_tokenizer_that_splits_it_into_words(
     backend = Tokenizer(models.BPE())
     if words is not None:
         backend.pre_tokenizer = words
-    assert Encoder(PreTrainedTokenizerFast(tokenizer_object=backend), "all", 8).keep == (8 if is_cut else None)
+    assert Encoder(PreTrainedTokenizerFast(tokenizer_object=backend), 8).keep == (8 if is_cut else None)
 
 
 def test_a_text_of_long_words_that_proves_too_short_is_encoded_whole(tokenizer: PreTrainedTokenizerBase) -> None:
@@ -97,6 +106,6 @@ def test_a_text_of_long_words_that_proves_too_short_is_encoded_whole(tokenizer: 
     wide = Conversation(
         messages=({"role": "user", "content": " " * 5000 + "end"}, {"role": "assistant", "content": "ok"})
     )
-    [(ids, _)] = Encoder(tokenizer, "assistant", 64)([wide])
-    [(expected, _)] = Encoder(tokenizer, "assistant", None)([wide])
+    [(ids, _, _)] = Encoder(tokenizer, 64)(rendered([wide], tokenizer))
+    [(expected, _, _)] = Encoder(tokenizer, None)(rendered([wide], tokenizer))
     assert ids[:64] == expected[:64]

@@ -19,11 +19,17 @@ EXCHANGE = Conversation(messages=(USER, ANSWER))
 EXAMPLES: dict[str, list[tuple[dict[str, object], Conversation]]] = {
     "messages": [
         ({"messages": [SYSTEM, USER, ANSWER]}, Conversation(messages=(SYSTEM, USER, ANSWER))),
-        ({"messages": [USER | {"content": "  Hi\n"}, ANSWER], "id": 7}, EXCHANGE),
+        ({"messages": [USER, ANSWER], "id": 7}, EXCHANGE),
+        (
+            {"messages": '[{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello there"}]'},
+            EXCHANGE,
+        ),
+        ({"messages": [USER, ANSWER], "system": "Be kind"}, Conversation(messages=(SYSTEM, USER, ANSWER))),
     ],
     "sharegpt": [
         ({"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello there"}]}, EXCHANGE),
         ({"conversations": [{"from": "user", "value": "Hi"}, {"from": "model", "value": "Hello there"}]}, EXCHANGE),
+        ({"conversations": [USER, ANSWER], "system": None}, EXCHANGE),
     ],
     "alpaca": [
         ({"instruction": "Hi", "input": "", "output": "Hello there"}, EXCHANGE),
@@ -33,11 +39,57 @@ EXAMPLES: dict[str, list[tuple[dict[str, object], Conversation]]] = {
             Conversation(messages=({"role": "user", "content": "Add\n\n1 2"}, {"role": "assistant", "content": "3"})),
         ),
     ],
-    "prompt_completion": [
-        ({"prompt": "Hi", "completion": " Hello there"}, EXCHANGE),
-        ({"prompt": [USER], "completion": [ANSWER]}, EXCHANGE),
+    "dolly": [
+        ({"instruction": "Hi", "context": "", "response": "Hello there", "category": "qa"}, EXCHANGE),
+        (
+            {"instruction": "Who?", "context": "It was Ada.", "response": "Ada"},
+            Conversation(
+                messages=({"role": "user", "content": "Who?\n\nIt was Ada."}, {"role": "assistant", "content": "Ada"})
+            ),
+        ),
     ],
-    "text": [({"text": "Once upon a time \n"}, Conversation(text="Once upon a time"))],
+    "prompt_completion": [
+        ({"prompt": "Hi", "completion": "Hello there"}, EXCHANGE),
+        ({"prompt": [USER], "completion": [ANSWER]}, Conversation(messages=(USER, ANSWER), context=1)),
+        ({"prompt": [USER], "completion": "Hello there"}, Conversation(messages=(USER, ANSWER), context=1)),
+        (
+            {"prompt": [USER, ANSWER, USER], "completion": [ANSWER]},
+            Conversation(messages=(USER, ANSWER, USER, ANSWER), context=3),
+        ),
+    ],
+    "oasst_tree": [
+        (
+            {
+                "message_tree_id": "t",
+                "prompt": {
+                    "role": "prompter",
+                    "text": "Hi",
+                    "replies": [
+                        {"role": "assistant", "text": "Worst", "rank": 1},
+                        {"role": "assistant", "text": "Unranked", "rank": None},
+                        {
+                            "role": "assistant",
+                            "text": "Hello there",
+                            "rank": 0,
+                            "replies": [{"role": "prompter", "text": "A question without an answer"}],
+                        },
+                        {"role": "assistant", "text": "Gone", "rank": -1, "deleted": True},
+                    ],
+                },
+            },
+            EXCHANGE,
+        )
+    ],
+    "glaive": [
+        (
+            {
+                "system": "SYSTEM: Be kind",
+                "chat": "USER: Hi\n\n\nASSISTANT: Hello there <|endoftext|>\n\n\n",
+            },
+            Conversation(messages=(SYSTEM, USER, ANSWER)),
+        )
+    ],
+    "text": [({"text": "  def f():\n    return 1\n\n"}, Conversation(text="  def f():\n    return 1\n\n"))],
     "baseline": [
         ({"messages": [USER, ANSWER, USER]}, Conversation(text="user: Hi\nassistant: Hello there", append_eos=False)),
         ({"messages": [USER | {"content": " Hi "}, ANSWER]}, Conversation(text="user:  Hi ", append_eos=False)),
@@ -49,21 +101,30 @@ UNUSABLE: list[tuple[str, dict[str, object], str]] = [
     ("messages", {"messages": None}, "there are no messages"),
     ("messages", {"messages": [USER]}, "no assistant turn"),
     ("messages", {"messages": [USER | {"role": "robot"}, ANSWER]}, "message 1 has the unknown role 'robot'"),
-    ("messages", {"messages": [USER, ANSWER | {"content": 5}]}, "message 2 is of type int, not text"),
-    ("messages", {"messages": [USER, ANSWER | {"content": None}]}, "message 2 is of type NoneType, not text"),
+    ("messages", {"messages": [USER, ANSWER | {"content": 5}]}, "message 2 is a number, not text"),
+    ("messages", {"messages": [USER, ANSWER | {"content": None}]}, "message 2 is null, not text"),
     ("messages", {"messages": [USER | {"content": " \n"}, ANSWER]}, "message 1 is empty"),
-    ("messages", {"messages": ["Hi"]}, "message 1 needs 'role' and 'content'"),
+    ("messages", {"messages": ["Hi"]}, "message 1 is text, not an object with 'role' and 'content'"),
     ("messages", {"messages": [{"role": ["user"], "content": "Hi"}, ANSWER]}, "message 1"),
     ("sharegpt", {"conversations": [{"from": "human", "text": "Hi"}]}, "message 1 needs 'from' and 'value'"),
     ("sharegpt", {"conversations": [{"from": "human", "value": "Hi"}]}, "no assistant turn"),
     ("alpaca", {"instruction": "", "output": "x"}, "'instruction' is empty"),
-    ("alpaca", {"instruction": "Hi", "output": 3}, "'output' is not text"),
+    ("alpaca", {"instruction": "Hi", "output": True}, "'output' is not text but true or false"),
+    ("alpaca", {"instruction": "Hi", "input": ["a"], "output": "b"}, "'input' is not text but a list"),
+    ("alpaca", {"instruction": "Hi", "input": "a", "context": "b", "output": "c"}, "both 'input' and 'context'"),
+    ("alpaca", {"instruction": "Hi", "history": [["a"]], "output": "c"}, "[question, answer] pairs"),
     ("prompt_completion", {"prompt": "Hi", "completion": None}, "'completion' is empty"),
-    ("prompt_completion", {"prompt": [USER], "completion": "Hello"}, "'prompt' is not text"),
+    ("prompt_completion", {"prompt": [USER, ANSWER], "completion": [USER]}, "no assistant turn"),
+    ("oasst_tree", {"message_tree_id": "t", "prompt": {"role": "prompter", "text": "Hi"}}, "no assistant turn"),
+    ("glaive", {"system": "", "chat": "USER: a\n\nASSISTANT: <functioncall> {}"}, "it calls a function"),
+    ("glaive", {"system": "", "chat": "Once upon a time"}, "does not begin with 'USER:'"),
     ("text", {"text": ""}, "'text' is empty"),
     ("text", {"text": "  "}, "'text' is empty"),
     ("baseline", {"messages": [USER]}, "fewer than two messages"),
     ("baseline", {"messages": ["Hi", "Ho"]}, "a message needs 'role' and 'content'"),
+    ("baseline", {"messages": [USER | {"content": None}, ANSWER]}, "message 1 has a content that is null, not text"),
+    ("messages", {"messages": "[{'role': 'user'}]"}, "It looks like Python's notation"),
+    ("messages", {"messages": "Hi"}, "'messages' is text, not a list"),
 ]
 
 

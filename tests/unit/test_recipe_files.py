@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from lowvram_chat.recipe.adapters import ADAPTERS
 from lowvram_chat.recipe.optimizers import OPTIMIZERS
 from lowvram_chat.recipe.schema import Recipe
-from lowvram_chat.recipe.yaml_file import _Dumper, dump_recipe, json_schema, load_recipe
+from lowvram_chat.recipe.yaml_file import dump_recipe, json_schema, load_recipe
+from lowvram_chat.recipe.yaml_text import _Dumper
 from tests.samples import ROOT
 
 RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))

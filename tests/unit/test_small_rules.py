@@ -13,7 +13,7 @@ from trl import SFTConfig
 
 from lowvram_chat import api
 from lowvram_chat.data.encode import CHARACTERS_PER_TOKEN, Encoder
-from lowvram_chat.data.formats import Conversation
+from lowvram_chat.data.render import Rendered
 from lowvram_chat.data.rows import Collator
 from lowvram_chat.exporting.proof import Proof
 from lowvram_chat.gpus import CONTEXT_MIB
@@ -101,7 +101,7 @@ def test_a_text_that_is_cut_within_its_last_wanted_token_is_encoded_again() -> N
     text = " little" + (CHARACTERS_PER_TOKEN * keep) * " there"
     expected = tokenizer(text, add_special_tokens=False)["input_ids"][:keep]
     assert tokenizer.convert_ids_to_tokens(expected) == ["Ġlittle"] + (keep - 1) * ["Ġthere"]
-    ((tokens, _),) = Encoder(tokenizer, "all", keep)([Conversation(text=text)])
+    ((tokens, *_),) = Encoder(tokenizer, keep)([Rendered(text)])
     assert tokens[:keep] == expected
 
 

@@ -98,15 +98,40 @@ def test_own_is_refused_where_there_is_none(tokenizer: PreTrainedTokenizerBase) 
         set_template(tokenizer, "own", "assistant")
 
 
-@pytest.mark.parametrize("tail", ["", "{% if add_generation_prompt %}assistant:{% endif %}"])
-def test_a_template_without_generation_marks_is_refused_for_loss_on_the_assistant(
-    tokenizer: PreTrainedTokenizerBase, tmp_path: Path, tail: str
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        ("{{ m.role }}: {{ m.content }}\n", "no special token"),
+        ("{{ m.role }}: {% generation %}{{ m.content }}{% endgeneration %}\n", "no special token ends an answer"),
+        ("{% generation %}{% endgeneration %}", "does not mark the assistant's words"),
+        ("{{ 1/0 }}", "the chat template fails: division by zero"),
+        ("{{ ''.__class__.__mro__ }}", "the chat template refuses it"),
+        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "without end"),
+        ("{% for x in m %}", "the chat template refuses it"),
+    ],
+)
+def test_a_template_whose_answers_cannot_be_learned_is_refused(
+    tokenizer: PreTrainedTokenizerBase, tmp_path: Path, body: str, words: str
 ) -> None:
     path = tmp_path / "mine.jinja"
-    path.write_text("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}" + tail, encoding="utf-8")
-    with pytest.raises(DataError, match="generation"):
+    path.write_text("{% for m in messages %}" + body + "{% endfor %}", encoding="utf-8")
+    with pytest.raises(DataError, match=words):
         set_template(tokenizer, str(path), "assistant")
+
+
+def test_a_template_without_an_end_can_be_used_for_loss_on_all(
+    tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    path = tmp_path / "mine.jinja"
+    path.write_text("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}", encoding="utf-8")
     set_template(tokenizer, str(path), "all")
+
+
+def test_a_template_that_is_not_text_is_refused(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    path = tmp_path / "mine.jinja"
+    path.write_bytes(b"\xff\x80")
+    with pytest.raises(DataError, match="is not UTF-8 text"):
+        set_template(tokenizer, str(path), "assistant")
 
 
 def test_a_tokenizer_without_eos_is_refused(tokenizer: PreTrainedTokenizerBase) -> None:

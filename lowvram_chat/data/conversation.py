@@ -1,0 +1,168 @@
+"""A conversation as it is read from a row, and the checks of its messages."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from lowvram_chat.wording import kind_of
+
+Message = dict[str, str]
+"""One message: `role` and `content`."""
+
+KNOWN_ROLES = ("system", "user", "assistant")
+
+SHAREGPT_ROLES: Mapping[str, str] = {
+    "human": "user",
+    "gpt": "assistant",
+    "bot": "assistant",
+    "chatgpt": "assistant",
+    "model": "assistant",
+}
+"""Role in ShareGPT files -> role in chat templates."""
+
+MESSAGE_KEYS = {"content": "role", "value": "from"}
+"""Key of a message's text -> key of its role."""
+WEIGHT_KEYS = ("weight", "train", "training", "loss", "trainable")
+"""Keys of a message that say whether it carries loss: 1 or true, 0 or false."""
+CALL_KEYS = ("tool_calls", "function_call")
+"""Keys of a message that calls a tool."""
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """One training example: messages that a chat template renders, or plain text (then `messages` is empty)."""
+
+    messages: tuple[Message, ...] = ()
+    text: str = ""
+    append_eos: bool = True
+    """Whether an EOS token follows the plain text."""
+    context: int = 0
+    """Number of leading messages that are context only: they carry loss under `data.loss_on=all` alone."""
+    untrained: frozenset[int] = frozenset()
+    """Numbers, from 0, of the messages that never carry loss, because the row gives them the weight 0."""
+    unused: tuple[str, ...] = field(default=(), compare=False)
+    """Message keys with content that is not used, such as `messages.reasoning_content`; each once."""
+
+
+@dataclass(frozen=True)
+class _Message:
+    """A checked message."""
+
+    role: str
+    content: str
+    carries_loss: bool
+    unused: tuple[str, ...]
+
+
+def is_empty(value: object) -> bool:
+    """Return whether a value says nothing: null, an empty or blank text, an empty list or object."""
+    return value is None or (isinstance(value, str) and not value.strip()) or value in ([], {}, ())
+
+
+def conversation_of(
+    messages: object, *, column: str = "messages", system: str = "", context: int = 0, needs_answer: bool = True
+) -> Conversation:
+    """Return the conversation of a list of messages, after an optional system message.
+
+    `context` is the number of the leading messages that carry no loss, without the system message.
+
+    Raises:
+        ValueError: the messages cannot be used; with the reason.
+    """
+    checked = list(_checked_messages(messages))
+    if system and checked and checked[0].role == "system" and checked[0].content.strip() != system.strip():
+        raise ValueError("there are two system messages, one of them in a column of its own")
+    if system and not (checked and checked[0].role == "system"):
+        checked.insert(0, _Message("system", system, carries_loss=True, unused=()))
+        context += bool(context)
+    kept = [(number, message) for number, message in enumerate(checked) if not _is_empty_system(message)]
+    context = sum(number < context for number, _ in kept)
+    if needs_answer and all(message.role != "assistant" for _, message in kept):
+        raise ValueError("no assistant turn")
+    return Conversation(
+        messages=tuple({"role": message.role, "content": message.content} for _, message in kept),
+        context=context,
+        untrained=frozenset(number for number, (_, message) in enumerate(kept) if not message.carries_loss),
+        unused=tuple(dict.fromkeys(f"{column}.{key}" for _, message in kept for key in message.unused)),
+    )
+
+
+def _checked_messages(messages: object) -> Iterator[_Message]:
+    if messages is None:
+        raise ValueError("there are no messages")
+    if not isinstance(messages, list | tuple):
+        raise ValueError(f"the messages are {kind_of(messages)}, not a list")
+    if not messages:
+        raise ValueError("the conversation is empty")
+    for number, message in enumerate(messages, start=1):
+        yield _checked_message(message, f"message {number}")
+
+
+def _is_empty_system(message: _Message) -> bool:
+    return message.role == "system" and not message.content.strip()
+
+
+def _checked_message(message: object, place: str) -> _Message:
+    """Return one message; `place` begins each error."""
+    if not isinstance(message, Mapping):
+        raise ValueError(f"{place} is {kind_of(message)}, not an object with 'role' and 'content'")
+    text_key = "value" if "from" in message and "role" not in message else "content"
+    role_key = MESSAGE_KEYS[text_key]
+    if role_key not in message or text_key not in message:
+        has_keys = f"; it has {', '.join(map(repr, message))}" if message else ""
+        raise ValueError(f"{place} needs '{role_key}' and '{text_key}'{has_keys}")
+    _refuse_calls(message, place)
+    role = SHAREGPT_ROLES.get(str(message[role_key]), str(message[role_key]))
+    if role not in KNOWN_ROLES:
+        raise ValueError(f"{place} has the unknown role {role!r}; known: {', '.join(KNOWN_ROLES)}")
+    used = {role_key, text_key, *WEIGHT_KEYS, *CALL_KEYS}
+    unused = tuple(str(key) for key, value in message.items() if key not in used and not is_empty(value))
+    content = _content(message[text_key], place, may_be_empty=role == "system")
+    return _Message(role, content, _carries_loss(message, place), unused)
+
+
+def _refuse_calls(message: Mapping[str, object], place: str) -> None:
+    for key in CALL_KEYS:
+        if not is_empty(message.get(key)):
+            raise ValueError(f"{place} calls a tool ('{key}'), which is not supported")
+
+
+def _content(value: object, place: str, *, may_be_empty: bool) -> str:
+    """Return the text of a message, which may be given as a list of text parts."""
+    if may_be_empty and is_empty(value):
+        return ""
+    if isinstance(value, list | tuple):
+        value = "".join(_part_text(part, place) for part in value)
+    if not isinstance(value, str):
+        raise ValueError(f"{place} is {kind_of(value)}, not text")
+    if not value.strip() and not may_be_empty:
+        raise ValueError(f"{place} is empty")
+    return value
+
+
+def _part_text(part: object, place: str) -> str:
+    if not isinstance(part, Mapping):
+        raise ValueError(f"{place} has a part that is {kind_of(part)}, not an object of the type text")
+    if part.get("type") != "text" or not isinstance(part.get("text"), str):
+        raise ValueError(f"{place} has a part of the type {part.get('type')!r}; only text is supported")
+    return str(part["text"])
+
+
+def _carries_loss(message: Mapping[str, object], place: str) -> bool:
+    """Return whether a message's weight allows loss on it; no weight allows it."""
+    given = [(key, message[key]) for key in WEIGHT_KEYS if message.get(key) is not None]
+    for key, value in given:
+        if value not in (0, 1):  # True and False, too
+            raise ValueError(f"{place} has '{key}': {value!r}; only 0, 1, false and true are supported")
+    return all(value for _, value in given)
+
+
+def exchanges_of(turns: Sequence[tuple[str, str]], system: str, context: int = 0) -> Conversation:
+    """Return the conversation of (question, answer) pairs; the first `context` pairs carry no loss."""
+    messages = [
+        {"role": role, "content": content}
+        for turn in turns
+        for role, content in zip(("user", "assistant"), turn, strict=True)
+    ]
+    return conversation_of(messages, system=system, context=2 * context)

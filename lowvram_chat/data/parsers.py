@@ -1,0 +1,251 @@
+"""Parses files of rows: JSON Lines, JSON, CSV and Parquet. A row that cannot be parsed becomes a `BadRow` with its place."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NoReturn, cast
+
+from lowvram_chat.data.text_files import NOT_UTF8, READ_ERRORS, damaged, lines, open_text, read_text, text_suffix
+from lowvram_chat.errors import DataError
+from lowvram_chat.wording import json_problem, kind_of
+
+
+@dataclass(frozen=True)
+class BadRow:
+    """A row that could not be parsed."""
+
+    reason: str
+
+
+RawRow = Mapping[str, object] | BadRow
+PlacedRows = Iterator[tuple[str, RawRow]]
+"""Pairs of a place, such as `chats.jsonl:3`, and the row that was read there."""
+
+ROW_LISTS = ("data", "conversations", "rows", "train", "examples", "instances", "items")
+"""Keys of a JSON object under which files keep their list of rows."""
+MESSAGE_KEYS = ({"role", "content"}, {"from", "value"})
+"""Keys by which a message is told from a row."""
+
+NOT_UTF8_ROW = BadRow("not UTF-8 text. Save the file as UTF-8")
+TOO_LONG = BadRow("longer than 64 million characters")
+
+
+def _jsonl(path: Path) -> PlacedRows:
+    for number, line in lines(path):
+        if line is None:
+            yield f"{path}:{number}", TOO_LONG
+        elif number == 1 and line.lstrip().startswith("["):
+            yield from _array_or_lines(path)
+            return
+        elif line.strip():
+            yield f"{path}:{number}", _row_of_line(line)
+
+
+def _array_or_lines(path: Path) -> PlacedRows:
+    """Yield the rows of a file that begins with a bracket: one JSON list of rows, whatever its suffix, or lines."""
+    text = read_text(path)
+    try:
+        rows = parse_json(text)
+    except ValueError:
+        for number, line in enumerate(text.splitlines(), start=1):
+            if line.strip():
+                yield f"{path}:{number}", _row_of_line(line)
+        return
+    yield from _numbered(path, rows)
+
+
+def _row_of_line(line: str) -> RawRow:
+    if NOT_UTF8.search(line):
+        return NOT_UTF8_ROW
+    try:
+        row = parse_json(line)
+    except ValueError as error:
+        return BadRow(str(error))
+    return cast("RawRow", row) if isinstance(row, dict) else BadRow("not a JSON object")
+
+
+def parse_json(text: str) -> object:
+    """Return the value of a JSON text.
+
+    Raises:
+        ValueError: it is not JSON, or it holds a key twice, a number that is not finite, or too deep a nesting; in our words.
+    """
+    try:
+        return json.loads(text, object_pairs_hook=_object, parse_constant=_not_finite)
+    except json.JSONDecodeError as error:
+        raise ValueError(json_problem(error)) from None
+    except RecursionError:
+        raise ValueError("not usable JSON: it is nested too deeply") from None
+
+
+def _object(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    """Return an object of unique keys: of two equal keys, JSON parsers drop one in silence."""
+    made = dict(pairs)
+    if len(made) != len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"not usable JSON: the key '{twice}' occurs twice in one object")
+    return made
+
+
+def _not_finite(name: str) -> NoReturn:
+    raise ValueError(f"not JSON: {name} is not a JSON number")
+
+
+def _json(path: Path) -> PlacedRows:
+    text = read_text(path)
+    if NOT_UTF8.search(text):
+        raise DataError(f"{path}: not UTF-8 text. Save the file as UTF-8.")
+    try:
+        document = parse_json(text)
+    except ValueError as error:
+        if _is_json_lines(text):
+            yield from _jsonl(path)
+            return
+        raise DataError(
+            f"{path}: {error}. A .json file holds one list of rows, or one row on each line. Correct the file."
+        ) from None
+    yield from _numbered(path, document)
+
+
+def _is_json_lines(text: str) -> bool:
+    """Return whether the first line of a text is a JSON object by itself."""
+    first = text.lstrip().split("\n", 1)[0]
+    return isinstance(_row_of_line(first), dict)
+
+
+def _numbered(path: Path, document: object) -> PlacedRows:
+    """Yield the rows of a JSON document, with their numbers.
+
+    Raises:
+        DataError: it holds no list of rows.
+    """
+    rows = _rows_of(document)
+    if rows is None:
+        raise DataError(f"{path}: holds {kind_of(document)}, not a list of rows. Put the rows into a list.")
+    for number, row in enumerate(rows, start=1):
+        yield f"{path}: row {number}", row if isinstance(row, dict) else BadRow("not a JSON object")
+
+
+def _rows_of(document: object) -> list[object] | None:
+    """Return the list of rows in a JSON document: the list itself, or the one list of rows in an object; None: neither."""
+    if isinstance(document, list):
+        return document
+    if not isinstance(document, dict):
+        return None
+    lists = [document[key] for key in ROW_LISTS if isinstance(document.get(key), list)]
+    return lists[0] if len(lists) == 1 and not _is_message(lists[0]) else None
+
+
+def _is_message(values: list[object]) -> bool:
+    """Return whether a list holds messages, so that the object around it is one row."""
+    return bool(values) and isinstance(values[0], dict) and any(keys <= values[0].keys() for keys in MESSAGE_KEYS)
+
+
+def _csv(path: Path) -> PlacedRows:
+    csv.field_size_limit(2**31 - 1)  # for long conversations; a larger limit overflows C's long on Windows
+    line = 0
+    try:
+        with open_text(path) as file:
+            reader = csv.reader(file, strict=True)
+            header = _header(path, reader)
+            while True:
+                line = reader.line_num
+                try:
+                    cells = next(reader)
+                except StopIteration:
+                    return
+                except csv.Error as error:
+                    yield f"{path}:{reader.line_num}", BadRow(_csv_problem(error, line + 1, reader.line_num))
+                    continue
+                if cells:
+                    yield f"{path}:{reader.line_num}", _row_of_cells(header, cells)
+    except READ_ERRORS as error:
+        raise damaged(path, f"after line {line}", error) from None
+
+
+def _header(path: Path, reader: Iterator[list[str]]) -> list[str]:
+    """Return the column names of a CSV file.
+
+    Raises:
+        DataError: a name occurs twice, or the header cannot be read.
+    """
+    try:
+        header = next((cells for cells in reader if cells), [])
+    except csv.Error as error:
+        raise DataError(f"{path}: the header is not CSV ({error}). Correct the first line.") from None
+    twice = next((name for name in header if header.count(name) > 1), None)
+    if twice is not None:
+        raise DataError(f"{path}: two columns are named '{twice}'. Rename one of them.")
+    if len(header) == 1 and any(separator in header[0] for separator in ";\t"):
+        raise DataError(
+            f"{path}: the header has no commas ({header[0]!r}). Save the file as CSV with commas between the columns."
+        )
+    return header
+
+
+def _row_of_cells(header: list[str], cells: list[str]) -> RawRow:
+    if any(NOT_UTF8.search(cell) for cell in cells):
+        return NOT_UTF8_ROW
+    if len(cells) != len(header):
+        return BadRow(
+            f"{len(cells)} cells, but the header has {len(header)} columns. Put text with commas or line ends into quotation "
+            "marks"
+        )
+    return dict(zip(header, cells, strict=True))
+
+
+def _csv_problem(error: csv.Error, first: int, last: int) -> str:
+    if "end of data" in str(error):
+        return f"a quotation mark that opens in line {first} is never closed, so lines {first} to {last} cannot be read"
+    return f"not CSV (lines {first} to {last}: {error}). Write a quotation mark inside a quoted cell twice"
+
+
+def _parquet(path: Path) -> PlacedRows:
+    import pyarrow
+    import pyarrow.parquet
+
+    number = 0
+    try:
+        for batch in pyarrow.parquet.ParquetFile(path).iter_batches(batch_size=256):
+            for row in batch.to_pylist():
+                number += 1
+                yield f"{path}: row {number}", row
+    except (pyarrow.ArrowException, OSError, ValueError) as error:
+        what = f"the file is damaged after row {number}" if number else "not a Parquet file, or a damaged one"
+        raise DataError(f"{path}: {what} ({str(error).splitlines()[0]}). Copy or download it again.") from None
+
+
+FILE_PARSERS: Mapping[str, Callable[[Path], PlacedRows]] = {
+    ".jsonl": _jsonl,
+    ".json": _json,
+    ".csv": _csv,
+    ".parquet": _parquet,
+}
+
+
+def parse_file(path: Path) -> PlacedRows:
+    """Return an iterator over the rows of a file, by its suffix.
+
+    Raises:
+        DataError: the file as a whole cannot be read.
+    """
+    return FILE_PARSERS[text_suffix(path)](path)
+
+
+def check_suffix(path: Path) -> None:
+    """Refuse a file with an unknown suffix.
+
+    Raises:
+        DataError: with the known suffixes.
+    """
+    packed_parquet = path.suffix.lower() != ".parquet" and text_suffix(path) == ".parquet"
+    if text_suffix(path) not in FILE_PARSERS or packed_parquet:
+        raise DataError(
+            f"{path}: files that end in '{path.suffix}' are not read. Use one of {', '.join(FILE_PARSERS)}; text may be "
+            "compressed (.jsonl.gz, .jsonl.zst)."
+        )
