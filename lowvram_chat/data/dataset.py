@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -33,6 +34,8 @@ class PreparedRows:
     facts: Facts
     in_both: int = 0
     """Held-out conversations that are trained on, too."""
+    fingerprint: str = ""
+    """Digest of the training rows' content and order."""
 
 
 def load_rows(data: Data, tokenizer: PreTrainedTokenizerBase, seed: int) -> PreparedRows:
@@ -58,9 +61,18 @@ def load_rows(data: Data, tokenizer: PreTrainedTokenizerBase, seed: int) -> Prep
             "%s that are held out are trained on, too, so the held-out loss says too little",
             count(in_both, "conversation"),
         )
+    digest = _digest_of(train)
     if data.rows == "packed":
         train = pack_rows(train, data.max_length)
-    return PreparedRows(train=train, held_out=held_out, facts=training.facts, in_both=in_both)
+    return PreparedRows(train=train, held_out=held_out, facts=training.facts, in_both=in_both, fingerprint=digest)
+
+
+def _digest_of(rows: datasets.Dataset) -> str:
+    """Return a digest of the conversations of rows and of the rows' lengths, in their order."""
+    import numpy
+
+    columns = (numpy.asarray(rows[name][:], dtype=numpy.int64) for name in ("digest", "length"))
+    return hashlib.sha256(b"".join(column.tobytes() for column in columns)).hexdigest()[:32]
 
 
 def count_in_both(train: datasets.Dataset, held_out: datasets.Dataset | None) -> int:

@@ -36,7 +36,7 @@ def merge_run(run: RunDir, out: Path, *, base: str | None = None, dtype: str = "
     """
     recipe = run.recipe()
     revision = None if base else recipe.model.revision
-    model = Model(name=base or recipe.model.name, revision=revision, fused_gelu=False)
+    model = Model(name=base or recipe.model.name, revision=revision, attention=recipe.model.attention, fused_gelu=False)
     card = model_card(recipe, read_result(run), merged=True)
     return Merged(out, _merge(run.adapter, model, out, dtype, card))
 
@@ -46,7 +46,7 @@ def _merge(adapter: Path, settings: Model, out: Path, dtype: str, card: str) -> 
     base = load_model(settings)
     vocabulary = base.config.get_text_config().vocab_size
     original = probe_logits(base, vocabulary)
-    adapted = load_adapter(base, adapter)
+    adapted = load_adapter(base, adapter, settings)
     expected = probe_logits(adapted, vocabulary)
     merged = adapted.merge_and_unload()
     after_merge = probe_logits(merged, vocabulary)

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from pathlib import Path
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft.utils import load_peft_weights
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from lowvram_chat.errors import ModelError, did_you_mean
+from lowvram_chat.model.fingerprint import FINGERPRINT_FILE, Fingerprint, check_same_base
 from lowvram_chat.model.fused_lora import fuse_adapters
 from lowvram_chat.recipe.adapters import ADAPTERS
-from lowvram_chat.recipe.schema import Adapter
+from lowvram_chat.recipe.schema import Adapter, Model
 
 log = logging.getLogger(__name__)
 
@@ -50,9 +51,16 @@ def add_adapter(model: PreTrainedModel, adapter: Adapter, *, on_cpu: bool = Fals
     `on_cpu` allows adapters to be folded into a copy of the weights; see `fuse_adapters`.
 
     Raises:
-        ModelError: the model has no target layer of that name.
+        ModelError: the model has no target layer of that name, or PEFT cannot adapt it.
     """
-    adapted = get_peft_model(model, _lora_config(model, adapter))
+    try:
+        adapted = get_peft_model(model, _lora_config(model, adapter))
+    except (ValueError, TypeError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ModelError(
+            f"adapter: PEFT cannot adapt this {model.config.model_type} ({reason}). Name other layers in adapter.target_modules, "
+            "or use another kind of adapter."
+        ) from None
     if adapter.fused and fuse_adapters(adapted, fold=on_cpu) == 0:
         log.warning("adapter.fused: none of PEFT's layers can be fused, so PEFT's own forward runs")
     return adapted
@@ -80,62 +88,62 @@ def _lora_config(model: PreTrainedModel, adapter: Adapter) -> LoraConfig:
     )
 
 
-PROBE_FILE = "base_probe.json"
-"""File beside an adapter with the `base_probe` of its base model."""
+def save_adapter(model: PeftModel, folder: Path, base_name: str, base: Fingerprint) -> None:
+    """Save an adapter with the name and the fingerprint of its base.
 
-
-def base_probe(model: nn.Module) -> list[float]:
-    """Return the first value of each bias and norm weight of the base: enough to tell two bases of one shape apart.
-
-    One-dimensional parameters are never quantised, and none of our adapter kinds changes them.
+    The name is that of the recipe, since a path of this machine is useless elsewhere.
     """
-    parameters = {
-        name.replace("base_model.model.", "").replace("base_layer.", ""): parameter
-        for name, parameter in model.named_parameters()
-    }
-    return [
-        parameters[name].detach().flatten()[0].item()
-        for name in sorted(parameters)
-        if parameters[name].dim() == 1 and "lora_" not in name
-    ]
-
-
-def save_adapter(model: PeftModel, folder: Path, base_name: str) -> None:
-    """Save an adapter with the base model's name from the recipe, since a path of this machine is useless elsewhere."""
     model.peft_config["default"].base_model_name_or_path = base_name
     model.save_pretrained(str(folder), save_embedding_layers=False)
-    (folder / PROBE_FILE).write_text(json.dumps(base_probe(model)) + "\n", encoding="utf-8")
+    (folder / FINGERPRINT_FILE).write_text(base.to_json(), encoding="utf-8")
 
 
-def load_adapter(base: PreTrainedModel, folder: Path) -> PeftModel:
-    """Return the base model with a saved adapter, ready for inference.
+def load_adapter(base: PreTrainedModel, folder: Path, settings: Model) -> PeftModel:
+    """Return the base model of `settings` with a saved adapter, ready for inference.
 
     Raises:
-        ModelError: the adapter was trained on another base model.
+        ModelError: the adapter was trained on another base model, or tensors of it are missing.
     """
-    _check_probe(base, folder)
+    _check_fingerprint(base, folder, settings)
     try:
-        return PeftModel.from_pretrained(base, str(folder))
+        adapted = PeftModel.from_pretrained(base, str(folder))
     except (RuntimeError, ValueError, KeyError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ModelError(
             f"{folder}: this adapter does not fit the base model ({reason}). Give the base model that it was trained on."
         ) from None
+    check_adapter_tensors(adapted, folder)
+    return adapted
 
 
-def _check_probe(base: PreTrainedModel, folder: Path) -> None:
-    """Compare the base model with the probe saved beside the adapter, if there is one.
+def _check_fingerprint(base: PreTrainedModel, folder: Path, settings: Model) -> None:
+    """Compare the base model with the fingerprint saved beside the adapter.
 
     Raises:
-        ModelError: they differ.
+        ModelError: they differ, or the fingerprint is damaged.
     """
-    probe_file = folder / PROBE_FILE
-    if not probe_file.is_file():
+    file = folder / FINGERPRINT_FILE
+    if not file.is_file():
+        log.warning("%s: has no %s, so its base model is not checked", folder, FINGERPRINT_FILE)
         return
-    saved, found = torch.tensor(json.loads(probe_file.read_text(encoding="utf-8"))), torch.tensor(base_probe(base))
-    if saved.shape != found.shape or not torch.allclose(saved, found, rtol=1e-2, atol=1e-3):  # fp16 is exact to 1e-3
+    try:
+        saved = Fingerprint.from_json(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ModelError(f"{file}: is damaged ({error}). Copy the adapter folder again.") from None
+    check_same_base(saved, base, settings, folder)
+
+
+def check_adapter_tensors(model: PeftModel, folder: Path) -> None:
+    """Refuse an adapter whose file lacks tensors or has others: PEFT leaves missing ones as they were initialised.
+
+    Raises:
+        ModelError: with how many are missing and unknown.
+    """
+    wanted, found = set(get_peft_model_state_dict(model)), set(load_peft_weights(str(folder), device="cpu"))
+    if wanted != found:
         raise ModelError(
-            f"{folder}: this adapter was trained on another base model. Give the base model that it was trained on."
+            f"{folder}: {len(wanted - found)} of the adapter's {len(wanted)} tensors are missing from its file, and "
+            f"{len(found - wanted)} are unknown. Copy the adapter folder again, or train it again."
         )
 
 

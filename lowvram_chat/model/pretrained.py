@@ -2,30 +2,25 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
-import threading
-from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
-from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
-from lowvram_chat.errors import LowVramError, ModelError, NotFoundError, did_you_mean
-from lowvram_chat.hub import explain
-from lowvram_chat.model.substitutions import dropout_settings, fuse_gelu
+from lowvram_chat.errors import ModelError, NotFoundError, did_you_mean
+from lowvram_chat.model.loading_errors import errors_explained, with_supported_attention
+from lowvram_chat.model.loading_report import LoadingReport, check_finite, check_loading_report
+from lowvram_chat.model.substitutions import fuse_gelu, set_dropout
 from lowvram_chat.recipe.schema import Model
 
 if TYPE_CHECKING:
+    from torch import nn
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 log = logging.getLogger(__name__)
-
-LOADING = threading.RLock()
-"""Held while a model loads: transformers patches torch meanwhile, and two threads that load at once break each other."""
 
 BUILTIN_MODELS = {"builtin:tiny-gpt2": Path(__file__).parent.parent / "assets" / "tiny-gpt2"}
 """Name -> folder of the models that come with the package."""
@@ -64,7 +59,7 @@ def load_config(name: str, revision: str | None = None) -> PreTrainedConfig:
         ModelError: transformers does not know this kind of model.
     """
     path = resolve(name)
-    with _errors_explained(name, path, "AutoConfig"):
+    with errors_explained(name, path, "AutoConfig"):
         config: PreTrainedConfig = AutoConfig.from_pretrained(
             path, revision=revision or "main", trust_remote_code=False
         )
@@ -79,7 +74,7 @@ def load_tokenizer(name: str, revision: str | None = None) -> PreTrainedTokenize
         ModelError: the tokenizer cannot be loaded, or it is not a fast one.
     """
     path = resolve(name, "tokenizer_config.json")
-    with _errors_explained(name, path, "AutoTokenizer"):
+    with errors_explained(name, path, "AutoTokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(path, revision=revision or "main", trust_remote_code=False)
     if not tokenizer.is_fast:
         raise ModelError(
@@ -92,32 +87,59 @@ def load_tokenizer(name: str, revision: str | None = None) -> PreTrainedTokenize
 def load_model(settings: Model, *, device: torch.device | None = None) -> PreTrainedModel:
     """Return a recipe's base model, with its substitutions made, on the CPU (4-bit weights: on `device`).
 
+    A model without SDPA attention gets eager attention, and the log says so.
+
     Raises:
         NotFoundError: as `load_config`.
-        ModelError: the weights are damaged, do not match the configuration or are not safetensors; or as `load_config`.
+        ModelError: the weights are damaged, incomplete, not finite, do not match the configuration or are not safetensors; or
+            as `load_config`.
     """
     config = load_config(settings.name, settings.revision)
     if settings.dropout is not None:
-        for name, value in dropout_settings(config, settings.dropout).items():
-            setattr(config, name, value)
+        set_dropout(config, settings.dropout)
     four_bit = _four_bit_settings(settings, device) if settings.load_in == "4bit" else {}
     path = resolve(settings.name)
-    with _errors_explained(settings.name, path, "AutoModelForCausalLM", attention=settings.attention):
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-            path,
-            revision=settings.revision or "main",
-            trust_remote_code=False,
-            config=config,
-            dtype=getattr(torch, settings.dtype),
-            attn_implementation=settings.attention,
-            use_safetensors=True,
-            **four_bit,
-        )
+
+    def load(attention: str) -> PreTrainedModel:
+        with errors_explained(settings.name, path, "AutoModelForCausalLM", attention=attention):
+            loaded = AutoModelForCausalLM.from_pretrained(
+                path,
+                revision=settings.revision or "main",
+                trust_remote_code=False,
+                config=config,
+                dtype=getattr(torch, settings.dtype),
+                attn_implementation=attention,
+                use_safetensors=True,
+                output_loading_info=True,
+                **four_bit,
+            )
+        model, report = cast("tuple[PreTrainedModel, LoadingReport]", loaded)
+        check_loading_report(report, settings.name)
+        return model
+
+    model = with_supported_attention(load, settings.attention, settings.name)
+    check_finite(model, settings.name)
     if four_bit:
         _keep_trainable_layout(model)
     if settings.fused_gelu:
         fuse_gelu(model)
     return model
+
+
+def load_weights(model: nn.Module, folder: str) -> None:
+    """Replace a model's weights by those of a saved model of the same class.
+
+    Raises:
+        ModelError: the file is damaged, or its weights are not exactly those of the model.
+    """
+    with errors_explained(folder, folder, "from_pretrained"):
+        loaded = type(model).from_pretrained(  # type: ignore[attr-defined]  # a PreTrainedModel
+            folder, dtype=torch.float32, use_safetensors=True, trust_remote_code=False, output_loading_info=True
+        )
+    saved, report = cast("tuple[PreTrainedModel, LoadingReport]", loaded)
+    check_loading_report(report, folder)
+    check_finite(saved, folder)
+    model.load_state_dict(saved.state_dict(), strict=True)
 
 
 def _four_bit_settings(settings: Model, device: torch.device | None) -> dict[str, object]:
@@ -153,7 +175,9 @@ def _keep_trainable_layout(model: PreTrainedModel) -> None:
 
 def positions_of(config: PreTrainedConfig) -> int | None:
     """Return the number of positions of a model, or None if it has no limit."""
-    return getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
+    text_config = config.get_text_config()
+    names = ("max_position_embeddings", "n_positions", "max_seq_len")
+    return next((value for name in names if (value := getattr(text_config, name, None))), None)
 
 
 def check_positions(config: PreTrainedConfig, max_length: int, name: str) -> None:
@@ -169,50 +193,31 @@ def check_positions(config: PreTrainedConfig, max_length: int, name: str) -> Non
         )
 
 
-@contextlib.contextmanager
-def _errors_explained(name: str, path: str, loader: str, *, attention: str = "") -> Iterator[None]:
-    """Turn errors of transformers' `loader`.from_pretrained(`path`) into errors with one readable sentence.
+def check_vocabulary(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig, name: str) -> None:
+    """Refuse a tokenizer whose tokens the model has no embeddings for. The first such token would fail inside a kernel.
 
     Raises:
-        NotFoundError, ModelError: as `load_model`.
+        ModelError: the tokenizer has more tokens than the model.
     """
-    try:
-        with LOADING:
-            yield
-    except torch.OutOfMemoryError:
-        raise
-    except OSError as error:
-        raise _file_error(error, name, path) from None
-    except (RuntimeError, SafetensorError, ValueError, KeyError, ImportError) as error:
-        raise _load_error(error, name, loader, attention) from None
-
-
-def _file_error(error: OSError, name: str, path: str) -> LowVramError:
-    """Return our error for a missing or unreadable file."""
-    if not Path(path).is_dir():
-        return NotFoundError(explain("model", name, error))
-    if "safetensors" in str(error):
-        return ModelError(
-            f"{name}: this folder has no model.safetensors. Pickled weights (.bin) can run code, so they are not loaded. "
-            "Convert them to safetensors first."
+    embeddings = config.get_text_config().vocab_size
+    largest = max(tokenizer.get_vocab().values(), default=0)
+    special = [tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.bos_token_id]
+    largest = max([largest, *(token for token in special if token is not None)])
+    if largest >= embeddings:
+        raise ModelError(
+            f"{name}: the tokenizer makes tokens up to {largest}, but the model has embeddings for {embeddings} tokens. Use the "
+            "model's own tokenizer, or resize the model's embeddings."
         )
-    return NotFoundError(f"{name}: a file is missing in this folder ({_first_line(error)}). Save the model again.")
 
 
-def _load_error(error: Exception, name: str, loader: str, attention: str) -> ModelError:
-    """Return our error for a model that is present but cannot be loaded."""
-    if isinstance(error, RuntimeError):
-        reason = "their shapes differ" if "mismatched" in str(error) else _first_line(error)
-        return ModelError(
-            f"{name}: the weights do not match config.json ({reason}). Download the model again, or save it again."
+def check_gradient_checkpointing(model: PreTrainedModel) -> None:
+    """Refuse gradient checkpointing for a model that does not have it.
+
+    Raises:
+        ModelError: with the setting to change.
+    """
+    if not model.supports_gradient_checkpointing:
+        raise ModelError(
+            f"train.gradient_checkpointing: {model.config.model_type} does not support it. Set "
+            "train.gradient_checkpointing=false."
         )
-    if isinstance(error, SafetensorError):
-        return ModelError(f"{name}: the weights are damaged ({error}). Download the model again, or save it again.")
-    if "does not support an attention implementation" in str(error):
-        return ModelError(f"{name}: transformers has no {attention} attention for it. Set model.attention=eager.")
-    return ModelError(f"{name}: transformers' {loader} cannot load it ({_first_line(error)}). Use another model.")
-
-
-def _first_line(error: Exception) -> str:
-    """Return the first line of an error's message, or its type if it has no message."""
-    return (str(error).splitlines() or [type(error).__name__])[0]

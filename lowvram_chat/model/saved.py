@@ -12,7 +12,7 @@ import torch
 from lowvram_chat.errors import NotFoundError
 from lowvram_chat.model.adapters import ChatModel, load_adapter
 from lowvram_chat.model.device import move_to_device
-from lowvram_chat.model.pretrained import load_model, load_tokenizer, positions_of
+from lowvram_chat.model.pretrained import check_vocabulary, load_model, load_tokenizer, positions_of
 from lowvram_chat.recipe.schema import Model, Recipe
 from lowvram_chat.recipe.yaml_file import load_recipe
 
@@ -51,12 +51,17 @@ def open_model(name: str) -> OpenedModel:
     dtype = "float16" if device.type == "cuda" else "float32"
     folder, recipe = _locate(name)
     source = name if folder is None else str(folder)
-    tokenizer = load_tokenizer(source)
     model: ChatModel
     if folder is not None and (folder / ADAPTER_FILE).is_file():
-        model = load_adapter(load_model(_base_settings(folder).model_copy(update={"dtype": dtype})), folder)
+        base = _base_settings(folder).model_copy(update={"dtype": dtype})
+        has_tokenizer = (folder / "tokenizer_config.json").is_file()
+        tokenizer = load_tokenizer(source) if has_tokenizer else load_tokenizer(base.name, base.revision)
+        model = load_adapter(load_model(base), folder, base)
     else:
-        model = load_model(Model.model_validate({"name": source, "dtype": dtype}))
+        tokenizer = load_tokenizer(source)
+        attention = recipe.model.attention if recipe else "sdpa"
+        model = load_model(Model.model_validate({"name": source, "dtype": dtype, "attention": attention}))
+    check_vocabulary(tokenizer, model.config, name)
     move_to_device(model, device)
     return OpenedModel(model.eval(), tokenizer, recipe)
 
@@ -86,6 +91,6 @@ def _base_settings(adapter: Path) -> Model:
     recipe_file = adapter.parent / "recipe.yaml"
     if recipe_file.is_file():
         model = load_recipe(recipe_file).model
-        return Model(name=model.name, revision=model.revision)
+        return Model(name=model.name, revision=model.revision, attention=model.attention)
     config = json.loads((adapter / ADAPTER_FILE).read_text(encoding="utf-8"))
     return Model(name=config["base_model_name_or_path"], revision=config.get("revision"))

@@ -86,20 +86,36 @@ def _no_documents(position_ids: torch.Tensor) -> None:
 
 
 DROPOUT_SETTINGS = (
-    "resid_pdrop",
-    "embd_pdrop",
+    "activation_dropout",
+    "attention_dropout",
+    "attention_dropout_prob",
+    "attention_probs_dropout_prob",
     "attn_pdrop",
     "dropout",
-    "attention_dropout",
-    "activation_dropout",
-    "hidden_dropout",
-    "resid_dropout",
+    "dropout_p",
+    "embd_pdrop",
+    "emb_pdrop",
     "embed_dropout",
-    "attention_dropout_prob",
+    "embedding_dropout",
+    "hidden_dropout",
+    "hidden_dropout_prob",
+    "layerdrop",
+    "mlp_dropout",
+    "resid_dropout",
+    "resid_pdrop",
+    "residual_dropout",
 )
-"""Names of dropout probabilities in the configs of GPT-2, GPT-Neo, OPT, Llama, GPT-NeoX and similar models."""
+"""Names of dropout probabilities in the configs of the causal language models of transformers."""
+NESTED_CONFIGS = ("attn_config", "text_config")
+"""Parts of configs that hold dropout probabilities of their own (MPT)."""
 
 
-def dropout_settings(config: object, probability: float) -> dict[str, float]:
-    """Return the dropout fields that the config has, each mapped to `probability`."""
-    return {name: probability for name in DROPOUT_SETTINGS if hasattr(config, name)}
+def set_dropout(config: object, probability: float) -> None:
+    """Set every dropout probability of a config."""
+    for name in DROPOUT_SETTINGS:
+        if hasattr(config, name):
+            is_typed_int = isinstance(getattr(config, name), int) and probability == 0  # MPT's `attn_pdrop`
+            setattr(config, name, 0 if is_typed_int else probability)
+    for name in NESTED_CONFIGS:
+        if getattr(config, name, None) is not None:
+            set_dropout(getattr(config, name), probability)

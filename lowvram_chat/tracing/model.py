@@ -8,9 +8,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from lowvram_chat.model.configs import config_for
+from lowvram_chat.model.loading_errors import errors_explained, with_supported_attention
 from lowvram_chat.model.loss import attach_loss
-from lowvram_chat.model.pretrained import check_positions
-from lowvram_chat.model.substitutions import dropout_settings, fuse_gelu
+from lowvram_chat.model.pretrained import check_gradient_checkpointing, check_positions
+from lowvram_chat.model.substitutions import fuse_gelu, set_dropout
 from lowvram_chat.recipe.schema import Adapter, Model, Recipe
 
 if TYPE_CHECKING:
@@ -34,6 +35,8 @@ def build_meta_model(recipe: Recipe, device: str = "meta") -> LanguageModel:
     """
     with torch.device(device):
         base = _base_model(recipe.model, recipe.data.max_length)
+        if recipe.train.gradient_checkpointing:
+            check_gradient_checkpointing(base)
         attach_loss(base, fused=recipe.model.fused_loss, pad_vocabulary=recipe.model.pad_vocabulary)
         model = base if recipe.adapter is None else _add_adapter(base, recipe.adapter)
     return prepare_for_training(model, recipe)
@@ -53,13 +56,17 @@ def _base_model(settings: Model, max_length: int) -> PreTrainedModel:
     config = config_for(settings)
     check_positions(config, max_length, settings.name)
     if settings.dropout is not None:
-        for name, value in dropout_settings(config, settings.dropout).items():
-            setattr(config, name, value)
-    model: PreTrainedModel = AutoModelForCausalLM.from_config(
-        config,
-        dtype=getattr(torch, settings.dtype),
-        attn_implementation=EQUIVALENT_ATTENTION.get(settings.attention, settings.attention),
-    )
+        set_dropout(config, settings.dropout)
+
+    def build(attention: str) -> PreTrainedModel:
+        with errors_explained(settings.name, settings.name, "AutoModelForCausalLM", attention=attention):
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(
+                config, dtype=getattr(torch, settings.dtype), attn_implementation=attention
+            )
+        return model
+
+    attention = EQUIVALENT_ATTENTION.get(settings.attention, settings.attention)
+    model = with_supported_attention(build, attention, settings.name)
     if settings.load_in == "4bit":
         from lowvram_chat.tracing.four_bit import quantise
 

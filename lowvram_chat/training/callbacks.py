@@ -11,6 +11,7 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from lowvram_chat.files import write_json
+from lowvram_chat.training.checkpoint_fingerprint import CheckpointFingerprint
 from lowvram_chat.training.display import Display
 from lowvram_chat.training.process_memory import peak_resident_bytes
 from lowvram_chat.training.run_dir import COUNTS_FILE, RunDir
@@ -44,10 +45,13 @@ class TokenCounts:
 class MetricsCallback(TrainerCallback):
     """Writes a line of metrics.jsonl at every logged step, measures time, and shows progress."""
 
-    def __init__(self, run: RunDir, counts: TokenCounts, limit_bytes: int | None = None) -> None:
+    def __init__(
+        self, run: RunDir, counts: TokenCounts, fingerprint: CheckpointFingerprint, limit_bytes: int | None = None
+    ) -> None:
         """Create the callback; `limit_bytes` is what the allocator may reserve, to be shown."""
         self.run = run
         self.counts = counts
+        self.fingerprint = fingerprint
         self.started = self.logged_at = time.monotonic()
         self.seconds_before = counts.seconds
         self.logged = TokenCounts(**asdict(counts))
@@ -101,9 +105,10 @@ class MetricsCallback(TrainerCallback):
         return rates
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object) -> None:
-        """Keep the counts in the checkpoint that was just written; with them it is complete."""
+        """Keep the fingerprint and the counts in the checkpoint that was just written; with the counts it is complete."""
         folder = self.run.checkpoints / f"checkpoint-{state.global_step}"
         if state.is_world_process_zero and folder.is_dir():
+            self.fingerprint.write(folder)
             write_json(folder / COUNTS_FILE, asdict(self.counts))
 
     def on_train_end(

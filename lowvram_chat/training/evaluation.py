@@ -9,6 +9,7 @@ from lowvram_chat.data.reader import format_of_part
 from lowvram_chat.data.rows import Collator
 from lowvram_chat.data.sources import BadRow
 from lowvram_chat.data.template import set_template
+from lowvram_chat.model.adapters import base_model_of
 from lowvram_chat.model.loss import attach_loss
 from lowvram_chat.model.pretrained import check_positions
 from lowvram_chat.model.saved import open_model
@@ -34,7 +35,7 @@ def evaluate_model(model: str, data: Data, *, batch_size: int, fit_length: bool)
         data = data.model_copy(update={"max_length": min(data.max_length, opened.positions)})
     check_positions(opened.model.config, data.max_length, model)
     tokenizer = opened.tokenizer
-    attach_loss(opened.model.get_base_model() if hasattr(opened.model, "get_base_model") else opened.model)
+    attach_loss(base_model_of(opened.model), fused=opened.recipe.model.fused_loss if opened.recipe else True)
     set_template(tokenizer, "own" if tokenizer.chat_template else "plain", "all")
     collate = Collator(int(tokenizer.pad_token_id))
     seed = opened.recipe.train.seed if opened.recipe else 0

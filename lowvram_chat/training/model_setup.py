@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,9 +12,10 @@ from transformers import PreTrainedModel
 
 from lowvram_chat.model.adapters import add_adapter, save_adapter
 from lowvram_chat.model.compilation import compile_blocks
+from lowvram_chat.model.fingerprint import Fingerprint, fingerprint
 from lowvram_chat.model.isolation import check_causal, isolate_documents
 from lowvram_chat.model.loss import attach_loss
-from lowvram_chat.model.pretrained import load_model
+from lowvram_chat.model.pretrained import check_gradient_checkpointing, load_model
 from lowvram_chat.recipe.schema import Recipe
 
 if TYPE_CHECKING:
@@ -22,39 +24,53 @@ if TYPE_CHECKING:
 TrainedModel = PreTrainedModel | PeftModel
 
 
-def build_model(recipe: Recipe, device: torch.device, *, on_cpu: bool = False) -> TrainedModel:
+@dataclass(frozen=True)
+class BuiltModel:
+    """A model that is ready for training, and the fingerprint of the base that it was built from."""
+
+    model: TrainedModel
+    base: Fingerprint
+
+
+def build_model(recipe: Recipe, device: torch.device, *, on_cpu: bool = False) -> BuiltModel:
     """Return the recipe's model with its loss attached and its adapter, if it has one.
 
     `on_cpu`: use the variants that are fastest on a CPU. They take memory that no plan counts.
+
+    Raises:
+        NotFoundError, ModelError: the model cannot be loaded, or lacks what the recipe asks for.
     """
-    model = load_model(recipe.model, device=device)
     settings = recipe.model
+    model = load_model(settings, device=device)
+    base = fingerprint(model, settings)  # before the adapter: PiSSA changes the base's weights
+    if recipe.train.gradient_checkpointing:
+        check_gradient_checkpointing(model)
     attach_loss(model, fused=settings.fused_loss, pad_vocabulary=settings.pad_vocabulary, on_cpu=on_cpu)
-    return model if recipe.adapter is None else add_adapter(model, recipe.adapter, on_cpu=on_cpu)
+    return BuiltModel(model if recipe.adapter is None else add_adapter(model, recipe.adapter, on_cpu=on_cpu), base)
 
 
-def build_checked_model(recipe: Recipe, device: torch.device, *, compiled: bool) -> TrainedModel:
+def build_checked_model(recipe: Recipe, device: torch.device, *, compiled: bool) -> BuiltModel:
     """Return the model as it is trained on this device, after checking that it is causal and isolates packed documents.
 
     Raises:
         NotFoundError, ModelError: the model cannot be loaded, or fails a check.
     """
     on_cpu = device.type == "cpu"
-    model = build_model(recipe, device, on_cpu=on_cpu)
-    check_causal(model, device, recipe.train.precision)
+    built = build_model(recipe, device, on_cpu=on_cpu)
+    check_causal(built.model, device, recipe.train.precision)
     if recipe.data.rows == "packed":
         # A compiled model needs fixed shapes, which documents of varying length do not have.
         by_document = recipe.model.document_attention and on_cpu and not compiled
-        isolate_documents(model, device, recipe.train.precision, by_document=by_document)
+        isolate_documents(built.model, device, recipe.train.precision, by_document=by_document)
     if compiled:
-        compile_blocks(model)
-    return model
+        compile_blocks(built.model)
+    return built
 
 
-def save_model(model: TrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, recipe: Recipe) -> None:
+def save_model(built: BuiltModel, tokenizer: PreTrainedTokenizerBase, folder: Path, recipe: Recipe) -> None:
     """Write the adapter or the model, with its tokenizer and chat template."""
-    if isinstance(model, PeftModel):
-        save_adapter(model, folder, recipe.model.name)
+    if isinstance(built.model, PeftModel):
+        save_adapter(built.model, folder, recipe.model.name, built.base)
     else:
-        model.save_pretrained(str(folder))
+        built.model.save_pretrained(str(folder))
     tokenizer.save_pretrained(folder)

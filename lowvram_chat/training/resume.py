@@ -83,6 +83,17 @@ def changed_settings(before: Recipe, after: Recipe) -> Iterator[tuple[str, objec
                 yield f"{section}.{name}", old_section[name], value
 
 
+def fixed_settings(recipe: Recipe) -> dict[str, object]:
+    """Return the settings that a resumed run must share with the run it continues, with their values."""
+    tree = recipe.model_dump(mode="json")
+    return {
+        f"{section}.{name}": tree[section][name]
+        for section, names in FIXED_BY_CHECKPOINT.items()
+        if tree[section] is not None
+        for name in sorted(names)
+    } | {"effective_batch_size": recipe.train.effective_batch_size}
+
+
 def log_changes(run: RunDir, recipe: Recipe) -> None:
     """Log the settings in which a resumed run differs from the run it continues."""
     for name, old, new in changed_settings(run.recipe(), recipe):

@@ -20,11 +20,12 @@ from lowvram_chat.data.template import set_template
 from lowvram_chat.files import write_json
 from lowvram_chat.model.compilation import should_compile
 from lowvram_chat.model.device import keep_freed_pages, set_fp16_accumulation
-from lowvram_chat.model.pretrained import check_positions, load_config, load_tokenizer
+from lowvram_chat.model.pretrained import check_positions, check_vocabulary, load_config, load_tokenizer
 from lowvram_chat.model.scoring import score
 from lowvram_chat.recipe.schema import Recipe
 from lowvram_chat.training.budget import allocator_limit, compare_with_plan
 from lowvram_chat.training.callbacks import MetricsCallback, TokenCounts, peak_memory
+from lowvram_chat.training.checkpoint_fingerprint import CheckpointFingerprint
 from lowvram_chat.training.metrics_file import drop_later_lines, last_loss
 from lowvram_chat.training.model_setup import build_checked_model, save_model
 from lowvram_chat.training.preflight import run_longest_batch
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, TrainerCallback
 
     from lowvram_chat.planning.plan import Plan
-    from lowvram_chat.training.model_setup import TrainedModel
+    from lowvram_chat.training.model_setup import BuiltModel, TrainedModel
     from lowvram_chat.training.trainer import ChatTrainer
 
 log = logging.getLogger(__name__)
@@ -50,12 +51,17 @@ class Session:
     recipe: Recipe
     tokenizer: PreTrainedTokenizerBase
     rows: PreparedRows
-    model: TrainedModel
-    """The model with its loss attached, and its adapter if the recipe has one."""
+    built: BuiltModel
+    """The model with its loss attached and its adapter, if the recipe has one, and its base's fingerprint."""
     plan: Plan | None = None
     """The run's memory plan, if it was planned."""
     compiled: bool = False
     """Whether the model is compiled, which needs batches of one shape."""
+
+    @property
+    def model(self) -> TrainedModel:
+        """The model that is trained."""
+        return self.built.model
 
     @classmethod
     def prepare(
@@ -68,16 +74,18 @@ class Session:
         """
         check_trackers(recipe.output.report_to)
         base = recipe.model
-        check_positions(load_config(base.name, base.revision), recipe.data.max_length, base.name)
+        config = load_config(base.name, base.revision)
+        check_positions(config, recipe.data.max_length, base.name)
         tokenizer = load_tokenizer(base.name, base.revision)
+        check_vocabulary(tokenizer, config, base.name)
         set_template(tokenizer, recipe.data.chat_template, recipe.data.loss_on)
         compiled = should_compile(recipe.train, device)
         set_fp16_accumulation(wanted=recipe.train.fp16_accumulation)
         keep_freed_pages(device)
         rows = rows or load_rows(recipe.data, tokenizer, recipe.train.seed)
         torch.manual_seed(recipe.train.seed)  # for the adapter's random initial weights
-        model = build_checked_model(recipe, device, compiled=compiled)
-        return cls(recipe, tokenizer, rows, model, plan, compiled)
+        built = build_checked_model(recipe, device, compiled=compiled)
+        return cls(recipe, tokenizer, rows, built, plan, compiled)
 
     def run(self, *, resume: bool) -> dict[str, Any]:
         """Train, save, and return what `result.json` holds.
@@ -85,8 +93,9 @@ class Session:
         Raises:
             RuntimeError: the device ran out of memory (`oom.is_out_of_memory`); the run folder is as at its last checkpoint.
         """
-        run, checkpoint, counts = self._open_run(resume=resume)
-        metrics = MetricsCallback(run, counts, allocator_limit(self.plan))
+        fingerprint = CheckpointFingerprint.of(self.built.base, self.tokenizer, self.rows, self.recipe)
+        run, checkpoint, counts = self._open_run(fingerprint, resume=resume)
+        metrics = MetricsCallback(run, counts, fingerprint, allocator_limit(self.plan))
         trainer = self._trainer(run, counts, metrics)
         self._preflight(trainer)
         before = self._held_out_loss(trainer)  # of a resumed run too: `train` loads its checkpoint
@@ -108,12 +117,17 @@ class Session:
         self._preflight(trainer)
         trainer.train()
 
-    def _open_run(self, *, resume: bool) -> tuple[RunDir, Path | None, TokenCounts]:
-        """Create the run folder, or reopen it; return it with the checkpoint to resume from and the counts so far."""
-        if resume:
+    def _open_run(self, fingerprint: CheckpointFingerprint, *, resume: bool) -> tuple[RunDir, Path | None, TokenCounts]:
+        """Create the run folder, or reopen it; return it with the checkpoint to resume from and the counts so far.
+
+        Raises:
+            UsageError: the checkpoint to resume from is one of another base model, tokenizer, template, or of other rows.
+        """
+        checkpoint = RunDir.of(self.recipe).last_checkpoint() if resume else None
+        if checkpoint is not None:
+            fingerprint.check(checkpoint)
             log_changes(RunDir.of(self.recipe), self.recipe)
         run = create(self.recipe, resume=resume)
-        checkpoint = run.last_checkpoint() if resume else None
         if checkpoint is None:
             return run, None, TokenCounts()
         drop_later_lines(run, checkpoint)
@@ -191,7 +205,7 @@ class Session:
             "adapter" if self.recipe.adapter else "model": folder.as_posix(),
         }
         if trainer.is_world_process_zero():
-            save_model(self.model, self.tokenizer, folder, self.recipe)
+            save_model(self.built, self.tokenizer, folder, self.recipe)
             write_json(run.result_file, result)
             self._take_samples(run, "after")
         return result

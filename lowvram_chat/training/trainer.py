@@ -6,14 +6,21 @@ position on a CPU, and its metrics synchronise with the device three times per m
 
 from __future__ import annotations
 
+import logging
+import math
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from peft import PeftModel
+from torch.optim.lr_scheduler import LambdaLR
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from trl import SFTConfig, SFTTrainer
 
 from lowvram_chat.data.rows import Collator
 from lowvram_chat.errors import DeviceError
+from lowvram_chat.model.adapters import check_adapter_tensors
+from lowvram_chat.model.pretrained import load_weights
 from lowvram_chat.model.scoring import row_lengths, score
 from lowvram_chat.private_names import check_private_names
 from lowvram_chat.training.loss_check import check_trainer_loss
@@ -25,7 +32,14 @@ if TYPE_CHECKING:
 
     from lowvram_chat.training.callbacks import TokenCounts
 
-check_private_names("transformers.Trainer._run_epoch", "transformers.Trainer._get_train_sampler")
+log = logging.getLogger(__name__)
+
+check_private_names(
+    "transformers.Trainer._run_epoch",
+    "transformers.Trainer._get_train_sampler",
+    "transformers.Trainer._load_from_checkpoint",
+    "transformers.Trainer._load_optimizer_and_scheduler",
+)
 
 
 class GroupedSampler(LengthGroupedSampler):
@@ -114,6 +128,47 @@ class ChatTrainer(SFTTrainer):
         if num_items_in_batch is None:
             num_items_in_batch = inputs["loss_positions"].numel()
         return loss / num_items_in_batch
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        """Load the weights of a checkpoint, all of them.
+
+        The Trainer would load a full model's file without converting its keys to the module's and without requiring that
+        they match, so that GPT-NeoX and Mixtral silently went on with the base weights.
+
+        Raises:
+            ModelError: weights are missing or damaged.
+        """
+        model = self.trained_model if model is None else model
+        if isinstance(model, PeftModel):
+            check_adapter_tensors(model, Path(resume_from_checkpoint))
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        else:
+            load_weights(model, resume_from_checkpoint)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """Load the states of a checkpoint, with the learning rate that the present schedule has at its step.
+
+        The loaded rate is that of the schedule that the checkpoint was written under. After the last step of a run it is 0,
+        and a longer run would take its first step at that rate.
+        """
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is None or self.optimizer is None:
+            return
+        schedule = getattr(self.lr_scheduler, "scheduler", self.lr_scheduler)  # accelerate wraps it
+        if not isinstance(schedule, LambdaLR):
+            return
+        step, before = schedule.last_epoch, self.optimizer.param_groups[0]["lr"]
+        rates = [base * factor(step) for base, factor in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)]
+        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
+        schedule.load_state_dict({**schedule.state_dict(), "_last_lr": rates})  # what is logged for the next step
+        if not math.isclose(before, rates[0], rel_tol=1e-6, abs_tol=1e-15):
+            log.warning(
+                "the learning-rate schedule has changed with the recipe: after step %d the rate is %.3g instead of %.3g",
+                step,
+                rates[0],
+                before,
+            )
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         """Train an epoch, unless the last step is done already: a checkpoint of the last step would get one more."""

@@ -136,7 +136,7 @@ def _steps(recipe: Recipe, *, packed: bool = False) -> list[list[MicroBatchShape
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_recipe_s_trace_has_the_peak_of_a_real_cpu_step(kind: str, small_gpt2: Path) -> None:
     recipe = _recipe(small_gpt2, **KINDS[kind])
-    model = recipe_model.prepare_for_training(build_model(recipe, torch.device("cpu")), recipe)
+    model = recipe_model.prepare_for_training(build_model(recipe, torch.device("cpu")).model, recipe)
     steps = _steps(recipe)
     assert _traced_peak(recipe, steps) == pytest.approx(_real_peak(recipe, model, steps), rel=0.01)
 
@@ -144,7 +144,7 @@ def test_a_recipe_s_trace_has_the_peak_of_a_real_cpu_step(kind: str, small_gpt2:
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_packed_rows_have_the_peak_of_a_real_cpu_step(attention: str, small_gpt2: Path) -> None:
     recipe = _recipe(small_gpt2, model={"attention": attention})
-    model = recipe_model.prepare_for_training(build_model(recipe, torch.device("cpu")), recipe)
+    model = recipe_model.prepare_for_training(build_model(recipe, torch.device("cpu")).model, recipe)
     steps = _steps(recipe, packed=True)
     assert _traced_peak(recipe, steps) == pytest.approx(_real_peak(recipe, model, steps), rel=0.01)
 
@@ -165,7 +165,7 @@ def test_the_trace_of_gpt2_small_has_the_peak_of_a_real_cpu_step(kind: str, gpt2
     settings = KINDS.get(kind, {})
     train = {"per_device_train_batch_size": 1, **settings.get("train", {})}
     recipe = _recipe(gpt2_small, **{**settings, "train": train})
-    model = recipe_model.prepare_for_training(build_model(recipe, torch.device("cpu")), recipe)
+    model = recipe_model.prepare_for_training(build_model(recipe, torch.device("cpu")).model, recipe)
     steps = _steps(recipe, packed=kind == "packed")[:1]
     assert _traced_peak(recipe, steps) == pytest.approx(_real_peak(recipe, model, steps), rel=0.01)
 

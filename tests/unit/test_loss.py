@@ -20,6 +20,7 @@ from transformers import (
 
 from lowvram_chat.data.rows import Collator
 from lowvram_chat.model import loss as loss_module
+from lowvram_chat.model import tiled_cross_entropy
 from lowvram_chat.model.loss import attach_loss
 
 ROWS = [(37, 12), (20, 3), (5, 2), (2, 1)]
@@ -77,7 +78,7 @@ def test_loss_and_gradients_are_those_of_transformers(model: PreTrainedModel) ->
 
 @pytest.mark.parametrize("tile", [1, 7, 18])
 def test_tiles_change_nothing(model: PreTrainedModel, tile: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loss_module, "CUDA_TILING", loss_module.Tiling(tile))
+    monkeypatch.setattr(loss_module, "CUDA_TILING", tiled_cross_entropy.Tiling(tile))
     (our_loss, ours), (reference, theirs) = ours_and_theirs(model, batch(8192))
     assert our_loss == pytest.approx(reference, rel=1e-6)
     assert worst_gradient(ours, theirs) < 1e-5
@@ -195,15 +196,18 @@ def test_a_padded_vocabulary_gives_the_same_loss_within_the_error_of_bf16() -> N
 @pytest.mark.parametrize(("size", "padded"), [(50257, 50304), (49152, 49152)])
 def test_the_head_is_padded_with_zero_rows_to_a_multiple_of_64(size: int, padded: int) -> None:
     weight = torch.ones(size, 2)
-    for dtype, tiling in ((torch.bfloat16, loss_module.CUDA_TILING), (torch.float32, loss_module.CPU_TILING)):
-        head = loss_module._padded_head(weight, dtype, loss_module._padded_size(weight, dtype, tiling))
+    for dtype, tiling in (
+        (torch.bfloat16, tiled_cross_entropy.CUDA_TILING),
+        (torch.float32, tiled_cross_entropy.CPU_TILING),
+    ):
+        head = tiled_cross_entropy._padded_head(weight, dtype, tiled_cross_entropy._padded_size(weight, dtype, tiling))
         assert head.shape == (padded, 2)
         assert head.float().sum() == 2 * size
     frozen = weight.half()  # as under an adapter
-    assert loss_module._padded_size(frozen, torch.float16, loss_module.CUDA_TILING) == padded
+    assert tiled_cross_entropy._padded_size(frozen, torch.float16, tiled_cross_entropy.CUDA_TILING) == padded
     # On a GPU, fp32 products use the weights themselves.
-    rows = loss_module._padded_size(weight, torch.float32, loss_module.CUDA_TILING)
-    assert loss_module._padded_head(weight, torch.float32, rows) is weight
+    rows = tiled_cross_entropy._padded_size(weight, torch.float32, tiled_cross_entropy.CUDA_TILING)
+    assert tiled_cross_entropy._padded_head(weight, torch.float32, rows) is weight
 
 
 @pytest.mark.parametrize("on_cpu", [False, True])
@@ -236,7 +240,7 @@ def test_the_gradient_of_a_tile_is_softmax_minus_one_hot_and_is_rounded_once() -
     logits = torch.tensor([[9.0, 0.0, 0.0], [-300.0, 0.0, 0.0]], dtype=torch.float16)
     exact = logits.double().log_softmax(1)
     targets = torch.tensor([[0], [0]])
-    loss, gradient = loss_module._loss_and_gradient(logits, targets)
+    loss, gradient = tiled_cross_entropy._loss_and_gradient(logits, targets)
     assert gradient.dtype == torch.float16
     assert loss.item() == pytest.approx(-exact[:, 0].sum().item(), rel=1e-6)
     expected = exact.exp() - torch.tensor([[1.0, 0, 0], [1.0, 0, 0]])
@@ -250,8 +254,73 @@ def test_the_cpu_function_for_a_tile_gives_the_same_loss_and_gradient() -> None:
     targets = torch.tensor([[3], [3], [5], [6], [7], [8]])
     exact = logits.double().log_softmax(1)
     expected = exact.exp().scatter_add(1, targets, -torch.ones(6, 1, dtype=torch.float64))
-    assert loss_module._tile_function("cpu", torch.float32, compiled=True) is loss_module._softmax_loss_and_gradient
-    for loss_and_gradient in (loss_module._softmax_loss_and_gradient, loss_module._loss_and_gradient):
+    assert (
+        tiled_cross_entropy._tile_function("cpu", torch.float32, compiled=True)
+        is tiled_cross_entropy._softmax_loss_and_gradient
+    )
+    for loss_and_gradient in (tiled_cross_entropy._softmax_loss_and_gradient, tiled_cross_entropy._loss_and_gradient):
         loss, gradient = loss_and_gradient(logits.clone(), targets)
         assert loss.item() == pytest.approx(-exact.gather(1, targets).sum().item(), rel=1e-6)
         assert (gradient - expected).abs().max() < 1e-6  # both are off by at most 1.3e-7
+
+
+TRANSFORMED: dict[str, dict[str, Any]] = {
+    "granite": {"logits_scaling": 4.0},
+    "cohere": {"logit_scale": 0.25},
+    "gemma2": {"final_logit_softcapping": 2.0, "head_dim": 16},
+    "nanochat": {"final_logit_softcapping": 2.0},
+    "hyperclovax": {"logits_scaling": 0.25},
+}
+"""Model type whose logits are scaled or capped after the head -> settings that make it plain to see."""
+
+
+def transformed_model(kind: str) -> PreTrainedModel:
+    """Return a random model of this type, with large logits."""
+    from transformers import AutoConfig
+
+    sizes = {"vocab_size": 200, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    heads = {
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
+    config = AutoConfig.for_model(kind, **sizes, **heads, **TRANSFORMED[kind])
+    torch.manual_seed(0)
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    with torch.no_grad():
+        model.get_output_embeddings().weight.mul_(20)
+    return model
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize("kind", TRANSFORMED)
+def test_scaled_and_capped_logits_give_the_models_own_loss_and_gradients(
+    kind: str, bf16: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loss_module, "CUDA_TILING", tiled_cross_entropy.Tiling(5))
+    (our_loss, ours), (their_loss, theirs) = ours_and_theirs(transformed_model(kind), batch(200), bf16=bf16)
+    assert our_loss == pytest.approx(their_loss, rel=5e-3 if bf16 else 1e-5)
+    assert worst_gradient(ours, theirs) < (0.1 if bf16 else 1e-4)
+
+
+def test_a_model_with_logits_of_its_own_uses_its_own_loss_and_says_so(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("lowvram_chat.model.logits.OWN_LOSS_ONLY", ("gpt2",))
+    model = AutoModelForCausalLM.from_pretrained(tiny)
+    (our_loss, _), (their_loss, _) = ours_and_theirs(model, batch(8192))
+    assert our_loss == pytest.approx(their_loss, rel=1e-6)
+    assert "model.fused_loss: gpt2 computes its logits in a way of its own" in caplog.text
+
+
+def test_a_model_with_its_loss_attached_can_be_pickled(tiny: Path, tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny)
+    attach_loss(model)
+    torch.save(model, tmp_path / "model.pt")
+    loaded = torch.load(tmp_path / "model.pt", weights_only=False)
+    inputs = batch(8192)
+    assert loaded(**inputs)["loss"].item() == model(**inputs)["loss"].item()
+    assert loaded.forward.model is loaded
+    assert loaded(inputs["input_ids"]).logits.shape == (4, 37, 8192)

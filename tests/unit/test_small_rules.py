@@ -35,6 +35,7 @@ from lowvram_chat.tracing.recorder import Event, Storage
 from lowvram_chat.tracing.run import trace_run
 from lowvram_chat.training import budget
 from lowvram_chat.training.callbacks import MetricsCallback, TokenCounts
+from lowvram_chat.training.checkpoint_fingerprint import CheckpointFingerprint
 from lowvram_chat.training.preflight import run_longest_batch
 from lowvram_chat.training.run_dir import RunDir
 from lowvram_chat.training.trainer import ChatTrainer, GroupedSampler
@@ -189,7 +190,7 @@ def test_a_suggestion_costs_the_extra_time_of_the_same_tokens() -> None:
 
 def test_a_resumed_run_continues_to_count_its_seconds(tmp_path: Path) -> None:
     counts, state = TokenCounts(seconds=100.0), TrainerState(max_steps=2)
-    metrics = MetricsCallback(RunDir(tmp_path), counts)
+    metrics = MetricsCallback(RunDir(tmp_path), counts, CheckpointFingerprint("", "", "", "", ""))
     arguments, control = TrainingArguments(output_dir=str(tmp_path), use_cpu=True), TrainerControl()
     metrics.on_train_begin(arguments, state, control)
     metrics.on_step_end(arguments, state, control)

@@ -12,7 +12,7 @@ from transformers.activations import GELUTanh, NewGELUActivation
 
 from lowvram_chat.model import substitutions
 from lowvram_chat.model.pretrained import load_model
-from lowvram_chat.model.substitutions import dropout_settings, fuse_gelu, packing_declared
+from lowvram_chat.model.substitutions import fuse_gelu, packing_declared, set_dropout
 from lowvram_chat.recipe.schema import Model
 
 
@@ -70,7 +70,33 @@ def test_the_recipe_sets_every_dropout(tmp_path: Path, setting: float | None, pr
 
 
 def test_only_dropouts_that_a_config_has_are_set() -> None:
-    assert dropout_settings(LlamaConfig(), 0.0) == {"attention_dropout": 0.0}
+    config = LlamaConfig(attention_dropout=0.5)
+    before = {**config.to_dict(), "attention_dropout": 0.25}
+    set_dropout(config, 0.25)
+    assert config.to_dict() == before
+
+
+@pytest.mark.parametrize("kind", ["biogpt", "starcoder2", "mpt", "opt", "gpt_neo", "bloom", "phi"])
+def test_a_model_without_dropout_gives_the_same_states_twice(kind: str) -> None:
+    config = AutoConfig.for_model(kind, vocab_size=64)
+    sizes = {"hidden_size": 32, "d_model": 32, "ffn_dim": 64, "intermediate_size": 64, "word_embed_proj_dim": 32}
+    layers = {
+        "num_hidden_layers": 2,
+        "n_layers": 2,
+        "n_layer": 2,
+        "num_layers": 2,
+        "attention_types": [[["global"], 2]],
+    }
+    heads = {"num_attention_heads": 2, "n_heads": 2, "num_heads": 2, "n_head": 2, "num_key_value_heads": 2}
+    for name, value in {**sizes, **layers, **heads}.items():
+        if hasattr(config, name):
+            setattr(config, name, value)
+    if kind == "gpt_neo":
+        config.attention_layers = ["global", "global"]
+    set_dropout(config, 0.0)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").train()
+    tokens = torch.arange(10)[None]
+    assert torch.equal(model(tokens).logits, model(tokens).logits)
 
 
 @pytest.fixture
