@@ -51,7 +51,7 @@ def steps() -> tuple[list[float], list[float], list[float]]:
         folder = Path(folder_name)
         recipe = measure.training_steps_only(load_recipe(RECIPES["full_fp16"], OVERRIDES), folder, STEPS)
         session = measure.prepare_session(recipe, torch.device("cpu"), folder, STEPS)
-        session.run_steps(run_dir.create(recipe, resume=False), clock)
+        session.run_steps(run_dir.RunDir.of(recipe), clock)
     kept = slice(measure.WARM_UP_STEPS, None)
     return clock.shares[kept], clock.rates[kept], clock.seconds[kept]
 

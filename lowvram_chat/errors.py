@@ -48,6 +48,10 @@ class DeviceError(LowVramError, RuntimeError):
     """The hardware or the libraries of this machine do not support the request."""
 
 
+class SubstitutionError(DeviceError):
+    """A faster way to compute a loss or a gradient is not exact on this model and device."""
+
+
 class OutOfMemory(LowVramError, MemoryError):
     """The device ran out of memory; the message says which settings would fit."""
 

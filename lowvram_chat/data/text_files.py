@@ -20,6 +20,8 @@ COMPRESSIONS = (".gz", ".zst")
 """Suffixes of compressed files, after the suffix of the text: `chats.jsonl.gz`."""
 MAX_ROW_CHARACTERS = 1 << 26
 """Longest line of a JSON Lines file: 64 Mi characters. A longer one is not read into memory."""
+MAX_WHOLE_CHARACTERS = 1 << 30
+"""Longest file that is read at once: 1 Gi characters, which take 1 to 4 GiB."""
 MAX_EXPANSION = 200
 """Largest accepted ratio of unpacked to packed bytes. JSON Lines of chats shrink to a third to a tenth."""
 ALWAYS_UNPACKED = 1 << 28
@@ -53,11 +55,17 @@ def read_text(path: Path) -> str:
     """Return the whole text of a file.
 
     Raises:
-        DataError: the file is damaged, unpacks to too much, or is not text.
+        DataError: the file is damaged, is or unpacks to too much to be held in memory, or is not text.
     """
     try:
         with open_text(path) as file:
-            return file.read()
+            text = file.read(MAX_WHOLE_CHARACTERS + 1)
+            if len(text) > MAX_WHOLE_CHARACTERS:
+                raise DataError(
+                    f"{path}: has more than {MAX_WHOLE_CHARACTERS:,} characters, too many to read at once. Write one "
+                    "row on each line (.jsonl)."
+                )
+            return text
     except READ_ERRORS as error:
         raise damaged(path, "in the middle", error) from None
 

@@ -13,6 +13,7 @@ from lowvram_chat.exporting.model_card import model_card
 from lowvram_chat.exporting.proof import MAX_LOGIT_DIFFERENCE, Proof
 from lowvram_chat.files import delete_unfinished, discard, replace_folder
 from lowvram_chat.model.adapters import load_adapter, probe_logits
+from lowvram_chat.model.generation_settings import prepare_generation_config
 from lowvram_chat.model.pretrained import load_model, load_tokenizer
 from lowvram_chat.recipe.schema import Model
 from lowvram_chat.training.run_dir import RunDir, read_result
@@ -54,8 +55,10 @@ def _merge(adapter: Path, settings: Model, out: Path, dtype: str, card: str) -> 
     partial = out.with_name(out.name + ".partial")
     delete_unfinished(partial)
     try:
+        tokenizer = load_tokenizer(str(adapter))
+        prepare_generation_config(merged, tokenizer, settings.name)
         merged.to(getattr(torch, dtype)).save_pretrained(partial)
-        load_tokenizer(str(adapter)).save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
         proof = Proof(
             adapter_to_merged=_largest_difference(expected, after_merge),
             adapter_to_reloaded=_largest_difference(expected, _saved_logits(partial, vocabulary)),

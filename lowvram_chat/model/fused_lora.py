@@ -8,9 +8,11 @@ need more (DoRA, dropout, several adapters, a merged adapter) run PEFT's own for
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from functools import partial
 from types import MethodType
+from typing import Any
 
 import torch
 from peft.tuners.lora.layer import Linear
@@ -30,10 +32,37 @@ def fuse_adapters(model: nn.Module, *, fold: bool = False) -> int:
 
     `fold` folds adapters into a copy of the weights where that is faster; the copies take as much memory as the weights.
     """
-    layers = [layer for layer in model.modules() if hasattr(layer, "lora_A") and type(layer).__name__ in FUSABLE_LAYERS]
+    layers = _adapter_layers(model)
     for layer in layers:
         layer.forward = MethodType(partial(_fused_forward, fold=fold), layer)
     return len(layers)
+
+
+@contextlib.contextmanager
+def unfused(model: nn.Module) -> Iterator[None]:
+    """Run PEFT's own forward of the adapter layers while the context is open."""
+    fused = [(layer, layer.__dict__.pop("forward")) for layer in _adapter_layers(model) if "forward" in layer.__dict__]
+    try:
+        yield
+    finally:
+        for layer, forward in fused:
+            layer.forward = forward
+
+
+@contextlib.contextmanager
+def always_folded() -> Iterator[None]:
+    """Fold adapters for batches of any size while the context is open, where the model folds them at all."""
+    global MIN_TOKENS_PER_WIDTH
+    before, MIN_TOKENS_PER_WIDTH = MIN_TOKENS_PER_WIDTH, 0
+    try:
+        yield
+    finally:
+        MIN_TOKENS_PER_WIDTH = before
+
+
+def _adapter_layers(model: nn.Module) -> list[Any]:
+    """Return the layers that have an adapter and whose forward can be replaced."""
+    return [layer for layer in model.modules() if hasattr(layer, "lora_A") and type(layer).__name__ in FUSABLE_LAYERS]
 
 
 def _fused_forward(self: Linear, x: torch.Tensor, *args: object, fold: bool = False, **kwargs: object) -> torch.Tensor:

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import nn
 from transformers import GenerationConfig
 
-from lowvram_chat.data.answers import end_token_of
 from lowvram_chat.data.markup import markup_of
 from lowvram_chat.data.template_text import render_text
 from lowvram_chat.errors import UsageError
+from lowvram_chat.model.generation_settings import stop_tokens
 from lowvram_chat.model.sampling import Sampling
 
 if TYPE_CHECKING:
@@ -42,14 +41,10 @@ def encode_messages(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> l
 
 
 def stop_token_ids(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Return the tokens that end an answer: the EOS token, the chat template's end token, and those of the model's own
-    generation config."""
-    ids = [tokenizer.eos_token_id]
-    with contextlib.suppress(ValueError):  # a template without an end token
-        ids.append(tokenizer.convert_tokens_to_ids(end_token_of(tokenizer)))
+    """Return the tokens that end an answer of this model."""
     own = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-    ids += [] if own is None else [own] if isinstance(own, int) else own
-    return list(dict.fromkeys(ids))
+    found = stop_tokens(tokenizer, own)
+    return [found] if isinstance(found, int) else found
 
 
 def generate(

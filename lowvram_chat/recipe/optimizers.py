@@ -14,6 +14,8 @@ class Optimizer:
     """The value of `TrainingArguments.optim`."""
     reads: frozenset[str]
     """Fields of the recipe's `optimizer` section that it uses, besides `name` and `weight_decay`."""
+    state_bytes: float
+    """About how many bytes of states a parameter has, in a checkpoint. 8-bit optimizers keep 32-bit states of embeddings."""
     paged: bool = False
     """Whether its states are in CUDA unified memory, which the allocator does not count."""
 
@@ -21,12 +23,12 @@ class Optimizer:
 ADAM = frozenset({"beta1", "beta2", "eps"})
 
 OPTIMIZERS: Mapping[str, Optimizer] = {
-    "adamw": Optimizer(optim="adamw_torch_fused", reads=ADAM),
-    "adamw_unfused": Optimizer(optim="adamw_torch", reads=ADAM),
-    "adamw_8bit": Optimizer(optim="adamw_bnb_8bit", reads=ADAM),
-    "paged_adamw_8bit": Optimizer(optim="paged_adamw_8bit", reads=ADAM, paged=True),
-    "lion_8bit": Optimizer(optim="lion_8bit", reads=frozenset({"beta1", "beta2"})),
-    "adafactor": Optimizer(optim="adafactor", reads=frozenset()),
-    "sgd": Optimizer(optim="sgd", reads=frozenset({"momentum"})),
+    "adamw": Optimizer(optim="adamw_torch_fused", reads=ADAM, state_bytes=8),
+    "adamw_unfused": Optimizer(optim="adamw_torch", reads=ADAM, state_bytes=8),
+    "adamw_8bit": Optimizer(optim="adamw_bnb_8bit", reads=ADAM, state_bytes=4),
+    "paged_adamw_8bit": Optimizer(optim="paged_adamw_8bit", reads=ADAM, state_bytes=4, paged=True),
+    "lion_8bit": Optimizer(optim="lion_8bit", reads=frozenset({"beta1", "beta2"}), state_bytes=2),
+    "adafactor": Optimizer(optim="adafactor", reads=frozenset(), state_bytes=1),
+    "sgd": Optimizer(optim="sgd", reads=frozenset({"momentum"}), state_bytes=4),
 }
 """Name in a recipe -> its properties."""

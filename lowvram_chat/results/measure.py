@@ -106,7 +106,7 @@ def measure_steps(recipe: Recipe, steps: int, of: Pass) -> Measurement:
         budget.cap_process_memory(recipe, device)
         timer = StepTimer()
         try:
-            prepare_session(recipe, device, folder, steps).run_steps(run_dir.create(recipe, resume=False), timer)
+            prepare_session(recipe, device, folder, steps).run_steps(run_dir.RunDir.of(recipe), timer)
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise

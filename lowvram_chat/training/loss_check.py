@@ -8,36 +8,20 @@ where the loss was 6.7837.
 from __future__ import annotations
 
 import contextlib
-import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from importlib import metadata
-from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch.nn import functional as F
 
 from lowvram_chat.data.rows import IGNORED_LABEL, TokenRow
-from lowvram_chat.errors import DeviceError
+from lowvram_chat.errors import SubstitutionError
 from lowvram_chat.model.compilation import uncompiled
 from lowvram_chat.model.scoring import autocast
 from lowvram_chat.training.callbacks import TokenCounts
+from lowvram_chat.training.probe_documents import CheckedTrainer, first_documents, rows_of
 
-if TYPE_CHECKING:
-    from datasets import Dataset
-    from torch import nn
-    from trl import SFTConfig
-
-    from lowvram_chat.data.rows import Collator
-
-Batch = dict[str, Any]
-"""A micro-batch: tensors, and the number of its real tokens."""
-Samples = tuple[list[Batch], torch.Tensor | int | None]
-
-MAX_DOCUMENTS = 2
-"""Conversations in the micro-batch that is compared."""
-MAX_TOKENS = 32
-"""Tokens of each of these conversations."""
 LOGIT_ROWS = 8
 """Rows of logits (V,) that are converted to float32 at a time."""
 FP32_TOLERANCE = 1e-4
@@ -49,28 +33,6 @@ with a bfloat16 base, whose kernels round differently in batches of another shap
 moves the loss by 9.4e-5 (fp16) and 8.9e-4 (bf16). `HALF_TOLERANCE` leaves room for that, since GPU kernels were not measured.
 One labelled token too many or too few in the divisor moves the loss by at least 1.5 %, since a conversation has at most 31
 labelled tokens here."""
-
-
-class CheckedTrainer(Protocol):
-    """What the check needs of `training.trainer.ChatTrainer`."""
-
-    args: SFTConfig
-    counts: TokenCounts
-    precision: str
-    train_dataset: Dataset
-    held_out_collator: Collator
-
-    @property
-    def trained_model(self) -> nn.Module:
-        """The model, under its adapter if there is one."""
-
-    def get_batch_samples(self, epoch_iterator: Iterator[Batch], num_batches: int, device: torch.device) -> Samples:
-        """Return the micro-batches of a step, and the labelled tokens in all of them."""
-
-    def compute_loss(
-        self, model: nn.Module, inputs: Batch, *, num_items_in_batch: torch.Tensor | int | None
-    ) -> torch.Tensor:
-        """Return the loss of a micro-batch as it is trained on."""
 
 
 def check_trainer_loss(trainer: CheckedTrainer) -> None:
@@ -88,9 +50,9 @@ def check_trainer_loss(trainer: CheckedTrainer) -> None:
     gradients and token counts are as before.
 
     Raises:
-        DeviceError: the losses differ by more than the tolerance.
+        SubstitutionError: the losses differ by more than the tolerance.
     """
-    documents = _first_documents(trainer)
+    documents = first_documents(trainer)
     with _as_evaluated(trainer):
         actual = _trainer_loss(trainer, documents)
         expected = sum(_summed_cross_entropy(trainer, document) for document in documents)
@@ -99,11 +61,11 @@ def check_trainer_loss(trainer: CheckedTrainer) -> None:
         return
     difference = abs(actual - expected) / max(expected, 1.0)
     if not difference <= _tolerance(trainer):  # a loss that is NaN is refused too
-        raise DeviceError(
+        raise SubstitutionError(
             f"trl {metadata.version('trl')}, transformers {metadata.version('transformers')}: the trainer computes a loss of "
             f"{actual:.4f} per labelled token where the model's logits give {expected:.4f}, so this run would train on a wrong "
-            "loss. Install the versions in constraints.txt (pip install -c constraints.txt -e .). If they are installed, set "
-            "model.fused_loss=false."
+            "loss. Set model.fused_loss=false. If that does not help, install the versions in constraints.txt (pip install -c "
+            "constraints.txt -e .)."
         )
 
 
@@ -111,38 +73,6 @@ def _tolerance(trainer: CheckedTrainer) -> float:
     """Return the largest accepted difference for the run's precision and the number formats of its weights."""
     in_float32 = all(parameter.dtype == torch.float32 for parameter in trainer.trained_model.parameters())
     return FP32_TOLERANCE if in_float32 and trainer.precision == "fp32" else HALF_TOLERANCE
-
-
-def _packed(trainer: CheckedTrainer) -> bool:
-    return "documents" in trainer.train_dataset[0]
-
-
-def _first_documents(trainer: CheckedTrainer) -> list[TokenRow]:
-    """Return the first conversations of the training rows, each cut to a window with at least one labelled token."""
-    rows, max_length = trainer.train_dataset, trainer.args.max_length
-    assert max_length is not None
-    count = MAX_DOCUMENTS if _packed(trainer) else min(MAX_DOCUMENTS, trainer.args.per_device_train_batch_size)
-    tokens = min(MAX_TOKENS, max_length // MAX_DOCUMENTS)
-    documents = (document for row in rows for document in _documents(row))
-    labelled = (document for document in documents if document.loss_tokens)
-    return [_window(document, tokens) for document in itertools.islice(labelled, count)]
-
-
-def _documents(row: Mapping[str, Sequence[int]]) -> Iterator[TokenRow]:
-    """Yield the conversations of a token row: one, or those of a packed row."""
-    ends = list(itertools.accumulate(row.get("documents") or [len(row["input_ids"])]))
-    for start, end in itertools.pairwise([0, *ends]):
-        yield TokenRow(
-            [int(token) for token in row["input_ids"][start:end]], [int(label) for label in row["labels"][start:end]]
-        )
-
-
-def _window(document: TokenRow, length: int) -> TokenRow:
-    """Return at most `length` tokens of a conversation around its first labelled one."""
-    first_label = next(place for place, label in enumerate(document.labels) if label != IGNORED_LABEL)
-    start = max(0, first_label - length // 2)
-    window = slice(start, start + length)
-    return TokenRow(document.input_ids[window], [IGNORED_LABEL, *document.labels[window][1:]])
 
 
 @contextlib.contextmanager
@@ -167,17 +97,7 @@ def _as_evaluated(trainer: CheckedTrainer) -> Iterator[None]:
 
 def _trainer_loss(trainer: CheckedTrainer, documents: list[TokenRow]) -> float:
     """Return the loss that a training step of these conversations alone would log."""
-    rows: list[dict[str, list[int]]]
-    if _packed(trainer):
-        rows = [
-            {
-                "input_ids": [token for document in documents for token in document.input_ids],
-                "labels": [label for document in documents for label in document.labels],
-                "documents": [len(document.input_ids) for document in documents],
-            }
-        ]
-    else:
-        rows = [{"input_ids": document.input_ids, "labels": document.labels} for document in documents]
+    rows = rows_of(trainer, documents)
     device = trainer.args.device
     batches, labelled_tokens = trainer.get_batch_samples(iter([trainer.held_out_collator(rows)]), 1, device)
     inputs = {name: value.to(device) if torch.is_tensor(value) else value for name, value in batches[0].items()}

@@ -70,7 +70,20 @@ def build_checked_model(recipe: Recipe, device: torch.device, *, compiled: bool)
 def save_model(built: BuiltModel, tokenizer: PreTrainedTokenizerBase, folder: Path, recipe: Recipe) -> None:
     """Write the adapter or the model, with its tokenizer and chat template."""
     if isinstance(built.model, PeftModel):
-        save_adapter(built.model, folder, recipe.model.name, built.base)
+        save_adapter_of(built, folder, recipe)
     else:
         built.model.save_pretrained(str(folder))
     tokenizer.save_pretrained(folder)
+
+
+def save_adapter_of(built: BuiltModel, folder: Path, recipe: Recipe) -> None:
+    """Write the adapter of a model."""
+    assert isinstance(built.model, PeftModel)
+    save_adapter(built.model, folder, recipe.model.name, built.base)
+
+
+def save_without_weights(model: PreTrainedModel, folder: Path) -> None:
+    """Write what a saved model has beside its weights."""
+    model.config.save_pretrained(folder)
+    if model.can_generate():
+        model.generation_config.save_pretrained(folder)

@@ -1,17 +1,63 @@
-"""Runs the longest batch first: what does not fit should fail now, not at hour five."""
+"""Proves a run on its own device before its first step: what is wrong should fail now, not at hour five.
+
+The model's weights are checked when it is loaded, its causality and the isolation of packed rows when it is built, its loss
+when the trainer is built. What is left are the gradients, the saving at the end, and the memory of the longest batch.
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import logging
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, cast
 
 import torch
 
 from lowvram_chat.data.rows import MODEL_INPUTS, Collator
 from lowvram_chat.model.scoring import autocast, row_lengths
+from lowvram_chat.training.gradient_check import check_gradients
+from lowvram_chat.training.run_dir import is_main_process
+from lowvram_chat.training.save_check import rehearse_saving
 
 if TYPE_CHECKING:
     import datasets
     from torch import nn
+    from transformers import PreTrainedTokenizerBase
+
+    from lowvram_chat.recipe.schema import Recipe
+    from lowvram_chat.training.model_setup import BuiltModel
+    from lowvram_chat.training.trainer import ChatTrainer
+
+
+log = logging.getLogger(__name__)
+
+
+def check_before_training(
+    built: BuiltModel, tokenizer: PreTrainedTokenizerBase, trainer: ChatTrainer, run: Path, recipe: Recipe
+) -> None:
+    """Check gradients, saving and the longest batch, and log a line.
+
+    Raises:
+        SubstitutionError, ModelError, UsageError: a check failed.
+        torch.OutOfMemoryError: the longest batch does not fit.
+    """
+    started = time.monotonic()
+    check_gradients(trainer)
+    if is_main_process():
+        rehearse_saving(built, tokenizer, run, recipe)
+    tokens = try_longest_batch(trainer)
+    log.info(
+        "checked: weights, loss, gradients, saving, rows of %d tokens (%.1f s)", tokens, time.monotonic() - started
+    )
+
+
+def try_longest_batch(trainer: ChatTrainer) -> int:
+    """Run the longest batch of a trainer's rows and return its row length."""
+    args = trainer.args
+    collate = cast("Collator", trainer.data_collator)
+    return run_longest_batch(
+        trainer.trained_model, trainer.train_dataset, collate, args.per_device_train_batch_size, trainer.precision
+    )
 
 
 def run_longest_batch(

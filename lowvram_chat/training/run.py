@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from lowvram_chat.errors import OutOfMemory
+from lowvram_chat.errors import OutOfMemory, SubstitutionError
 from lowvram_chat.recipe.schema import Recipe
 from lowvram_chat.training.budget import plan_within_budget
 from lowvram_chat.training.oom import advice, halve, is_out_of_memory, micro_batch_overrides
@@ -32,16 +32,34 @@ def train(recipe: Recipe, *, device: torch.device, resume: bool, force: bool = F
         session = Session.prepare(recipe, device=device, rows=rows, plan=plan)
         try:
             return session.run(resume=resume)
+        except SubstitutionError as error:
+            smaller = without_substitutions(recipe)
+            if smaller is None:
+                raise
+            log.warning("%s", error)
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
             smaller = halve(recipe)
             if recipe.memory.on_oom == "stop" or smaller is None:
                 raise OutOfMemory(advice(recipe, error)) from None
+            log.warning("out of memory: continuing with %s", micro_batch_overrides(smaller))
+            resume = RunDir.of(recipe).last_checkpoint() is not None
         # Outside the handler, because the error keeps the failed step's tensors alive.
-        rows, recipe, resume = session.rows, smaller, RunDir.of(recipe).last_checkpoint() is not None
-        log.warning("out of memory: continuing with %s", micro_batch_overrides(recipe))
+        rows, substituted, recipe = session.rows, recipe.train == smaller.train, smaller
         del session
         gc.collect()
         if device.type == "cuda":
             torch.cuda.empty_cache()
+        if substituted:
+            log.warning("continuing with the model's own loss and PEFT's own adapters, which need more memory and time")
+            recipe, plan = plan_within_budget(recipe, device, force=force)
+
+
+def without_substitutions(recipe: Recipe) -> Recipe | None:
+    """Return the recipe with the model's own loss and PEFT's own adapters; None if it has them already."""
+    adapter = recipe.adapter and recipe.adapter.model_copy(update={"fused": False})
+    plain = recipe.model_copy(
+        update={"model": recipe.model.model_copy(update={"fused_loss": False}), "adapter": adapter}
+    )
+    return None if plain == recipe else plain

@@ -5,11 +5,13 @@ recipe.yaml  environment.json  metrics.jsonl  samples.json  result.json  report.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import os
 import platform
 import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -17,7 +19,7 @@ from typing import Any
 
 from lowvram_chat import __version__
 from lowvram_chat.errors import NotFoundError, UsageError
-from lowvram_chat.files import write_json, write_text
+from lowvram_chat.files import discard, write_json, write_text
 from lowvram_chat.recipe.schema import Recipe
 from lowvram_chat.recipe.yaml_file import dump_recipe, load_recipe
 
@@ -145,17 +147,55 @@ def check_new(path: Path, *, overwrite: bool, resume: bool) -> None:
         )
 
 
-def create(recipe: Recipe, *, resume: bool) -> RunDir:
-    """Create the run folder of a recipe and write its recipe and environment; `resume` keeps what the folder holds."""
+@contextlib.contextmanager
+def created(recipe: Recipe, *, resume: bool) -> Iterator[RunDir]:
+    """Create the run folder of a recipe while the context is open; if it ends with an error, put back what was there.
+
+    An earlier run is set aside first and deleted when the context ends well. `resume` keeps what the folder holds. The recipe
+    and the environment are written at the end.
+
+    Raises:
+        UsageError: the folder cannot be created, or an earlier run cannot be moved.
+    """
     run = RunDir.of(recipe)
-    if not is_main_process():
-        return run
-    if not resume and run.path.exists():
-        shutil.rmtree(run.path)
-    run.path.mkdir(parents=True, exist_ok=True)
-    write_text(run.recipe_file, dump_recipe(recipe))
-    write_json(run.path / "environment.json", environment())
-    return run
+    if not is_main_process() or resume:
+        yield run
+    else:
+        with _replaced(run.path):
+            yield run
+    if is_main_process():
+        write_text(run.recipe_file, dump_recipe(recipe))
+        write_json(run.path / "environment.json", environment())
+
+
+@contextlib.contextmanager
+def _replaced(folder: Path) -> Iterator[None]:
+    """Set a folder aside and create it anew; with an error in the context, put it back, or leave nothing."""
+    earlier = folder.with_name(f"{folder.name}.earlier-{os.getpid()}")
+    had_one = folder.exists()
+    missing = [parent for parent in folder.absolute().parents if not parent.exists()]
+    try:
+        if had_one:
+            folder.rename(earlier)
+        folder.mkdir(parents=True)
+    except OSError as error:
+        if earlier.exists():
+            earlier.rename(folder)
+        raise UsageError(
+            f"output.dir: {folder} cannot be created ({error.strerror}). Set output.dir to another folder, or close the programs "
+            "that use it."
+        ) from None
+    try:
+        yield
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        if had_one:
+            earlier.rename(folder)
+        for parent in missing:
+            parent.rmdir()
+        raise
+    if had_one:
+        discard(earlier)
 
 
 def open_run(path: str | Path) -> RunDir:

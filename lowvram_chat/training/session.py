@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import logging
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -18,8 +17,10 @@ from lowvram_chat.data.dataset import PreparedRows, load_rows
 from lowvram_chat.data.rows import Collator
 from lowvram_chat.data.template import set_template
 from lowvram_chat.files import write_json
+from lowvram_chat.model.adapters import base_model_of
 from lowvram_chat.model.compilation import should_compile
 from lowvram_chat.model.device import keep_freed_pages, set_fp16_accumulation
+from lowvram_chat.model.generation_settings import prepare_generation_config
 from lowvram_chat.model.pretrained import check_positions, check_vocabulary, load_config, load_tokenizer
 from lowvram_chat.model.scoring import score
 from lowvram_chat.recipe.schema import Recipe
@@ -28,9 +29,9 @@ from lowvram_chat.training.callbacks import MetricsCallback, TokenCounts, peak_m
 from lowvram_chat.training.checkpoint_fingerprint import CheckpointFingerprint
 from lowvram_chat.training.metrics_file import drop_later_lines, last_loss
 from lowvram_chat.training.model_setup import build_checked_model, save_model
-from lowvram_chat.training.preflight import run_longest_batch
+from lowvram_chat.training.preflight import check_before_training, try_longest_batch
 from lowvram_chat.training.resume import log_changes
-from lowvram_chat.training.run_dir import RunDir, create, is_main_process
+from lowvram_chat.training.run_dir import RunDir, created, is_main_process
 from lowvram_chat.training.samples import SampleGenerator, take_samples
 from lowvram_chat.training.trackers import check_trackers
 
@@ -85,6 +86,7 @@ class Session:
         rows = rows or load_rows(recipe.data, tokenizer, recipe.train.seed)
         torch.manual_seed(recipe.train.seed)  # for the adapter's random initial weights
         built = build_checked_model(recipe, device, compiled=compiled)
+        prepare_generation_config(base_model_of(built.model), tokenizer, base.name)
         return cls(recipe, tokenizer, rows, built, plan, compiled)
 
     def run(self, *, resume: bool) -> dict[str, Any]:
@@ -92,12 +94,21 @@ class Session:
 
         Raises:
             RuntimeError: the device ran out of memory (`oom.is_out_of_memory`); the run folder is as at its last checkpoint.
+            LowVramError: a check before the first step failed; what was in the run folder is still there.
         """
         fingerprint = CheckpointFingerprint.of(self.built.base, self.tokenizer, self.rows, self.recipe)
-        run, checkpoint, counts = self._open_run(fingerprint, resume=resume)
-        metrics = MetricsCallback(run, counts, fingerprint, allocator_limit(self.plan))
-        trainer = self._trainer(run, counts, metrics)
-        self._preflight(trainer)
+        checkpoint = RunDir.of(self.recipe).last_checkpoint() if resume else None
+        if checkpoint is not None:
+            fingerprint.check(checkpoint)
+            log_changes(RunDir.of(self.recipe), self.recipe)
+        counts = TokenCounts() if checkpoint is None else TokenCounts.of_checkpoint(checkpoint)
+        with created(self.recipe, resume=resume) as run:
+            metrics = MetricsCallback(run, counts, fingerprint, allocator_limit(self.plan))
+            trainer = self._trainer(run, counts, metrics)
+            check_before_training(self.built, self.tokenizer, trainer, run.path, self.recipe)
+        if checkpoint is not None:
+            drop_later_lines(run, checkpoint)
+            log.info("resuming from %s", checkpoint)
         before = self._held_out_loss(trainer)  # of a resumed run too: `train` loads its checkpoint
         if before is not None:
             log.info("held-out loss before: %.4f", before)
@@ -114,30 +125,8 @@ class Session:
     def run_steps(self, run: RunDir, callback: TrainerCallback) -> None:
         """Train and save nothing, for a measurement that `callback` takes."""
         trainer = self._trainer(run, TokenCounts(), callback)
-        self._preflight(trainer)
+        try_longest_batch(trainer)
         trainer.train()
-
-    def _open_run(self, fingerprint: CheckpointFingerprint, *, resume: bool) -> tuple[RunDir, Path | None, TokenCounts]:
-        """Create the run folder, or reopen it; return it with the checkpoint to resume from and the counts so far.
-
-        Raises:
-            UsageError: the checkpoint to resume from is one of another base model, tokenizer, template, or of other rows.
-        """
-        checkpoint = RunDir.of(self.recipe).last_checkpoint() if resume else None
-        if checkpoint is not None:
-            fingerprint.check(checkpoint)
-            log_changes(RunDir.of(self.recipe), self.recipe)
-        run = create(self.recipe, resume=resume)
-        if checkpoint is None:
-            return run, None, TokenCounts()
-        drop_later_lines(run, checkpoint)
-        log.info("resuming from %s", checkpoint)
-        return run, checkpoint, TokenCounts.of_checkpoint(checkpoint)
-
-    def _preflight(self, trainer: ChatTrainer) -> None:
-        train = self.recipe.train
-        rows, collate = self.rows.train, self._collator()
-        run_longest_batch(trainer.trained_model, rows, collate, train.per_device_train_batch_size, train.precision)
 
     def _trainer(self, run: RunDir, counts: TokenCounts, callback: TrainerCallback) -> ChatTrainer:
         from transformers import PrinterCallback

@@ -79,7 +79,8 @@ class ChatTrainer(SFTTrainer):
         selects `GroupedSampler`. The other arguments are SFTTrainer's.
 
         Raises:
-            DeviceError: the loss is not what the model's logits give, or accelerate is set to another precision.
+            SubstitutionError: the loss is not what the model's logits give.
+            DeviceError: accelerate is set to another precision.
         """
         self.grouped = grouped
         self.held_out_collator = held_out_collator

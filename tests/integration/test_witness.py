@@ -196,7 +196,7 @@ def test_the_traced_loop_has_the_peak_of_the_trainer_s_own(
         **TRAINER_KINDS[kind],  # type: ignore[arg-type]
     )
     prepared = Session.prepare(recipe, device=torch.device("cpu"))
-    trainer = prepared._trainer(run_dir.create(recipe, resume=False), TokenCounts(), TrainerCallback())
+    trainer = prepared._trainer(run_dir.RunDir.of(recipe), TokenCounts(), TrainerCallback())
     real = _model_bytes(prepared.model) + profiled_peak_bytes(trainer.train)
     steps = [[MicroBatchShape(length)] * recipe.train.gradient_accumulation_steps] * 2
     assert _traced_peak(recipe, steps) == pytest.approx(real, rel=0.01)

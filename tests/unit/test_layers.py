@@ -69,7 +69,7 @@ def test_only_the_trainer_its_settings_and_its_check_import_trl() -> None:
         for path in FILES
         if any(m.split(".")[0] == "trl" for m, _ in imports(path))
     }
-    assert importers == {"training/trainer.py", "training/sft_settings.py", "training/loss_check.py"}
+    assert importers == {"training/trainer.py", "training/sft_settings.py", "training/probe_documents.py"}
 
 
 def test_nothing_in_recipe_imports_torch_or_transformers() -> None:

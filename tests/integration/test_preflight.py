@@ -1,0 +1,163 @@
+"""A run proves itself before its first step: gradients, saving, disk space; and a refused run leaves everything as it was."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections import namedtuple
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, GenerationConfig
+
+from lowvram_chat import api, sft
+from lowvram_chat.errors import ModelError, SubstitutionError, UsageError
+from lowvram_chat.model import fused_lora, loss
+from lowvram_chat.model.logits import LogitTransform
+from lowvram_chat.training import gradient_check, preflight
+from lowvram_chat.training.trainer import ChatTrainer
+from tests.runs import Bench, result
+
+LORA = {"kind": "lora", "r": 4}
+KINDS: dict[str, dict[str, Any]] = {
+    "full": {},
+    "full, bf16": {"train__precision": "bf16"},
+    "accumulated": {"train__gradient_accumulation_steps": 4, "train__per_device_train_batch_size": 1},
+    "packed": {"data__rows": "packed"},
+    "checkpointed": {"train__gradient_checkpointing": True},
+    "dropout": {"model__dropout": 0.3},
+    "lora": {"adapter": LORA},
+    "lora, bf16": {"adapter": LORA, "train__precision": "bf16"},
+    "lora with dropout": {"adapter": LORA | {"dropout": 0.5}},
+    "dora": {"adapter": LORA | {"kind": "dora"}},
+    "qlora": {"adapter": LORA, "model__load_in": "4bit"},
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_run_passes_and_says_so(kind: str, bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:
+    assert sft.main([str(bench.file("r", train__max_steps=1, **KINDS[kind]))]) == 0
+    assert "checked: weights, loss, gradients, saving, rows of 64 tokens" in capsys.readouterr().err
+    assert not (bench.folder / "r" / "rehearsal").exists()
+
+
+def test_the_checks_change_nothing_of_the_run(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    with_checks = bench.run("with", adapter=LORA, model__dropout=0.1, train__max_steps=4)
+    monkeypatch.setattr(preflight, "check_gradients", lambda _: None)
+    without = bench.run("without", adapter=LORA, model__dropout=0.1, train__max_steps=4)
+    names = ("held_out_loss_after", "training_loss", "real_tokens", "padded_tokens")
+    assert [result(with_checks)[name] for name in names] == [result(without)[name] for name in names]
+
+
+def twice(self: ChatTrainer, *args: Any, original: Any = ChatTrainer.compute_loss, **kwargs: Any) -> torch.Tensor:
+    """Return the right loss, with twice its gradient."""
+    right: torch.Tensor = original(self, *args, **kwargs)
+    return 2 * right - right.detach()
+
+
+def test_a_gradient_of_another_size_is_refused_and_nothing_is_left(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(ChatTrainer, "compute_loss", twice)
+    assert sft.main([str(bench.file("r"))]) == 2
+    assert "the gradient of the head in a training step differs" in capsys.readouterr().err
+    assert not (bench.folder / "r").exists()
+
+
+def test_a_wrong_fused_loss_is_replaced_by_the_models_own_and_the_run_says_so(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    expected = bench.run("unfused", model__fused_loss=False, train__max_steps=3)
+    monkeypatch.setattr(loss, "logit_transform", lambda _: LogitTransform(scale=0.5))
+    run = bench.run("r", train__max_steps=3)
+    assert result(run)["training_loss"] == result(expected)["training_loss"]
+    assert "the trainer computes a loss of" in caplog.text
+    assert "continuing with the model's own loss and PEFT's own adapters" in caplog.text
+
+
+def test_a_wrong_fused_adapter_is_replaced_by_pefts_own(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    expected = bench.run("unfused", adapter=LORA | {"fused": False}, model__fused_loss=False, train__max_steps=3)
+    original = fused_lora._FoldedProduct.backward
+
+    def backward(ctx: Any, *upstream: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        d_x, *others, d_a, d_b, last = original(ctx, *upstream)
+        return (d_x, *others, d_a, None if d_b is None else d_b * 1.5, last)
+
+    monkeypatch.setattr(fused_lora._FoldedProduct, "backward", staticmethod(backward))
+    run = bench.run("r", adapter=LORA, train__max_steps=3)
+    assert result(run)["training_loss"] == result(expected)["training_loss"]
+    assert "block in a training step differs from that of plain autograd" in caplog.text
+
+
+def test_a_refused_overwrite_leaves_the_earlier_run(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = bench.run("r", train__max_steps=2, train__save_steps=1)
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file()}
+    monkeypatch.setattr(ChatTrainer, "compute_loss", twice)
+    assert sft.main([str(bench.file("r")), "--overwrite"]) == 2
+    assert {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file()} == before
+    assert not list(bench.folder.glob("r.earlier-*"))
+
+
+def test_a_base_whose_generation_config_contradicts_itself_can_be_trained_and_saved(
+    bench: Bench, tiny: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = bench.folder / "model"
+    shutil.copytree(tiny, folder)
+    config = {"do_sample": False, "temperature": 0.6, "top_p": 0.9, "eos_token_id": [3, 5]}
+    (folder / "generation_config.json").write_text(json.dumps(config), encoding="utf-8")
+    run = bench.run("r", model__name=str(folder), train__max_steps=2, train__save_steps=1)
+    assert "its generation config does not use temperature, top_p" in caplog.text
+    saved = GenerationConfig.from_pretrained(run / "model")
+    assert saved.eos_token_id == [0, 3, 5]
+    AutoModelForCausalLM.from_pretrained(run / "model").generation_config.validate(strict=True)
+
+
+def test_a_generation_config_that_cannot_be_saved_is_refused_before_anything_is_written(
+    bench: Bench, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(self: GenerationConfig, *args: object, **kwargs: object) -> None:
+        raise ValueError("GenerationConfig is invalid")
+
+    monkeypatch.setattr(GenerationConfig, "save_pretrained", fail)
+    with pytest.raises(ModelError, match="a model trained from it could not be saved"):
+        api.train(bench.recipe("r"))
+    assert not (bench.folder / "r").exists()
+
+
+def test_a_disk_with_too_little_space_is_refused(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(0, 0, 65 << 20))
+    with pytest.raises(UsageError, match=r"need about 6[67] MiB, and 65 MiB are free"):
+        api.train(bench.recipe("r"))
+    assert not (bench.folder / "r").exists()
+
+
+@pytest.mark.parametrize("adapter", [None, LORA], ids=["full", "lora"])
+def test_the_estimated_space_is_that_of_the_run(adapter: dict[str, Any] | None, bench: Bench) -> None:
+    settings: dict[str, Any] = {"adapter": adapter, "train__save_steps": 1, "train__save_total_limit": 2}
+    run = bench.run("r", train__max_steps=4, **settings)
+    weights = sum(path.stat().st_size for path in run.rglob("*.safetensors"))
+    states = sum(path.stat().st_size for path in run.rglob("optimizer.pt"))
+    [one] = {path.stat().st_size for path in run.glob("checkpoints/*/optimizer.pt")}
+    trained = result(run)["trained_parameters"]
+    estimate = trained * (4 + 3 * (4 + 8))
+    assert weights + states + one + 4 * trained == pytest.approx(estimate, rel=0.2)
+
+
+def test_a_tolerance_is_far_from_what_a_right_gradient_needs(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gradient_check, "FP32_TOLERANCE", gradient_check.FP32_TOLERANCE / 50)
+    monkeypatch.setattr(gradient_check, "HALF_TOLERANCE", gradient_check.HALF_TOLERANCE / 3)
+    for kind in ("full", "full, bf16", "lora", "lora, bf16", "packed"):
+        bench.run(kind.replace(", ", "-"), train__max_steps=1, **KINDS[kind])
+
+
+def test_a_nan_is_no_small_difference(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gradient_check, "_relative_difference", lambda *_: float("nan"))
+    with pytest.raises(SubstitutionError):
+        api.train(bench.recipe("r", model__fused_loss=False))
