@@ -251,6 +251,7 @@ def evaluate(
     from lowvram_chat.training.evaluation_data import evaluation_data
 
     names = as_list(data)
+    check_path("model", model)
     if not isinstance(batch_size, int) or batch_size < 1:
         raise UsageError(f"batch_size: {batch_size!r} is not a whole number above 0. Give the rows per batch.")
     given = {"split": split, "format": format, "eval_limit": limit, "max_length": max_length}
@@ -289,6 +290,7 @@ def open_chat(
     if not (system is None or isinstance(system, str)):
         raise UsageError(f"system: {system!r} is not a text. Give the system message.")
     check_seed(seed)
+    check_path("model", model)
     sampling = Sampling(temperature=temperature, top_p=top_p, max_new_tokens=max_new_tokens)
     look_for_hub(str(model))
     quiet_transformers()

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from lowvram_chat.errors import UsageError
 from lowvram_chat.quiet import silence_libraries
+from lowvram_chat.wording import shorten
 
 if TYPE_CHECKING:
     from lowvram_chat.recipe.schema import Recipe
@@ -36,6 +37,10 @@ def check_path(name: str, path: str | Path) -> None:
     silence_libraries()
     if not isinstance(path, str | Path) or not str(path):
         raise UsageError(f"{name}: {path!r} is not a path. Give the path as a text.")
+    try:
+        Path(path).expanduser().exists()
+    except (OSError, RuntimeError, ValueError) as error:  # a name that is too long, an unknown user, a null character
+        raise UsageError(f"{name}: {shorten(str(path))} is no usable path ({error}). Give another path.") from None
 
 
 def as_list(names: str | Path | Sequence[str | Path] | None) -> list[str]:
@@ -49,6 +54,8 @@ def as_list(names: str | Path | Sequence[str | Path] | None) -> list[str]:
     found = [names] if isinstance(names, str | Path) else list(names) if isinstance(names, Iterable) else [None]
     if not all(isinstance(name, str | Path) for name in found):
         raise UsageError(f"data: {names!r} is neither a name nor a list of names. Give files, globs or a hub dataset.")
+    for name in found:
+        check_path("name", name)
     return [str(name) for name in found]
 
 

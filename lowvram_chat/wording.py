@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 import re
+from decimal import Decimal
 
 KINDS: tuple[tuple[type | tuple[type, ...], str], ...] = (
     (type(None), "null"),
     (bool, "true or false"),
-    ((int, float), "a number"),
+    ((int, float, Decimal), "a number"),
     (str, "text"),
     ((list, tuple), "a list"),
     (dict, "an object"),
+    (bytes, "bytes"),
+    ((datetime.date, datetime.time), "a date or time"),
 )
 
 

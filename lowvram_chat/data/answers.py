@@ -1,8 +1,8 @@
 """Finds the assistant's words in a rendered conversation, each answer with the token that ends it.
 
 A template may mark them with {% generation %}. Without marks they are found by rendering the conversation turn by turn: an
-answer begins where the text that asks for it ends, and it ends with the first special token that the template writes after it.
-Both ways the end token is part of the answer, because a model only stops if it learned to.
+answer begins where the text that asks for it ends. Both ways each answer must be whole, and the special token after it is
+part of it, because a model only stops if it learned to.
 """
 
 from __future__ import annotations
@@ -19,11 +19,17 @@ from lowvram_chat.data.template_text import Spans, marks_answers, render_marked,
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-SAMPLE = [{"role": "user", "content": SENTINELS[0]}, {"role": "assistant", "content": SENTINELS[1]}]
+USER, ANSWER, NEXT = SENTINELS
+SAMPLE = [{"role": "user", "content": USER}, {"role": "assistant", "content": ANSWER}]
 """A conversation that every chat template accepts."""
+LONGER_SAMPLE = [*SAMPLE, {"role": "user", "content": NEXT}]
 PROBE = "QZXPROBEQZX"
 """An answer in place of a message's own, around which the template's text is found."""
 CHANGED = "the chat template renders an answer differently from what it asks for"
+NO_END = (
+    "no special token ends an answer, so a model trained with it would never stop. Write {{ eos_token }} at the end of the "
+    "{% generation %} block, or after each answer"
+)
 
 
 class AnswerFinder:
@@ -33,43 +39,86 @@ class AnswerFinder:
         """Set up a finder for the tokenizer's present template."""
         self.tokenizer = tokenizer
         self.is_marked = bool(tokenizer.chat_template) and marks_answers(tokenizer)
-        special = markup_of(tokenizer).special_tokens
-        one = "|".join(map(re.escape, special)) or r"(?!)"
+        one = "|".join(map(re.escape, markup_of(tokenizer).special_tokens)) or r"(?!)"
         self.special_token, self.special_tokens = re.compile(one), re.compile(f"(?:{one})+")
-        self.end_token = self._end_token_of_sample() if self.is_marked else ""
+        self.ends = self._end_tokens() if tokenizer.chat_template else ()
 
     def __call__(self, messages: Sequence[Message]) -> tuple[str, Spans]:
-        """Return the text of messages and the span of each answer, with the token that ends it.
+        """Return the text of messages and the span of each answer, with the tokens that end it.
 
         Raises:
             ValueError: the template refuses the messages, or the answers cannot be found in its text.
         """
-        if not self.is_marked:
-            return self._by_turns(messages)
-        text, spans = render_marked(self.tokenizer, messages)
-        return text, [(first, self._after_end_token(text, end)) for first, end in spans]
+        text, spans = self._marked(messages) if self.is_marked else self._by_turns(messages)
+        if any(earlier[1] > later[0] for earlier, later in itertools.pairwise(spans)):
+            raise ValueError(CHANGED)
+        return text, spans
 
-    def _after_end_token(self, text: str, end: int) -> int:
-        """Return the end of a marked answer; an end token that stands directly after the marks belongs to it."""
-        return end + len(self.end_token) if self.end_token and text.startswith(self.end_token, end) else end
+    def _end_tokens(self) -> tuple[str, ...]:
+        """Return the special tokens that the template writes after an answer; empty if some answer has none.
 
-    def _end_token_of_sample(self) -> str:
-        """Return the special token that the template writes directly after a marked answer; empty if there is none."""
+        After the last answer nothing follows, so all special tokens there end it. After one inside a conversation the next turn
+        follows: what it begins with, at the start of a conversation too, ends no answer.
+        """
+        after_last = self._pieces(SAMPLE)[2:3]
+        run = self.special_tokens.match(after_last[0].lstrip()) if after_last else None
+        if run is None:
+            return ()
+        start, *_, inside, _ = self._pieces(LONGER_SAMPLE) or ("", run[0], "")
+        if inside.lstrip().startswith(run[0]):
+            return (run[0],)
+        first = self.special_token.match(inside.lstrip())
+        turn, before = (self.special_token.findall(text) for text in (inside, start))
+        is_next_turn = before[len(before) - len(turn) :] == turn
+        return (
+            ()
+            if first is None or (is_next_turn and first[0] != self.special_token.findall(run[0])[0])
+            else (run[0], first[0])
+        )
+
+    def _pieces(self, sample: Sequence[Message]) -> list[str]:
+        """Return what the template writes before, between and after the messages of a sample; empty if it refuses them."""
         try:
-            text, spans = render_marked(self.tokenizer, SAMPLE)
-        except ValueError:
-            return ""
-        found = self.special_token.match(text, spans[-1][1]) if spans else None
-        return found[0] if found else ""
+            pieces = re.split("|".join(SENTINELS), render_text(self.tokenizer, sample))
+        except ValueError:  # a template for single exchanges
+            return []
+        return pieces if len(pieces) == len(sample) + 1 else []
+
+    def _end_of_answer(self, text: str, end: int) -> int | None:
+        """Return where the tokens that end an answer end, if they follow its last word at `end`; white space may be between."""
+        end += len(text[end:]) - len(text[end:].lstrip())
+        return next(
+            (end + len(token) for token in sorted(self.ends, key=len, reverse=True) if text.startswith(token, end)),
+            None,
+        )
+
+    def _marked(self, messages: Sequence[Message]) -> tuple[str, Spans]:
+        """Return the text of messages and its marked answers, each from its mark to the token that ends it."""
+        text, marks = render_marked(self.tokenizer, messages)
+        marks = [(first, end) for first, end in marks if self.special_tokens.sub("", text[first:end]).strip()]
+        answers = [(number, message) for number, message in enumerate(messages, 1) if message["role"] == "assistant"]
+        if len(marks) != len(answers):
+            raise ValueError(f"the chat template marks {len(marks)} answers, but the conversation has {len(answers)}")
+        spans = []
+        for (number, message), (first, end) in zip(answers, marks, strict=True):
+            words = message["content"].strip()
+            place = text.find(words, first, end)
+            if place < 0:
+                raise ValueError(f"the chat template leaves out a part of message {number}")
+            if self.special_token.search(text, first, place):
+                raise ValueError(f"the chat template marks more than the words of message {number}")
+            last = place + len(words)
+            end_of_mark = (
+                last + len(text[last:end]) - len(text[last:end].lstrip())
+            )  # a mark may end before the end token
+            spans.append((first, self._end_of_answer(text, last) or max(end_of_mark, last)))
+        return text, spans
 
     def _by_turns(self, messages: Sequence[Message]) -> tuple[str, Spans]:
         """Return the text and the answers of messages under a template without marks."""
         text = render_text(self.tokenizer, messages)
         numbers = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
-        spans = [self._answer(text, messages, number) for number in numbers]
-        if any(earlier[1] > later[0] for earlier, later in itertools.pairwise(spans)):
-            raise ValueError(CHANGED)
-        return text, spans
+        return text, [self._answer(text, messages, number) for number in numbers]
 
     def _answer(self, text: str, messages: Sequence[Message], number: int) -> tuple[int, int]:
         """Return the span of one answer in the text of all messages."""
@@ -82,47 +131,31 @@ class AnswerFinder:
         if len(pieces) != 2 or not (pieces[0].startswith(prompt) and alone.startswith(prompt)):
             raise ValueError(f"{CHANGED}: message {number + 1} does not stand once after the text that asks for it")
         lead, tail = pieces[0][len(prompt) :], pieces[1]  # the lead may be an empty thinking block
-        ends = self.special_tokens.match(tail.lstrip())
-        if ends is None or not alone.endswith(tail):
-            raise ValueError(
-                f"the chat template ends message {number + 1} with no special token, so a model cannot learn to stop"
-            )
+        if not alone.endswith(tail):
+            raise ValueError(f"{CHANGED}: what follows message {number + 1} depends on what it says")
         words = alone[len(prompt) : len(alone) - len(tail)].removeprefix(lead)
         if answer["content"].strip() not in words:
             raise ValueError(f"the chat template leaves out a part of message {number + 1}")
         for beginning in (lead + words, words):  # only the last answer may have the lead
             if text.startswith(beginning, len(prompt)):
-                end = self._end(text, len(prompt) + len(beginning), ends[0])
-                if end is not None:
-                    return len(prompt), end
+                end = self._end_of_answer(text, len(prompt) + len(beginning))
+                if end is None:
+                    raise ValueError(f"no special token ends message {number + 1} in the chat template's text")
+                return len(prompt), end
         raise ValueError(f"{CHANGED}: message {number + 1} is not in the text of the whole conversation")
 
-    def _end(self, text: str, end: int, end_tokens: str) -> int | None:
-        """Return where the end tokens after an answer's last word end; None if no special token follows.
 
-        An answer inside a conversation may end with another token than the last one.
-        """
-        end += len(text[end:]) - len(text[end:].lstrip())
-        if text.startswith(end_tokens, end):
-            return end + len(end_tokens)
-        other = self.special_token.match(text, end)
-        return other.end() if other else None
-
-
-def end_token_of(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Return the special token that ends an answer under the tokenizer's chat template.
+def end_tokens_of(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Return the special tokens at which an answer ends under the tokenizer's chat template: the first of each ending.
 
     Raises:
         ValueError: the template fails on a simple conversation, marks no answer, or teaches no end; with the reason.
     """
     finder = AnswerFinder(tokenizer)
     text, spans = finder(SAMPLE)
-    if not spans or SENTINELS[1] not in text[slice(*spans[-1])]:
+    if not spans or ANSWER not in text[slice(*spans[-1])]:
         raise ValueError("it does not mark the assistant's words")
-    ends = [found for found in finder.special_token.finditer(text, *spans[-1]) if found.end() == spans[-1][1]]
-    if not ends:
-        raise ValueError(
-            "no special token ends an answer, so a model trained with it would never stop. Write {{ eos_token }} at the end of "
-            "the {% generation %} block"
-        )
-    return ends[0][0]
+    if not finder.ends or not any(text.endswith(end, *spans[-1]) for end in finder.ends):
+        raise ValueError(NO_END)
+    firsts = (finder.special_token.match(end) for end in finder.ends)
+    return list(dict.fromkeys(first[0] for first in firsts if first))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -10,6 +12,7 @@ from lowvram_chat.wording import kind_of
 Message = dict[str, str]
 """One message: `role` and `content`."""
 
+HANGUL_FILLER = "\u3164"
 KNOWN_ROLES = ("system", "user", "assistant")
 
 SHAREGPT_ROLES: Mapping[str, str] = {
@@ -55,9 +58,24 @@ class _Message:
     unused: tuple[str, ...]
 
 
+def is_blank(text: str) -> bool:
+    """Return whether a text shows nothing: only white space, control characters and characters without a width."""
+    return not text.strip() or all(
+        character.isspace() or character == HANGUL_FILLER or unicodedata.category(character) in ("Cc", "Cf")
+        for character in text
+    )
+
+
 def is_empty(value: object) -> bool:
-    """Return whether a value says nothing: null, an empty or blank text, an empty list or object."""
-    return value is None or (isinstance(value, str) and not value.strip()) or value in ([], {}, ())
+    """Return whether a value says nothing: null, NaN, an empty or blank text, an empty list or object."""
+    if isinstance(value, str):
+        return is_blank(value)
+    return value is None or value in ([], {}, ()) or (isinstance(value, float) and math.isnan(value))
+
+
+def is_message(value: object) -> bool:
+    """Return whether a value is an object with the keys of a message."""
+    return isinstance(value, Mapping) and any({text, role} <= value.keys() for text, role in MESSAGE_KEYS.items())
 
 
 def conversation_of(
@@ -70,19 +88,18 @@ def conversation_of(
     Raises:
         ValueError: the messages cannot be used; with the reason.
     """
-    checked = list(_checked_messages(messages))
-    if system and checked and checked[0].role == "system" and checked[0].content.strip() != system.strip():
+    numbered = list(enumerate(_checked_messages(messages)))
+    kept = [(number < context, message) for number, message in numbered if not _is_empty_system(message)]
+    has_system = bool(kept) and kept[0][1].role == "system"
+    if system and has_system and kept[0][1].content.strip() != system.strip():
         raise ValueError("there are two system messages, one of them in a column of its own")
-    if system and not (checked and checked[0].role == "system"):
-        checked.insert(0, _Message("system", system, carries_loss=True, unused=()))
-        context += bool(context)
-    kept = [(number, message) for number, message in enumerate(checked) if not _is_empty_system(message)]
-    context = sum(number < context for number, _ in kept)
+    if system and not has_system:
+        kept.insert(0, (context > 0, _Message("system", system, carries_loss=True, unused=())))
     if needs_answer and all(message.role != "assistant" for _, message in kept):
         raise ValueError("no assistant turn")
     return Conversation(
         messages=tuple({"role": message.role, "content": message.content} for _, message in kept),
-        context=context,
+        context=sum(is_context for is_context, _ in kept),
         untrained=frozenset(number for number, (_, message) in enumerate(kept) if not message.carries_loss),
         unused=tuple(dict.fromkeys(f"{column}.{key}" for _, message in kept for key in message.unused)),
     )
@@ -100,14 +117,14 @@ def _checked_messages(messages: object) -> Iterator[_Message]:
 
 
 def _is_empty_system(message: _Message) -> bool:
-    return message.role == "system" and not message.content.strip()
+    return message.role == "system" and is_blank(message.content)
 
 
 def _checked_message(message: object, place: str) -> _Message:
     """Return one message; `place` begins each error."""
     if not isinstance(message, Mapping):
         raise ValueError(f"{place} is {kind_of(message)}, not an object with 'role' and 'content'")
-    text_key = "value" if "from" in message and "role" not in message else "content"
+    text_key = "value" if message.get("from") is not None and message.get("role") is None else "content"
     role_key = MESSAGE_KEYS[text_key]
     if role_key not in message or text_key not in message:
         has_keys = f"; it has {', '.join(map(repr, message))}" if message else ""
@@ -116,8 +133,11 @@ def _checked_message(message: object, place: str) -> _Message:
     role = SHAREGPT_ROLES.get(str(message[role_key]), str(message[role_key]))
     if role not in KNOWN_ROLES:
         raise ValueError(f"{place} has the unknown role {role!r}; known: {', '.join(KNOWN_ROLES)}")
-    used = {role_key, text_key, *WEIGHT_KEYS, *CALL_KEYS}
+    used = {role_key, text_key, *WEIGHT_KEYS, *CALL_KEYS} - {
+        key for key in ("loss",) if not _is_switch(message.get(key))
+    }
     unused = tuple(str(key) for key, value in message.items() if key not in used and not is_empty(value))
+    unused += tuple(f"{text_key}.{key}" for key in _keys_of_parts(message[text_key]))
     content = _content(message[text_key], place, may_be_empty=role == "system")
     return _Message(role, content, _carries_loss(message, place), unused)
 
@@ -136,7 +156,7 @@ def _content(value: object, place: str, *, may_be_empty: bool) -> str:
         value = "".join(_part_text(part, place) for part in value)
     if not isinstance(value, str):
         raise ValueError(f"{place} is {kind_of(value)}, not text")
-    if not value.strip() and not may_be_empty:
+    if is_blank(value) and not may_be_empty:
         raise ValueError(f"{place} is empty")
     return value
 
@@ -149,11 +169,23 @@ def _part_text(part: object, place: str) -> str:
     return str(part["text"])
 
 
+def _keys_of_parts(value: object) -> list[str]:
+    """Return the further keys of a content's parts that hold something."""
+    parts = value if isinstance(value, list | tuple) else ()
+    keys = (str(key) for part in parts if isinstance(part, Mapping) for key, held in part.items() if not is_empty(held))
+    return [key for key in dict.fromkeys(keys) if key not in ("type", "text")]
+
+
+def _is_switch(value: object) -> bool:
+    return value is None or value in (0, 1)  # True and False, too
+
+
 def _carries_loss(message: Mapping[str, object], place: str) -> bool:
     """Return whether a message's weight allows loss on it; no weight allows it."""
     given = [(key, message[key]) for key in WEIGHT_KEYS if message.get(key) is not None]
+    given = [(key, value) for key, value in given if key != "loss" or _is_switch(value)]  # others are measured losses
     for key, value in given:
-        if value not in (0, 1):  # True and False, too
+        if not _is_switch(value):
             raise ValueError(f"{place} has '{key}': {value!r}; only 0, 1, false and true are supported")
     return all(value for _, value in given)
 

@@ -5,10 +5,10 @@ Each function returns a `Conversation`, or raises `ValueError` with the reason w
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Mapping
+from decimal import Decimal
 
-from lowvram_chat.data.conversation import Conversation, Message, conversation_of, exchanges_of, is_empty
+from lowvram_chat.data.conversation import Conversation, Message, conversation_of, exchanges_of, is_empty, is_message
 from lowvram_chat.data.known_datasets import read_glaive, read_oasst_tree
 from lowvram_chat.data.parsers import parse_json
 from lowvram_chat.errors import DataError
@@ -61,6 +61,8 @@ def _history(value: object) -> list[tuple[str, str]]:
     """Return the earlier (question, answer) pairs of an alpaca row."""
     if is_empty(value):
         return []
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        value = parse_json(value)
     if not isinstance(value, list | tuple):
         raise ValueError(f"'history' is {kind_of(value)}, not a list of [question, answer] pairs")
     for pair in value:
@@ -71,7 +73,11 @@ def _history(value: object) -> list[tuple[str, str]]:
 
 
 def _read_prompt_completion(row: RawFields) -> Conversation:
-    prompt, completion = (_messages_in_cell(row[column]) for column in ("prompt", "completion"))
+    prompt, completion = row["prompt"], row["completion"]
+    if (parsed := [_messages_in_cell(value) for value in (prompt, completion)]) and None not in parsed:
+        prompt, completion = parsed
+    if prompt == [] or completion == []:
+        raise ValueError(f"'{'prompt' if prompt == [] else 'completion'}' is empty")
     if not isinstance(prompt, list | tuple) and not isinstance(completion, list | tuple):
         return exchanges_of([(_required_text(row, "prompt"), _required_text(row, "completion"))], _system(row))
     if not isinstance(prompt, list | tuple):
@@ -153,8 +159,9 @@ def detect_format(row: RawFields, where: str) -> str:
 
 
 def _format_of(row: RawFields) -> str | None:
-    detected = (name for name, kind in FORMATS.items() if kind.detected and all(c in row for c in kind.columns))
-    return next(detected, None)
+    detected = [name for name, kind in FORMATS.items() if kind.detected and all(c in row for c in kind.columns)]
+    filled = [name for name in detected if all(row[column] is not None for column in FORMATS[name].columns)]
+    return next(iter(filled or detected), None)
 
 
 def missing_columns(row: RawFields, name: str, *, given: bool) -> str:
@@ -200,13 +207,14 @@ def _list_in_cell(row: RawFields, column: str) -> object:
 
 
 def _messages_in_cell(value: object) -> object:
-    """Return the messages in a cell if its text is a JSON list of objects, else the value itself."""
-    if isinstance(value, str) and value.lstrip().startswith("[{"):
-        try:
-            return parse_json(value)
-        except ValueError:
-            return value
-    return value
+    """Return the messages in a cell if its text is a JSON list of messages, else None: answers may be JSON themselves."""
+    if not (isinstance(value, str) and value.lstrip().startswith("[")):
+        return None
+    try:
+        messages = parse_json(value)
+    except ValueError:
+        return None
+    return messages if isinstance(messages, list) and messages and all(map(is_message, messages)) else None
 
 
 def _system(row: RawFields) -> str:
@@ -225,7 +233,7 @@ def _optional_text(row: RawFields, column: str) -> str:
 def _required_text(row: RawFields, column: str) -> str:
     """Return the text of a column that must not be empty; a number is its text, because tables make numbers of "42"."""
     value = row.get(column)
-    if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
+    if isinstance(value, int | float | Decimal) and not isinstance(value, bool) and not is_empty(value):
         return str(value)
     if is_empty(value) and not isinstance(value, list | tuple | dict):
         raise ValueError(f"'{column}' is empty")

@@ -6,6 +6,7 @@ Sources: the dataset cards of OpenAssistant/oasst2 ("ready" message trees), glai
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 
@@ -19,7 +20,8 @@ OASST_ROLES = {"prompter": "user", "assistant": "assistant"}
 
 LABEL_COLUMNS = ("label", "kto_tag")
 """Columns that tell good answers from bad ones in unpaired preference data (KTO)."""
-BAD_LABELS = (False, 0, "false", "False", "0")
+BAD_LABELS = ("false", "0", "0.0", "-1", "-1.0", "bad", "f", "n", "no", "negative", "rejected", "undesirable")
+"""Labels of bad answers, as texts in lower case."""
 PAIRED_COLUMNS = ("chosen", "rejected")
 """Columns of paired preference data (DPO)."""
 OASST_MESSAGE_COLUMNS = ("message_id", "parent_id", "role", "text")
@@ -34,8 +36,10 @@ def read_oasst_tree(row: RawFields) -> Conversation:
         if not isinstance(node, Mapping) or not {"role", "text"} <= node.keys():
             raise ValueError(f"'prompt' or a reply is {kind_of(node)} without 'role' and 'text'")
         messages.append({"role": OASST_ROLES.get(str(node["role"]), node["role"]), "content": node["text"]})
-        replies = [reply for reply in node.get("replies") or [] if not _is_deleted(reply)]
-        node = min(replies, key=_rank, default=None)
+        replies = node.get("replies") or []
+        if not isinstance(replies, list | tuple):
+            raise ValueError(f"'replies' is {kind_of(replies)}, not a list")
+        node = min((reply for reply in replies if not _is_deleted(reply)), key=_rank, default=None)
     while messages and messages[-1]["role"] != "assistant":
         messages.pop()
     if not messages:
@@ -50,7 +54,10 @@ def _is_deleted(reply: object) -> bool:
 def _rank(reply: object) -> float:
     """Return the rank of a reply, 0 for the best; one without a rank comes after all others."""
     rank = reply.get("rank") if isinstance(reply, Mapping) else None
-    return rank if isinstance(rank, int | float) else float("inf")
+    try:
+        return float(rank) if isinstance(rank, int | float | str) else math.inf
+    except ValueError:
+        return math.inf
 
 
 GLAIVE_TURN = re.compile(r"(?:^|\n)\s*(USER|ASSISTANT|FUNCTION RESPONSE):")
@@ -85,7 +92,7 @@ def refuse_bad_labels(row: RawFields, where: str) -> None:
         DataError: with how to keep the good ones.
     """
     label = next((column for column in LABEL_COLUMNS if row.get(column) is not None), None)
-    if label is not None and row[label] in BAD_LABELS:
+    if label is not None and str(row[label]).strip().lower() in BAD_LABELS:
         raise DataError(
             f"{where}: '{label}' is {row[label]}, so this is preference data (KTO), and training on it would teach the bad "
             f"answers too. Keep only the rows whose '{label}' is true, in a file of their own. If '{label}' means something "

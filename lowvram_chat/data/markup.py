@@ -1,20 +1,21 @@
 """What a chat template writes around messages: special tokens and the words that begin a turn.
 
 A text that spells either of them would forge a turn or end an answer. In training data special tokens are removed, and texts
-that spell a turn are counted. What a user types in a chat is changed by one space, so that it stays text.
+that spell a turn are counted. What a user types in a chat gets a space inside, so that it stays text.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from lowvram_chat.data.conversation import KNOWN_ROLES
 from lowvram_chat.data.template_text import render_text
 
 if TYPE_CHECKING:
+    from tokenizers.normalizers import Normalizer
     from transformers import PreTrainedTokenizerBase
 
 SENTINELS = ("QZXFIRSTQZX", "QZXSECONDQZX", "QZXTHIRDQZX")
@@ -27,6 +28,12 @@ SAMPLE_ROLES = (
 """Roles of the sample conversations; templates refuse some of them."""
 
 
+MAX_NESTED = 20
+"""Times that special tokens are removed from a text."""
+BRACKETED = re.compile(r"[<\[{\uff1c].*[>\]}\uff1e]$", re.DOTALL)
+"""Form of tokens such as <|im_end|>. Other added tokens are words, and a template may well write words."""
+
+
 @dataclass(frozen=True)
 class Markup:
     """The special tokens and turn markers of a tokenizer and its chat template."""
@@ -36,25 +43,54 @@ class Markup:
     turn_markers: tuple[str, ...]
     """Texts that begin a turn without a special token, such as `\\nassistant:` of the plain template."""
 
+    normalizer: Normalizer | None = field(default=None, repr=False, compare=False)
+    """What the tokenizer does to a text before it looks for tokens: lower case, compatibility forms, ..."""
+
     def without_special_tokens(self, text: str) -> str:
-        """Return a text without special tokens. Where removing one forms another, that one is removed, too."""
-        while any(token in text for token in self.special_tokens):
+        """Return a text without special tokens. Where removing one forms another, that one is removed, too.
+
+        Raises:
+            ValueError: special tokens are nested beyond reason, or the tokenizer would make one of what is left.
+        """
+        for _ in range(MAX_NESTED):
+            if not any(token in text for token in self.special_tokens):
+                break
             for token in self.special_tokens:
                 text = text.replace(token, "")
+        else:
+            raise ValueError("special tokens are nested in each other")
+        self.check_normalized(text)
         return text
+
+    def check_normalized(self, text: str) -> None:
+        """Refuse a text that is a special token only once the tokenizer has normalised it.
+
+        Raises:
+            ValueError: with the token.
+        """
+        if self.normalizer is None:
+            return
+        normalized = self.normalizer.normalize_str(text)
+        for token in self.special_tokens:
+            if token in normalized or self.normalizer.normalize_str(token) in normalized:
+                raise ValueError(f"the tokenizer turns a part of the text into the special token {token!r}")
 
     def spells_turn(self, text: str) -> bool:
         """Return whether a text contains the beginning of a turn."""
         return any(marker in text for marker in self.turn_markers)
 
     def as_plain_text(self, text: str) -> str:
-        """Return a text with a space inside each special token and turn marker, so that it is neither any more.
+        """Return a text with a space before the last character of each special token and turn marker, so that it is neither.
 
         A special token of one character has no inside and is removed.
+
+        Raises:
+            ValueError: as `check_normalized`.
         """
         for token in (*self.special_tokens, *self.turn_markers):
             while token in text:
-                text = text.replace(token, f"{token[0]} {token[1:]}" if len(token) > 1 else "")
+                text = text.replace(token, f"{token[:-1]} {token[-1]}" if len(token) > 1 else "")
+        self.check_normalized(text)
         return text
 
 
@@ -63,9 +99,11 @@ def markup_of(tokenizer: PreTrainedTokenizerBase) -> Markup:
     pieces = list(_template_pieces(tokenizer))
     added = tokenizer.added_tokens_decoder.values()
     special = {token.content for token in added if token.special} | set(map(str, tokenizer.all_special_tokens))
-    written = {token.content for token in added if any(token.content in text for texts in pieces for text in texts)}
+    bracketed = [token.content for token in added if BRACKETED.match(token.content)]
+    written = {token for token in bracketed if any(token in text for texts in pieces for text in texts)}
     tokens = sorted((token for token in special | written if token.strip()), key=len, reverse=True)
-    return Markup(tuple(tokens), tuple(dict.fromkeys(_turn_markers(pieces, tokens))))
+    markers = dict.fromkeys(_turn_markers(pieces, tokens))
+    return Markup(tuple(tokens), tuple(markers), tokenizer.backend_tokenizer.normalizer)
 
 
 def _template_pieces(tokenizer: PreTrainedTokenizerBase) -> Iterator[Sequence[str]]:

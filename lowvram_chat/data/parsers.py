@@ -7,10 +7,12 @@ import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn, cast
+from typing import cast
 
+from lowvram_chat.data.conversation import is_message
 from lowvram_chat.data.text_files import NOT_UTF8, READ_ERRORS, damaged, lines, open_text, read_text, text_suffix
 from lowvram_chat.errors import DataError
+from lowvram_chat.recipe.formats import FORMATS
 from lowvram_chat.wording import json_problem, kind_of
 
 
@@ -27,21 +29,23 @@ PlacedRows = Iterator[tuple[str, RawRow]]
 
 ROW_LISTS = ("data", "conversations", "rows", "train", "examples", "instances", "items")
 """Keys of a JSON object under which files keep their list of rows."""
-MESSAGE_KEYS = ({"role", "content"}, {"from", "value"})
-"""Keys by which a message is told from a row."""
 
 NOT_UTF8_ROW = BadRow("not UTF-8 text. Save the file as UTF-8")
 TOO_LONG = BadRow("longer than 64 million characters")
 
 
 def _jsonl(path: Path) -> PlacedRows:
+    is_first = True
     for number, line in lines(path):
         if line is None:
             yield f"{path}:{number}", TOO_LONG
-        elif number == 1 and line.lstrip().startswith("["):
+        elif not line.strip():
+            continue
+        elif is_first and line.lstrip().startswith("["):
             yield from _array_or_lines(path)
             return
-        elif line.strip():
+        else:
+            is_first = False
             yield f"{path}:{number}", _row_of_line(line)
 
 
@@ -51,7 +55,7 @@ def _array_or_lines(path: Path) -> PlacedRows:
     try:
         rows = parse_json(text)
     except ValueError:
-        for number, line in enumerate(text.splitlines(), start=1):
+        for number, line in enumerate(text.split("\n"), start=1):
             if line.strip():
                 yield f"{path}:{number}", _row_of_line(line)
         return
@@ -68,18 +72,38 @@ def _row_of_line(line: str) -> RawRow:
     return cast("RawRow", row) if isinstance(row, dict) else BadRow("not a JSON object")
 
 
+class JsonNumber(float):
+    """A number whose text is the one in the file: 1.50 stays "1.50"."""
+
+    def __new__(cls, text: str) -> JsonNumber:
+        """Return the number of a JSON text."""
+        number = super().__new__(cls, text)
+        number.text = text
+        return number
+
+    text: str
+
+    def __str__(self) -> str:
+        """Return the text in the file."""
+        return self.text
+
+
 def parse_json(text: str) -> object:
     """Return the value of a JSON text.
 
     Raises:
-        ValueError: it is not JSON, or it holds a key twice, a number that is not finite, or too deep a nesting; in our words.
+        ValueError: it is not JSON, or it holds a key twice, too long a number, or too deep a nesting; in our words.
     """
     try:
-        return json.loads(text, object_pairs_hook=_object, parse_constant=_not_finite)
+        return json.loads(text, object_pairs_hook=_object, parse_float=JsonNumber)
     except json.JSONDecodeError as error:
         raise ValueError(json_problem(error)) from None
     except RecursionError:
         raise ValueError("not usable JSON: it is nested too deeply") from None
+    except ValueError as error:
+        if "digits" in str(error):
+            raise ValueError("not usable JSON: a number has thousands of digits") from None
+        raise
 
 
 def _object(pairs: list[tuple[str, object]]) -> dict[str, object]:
@@ -90,10 +114,6 @@ def _object(pairs: list[tuple[str, object]]) -> dict[str, object]:
         twice = next(name for name in names if names.count(name) > 1)
         raise ValueError(f"not usable JSON: the key '{twice}' occurs twice in one object")
     return made
-
-
-def _not_finite(name: str) -> NoReturn:
-    raise ValueError(f"not JSON: {name} is not a JSON number")
 
 
 def _json(path: Path) -> PlacedRows:
@@ -132,18 +152,26 @@ def _numbered(path: Path, document: object) -> PlacedRows:
 
 
 def _rows_of(document: object) -> list[object] | None:
-    """Return the list of rows in a JSON document: the list itself, or the one list of rows in an object; None: neither."""
+    """Return the list of rows in a JSON document: the list itself, or the only list in an object; None: neither.
+
+    An object that has the columns of a format is one row.
+    """
     if isinstance(document, list):
         return document
     if not isinstance(document, dict):
         return None
-    lists = [document[key] for key in ROW_LISTS if isinstance(document.get(key), list)]
-    return lists[0] if len(lists) == 1 and not _is_message(lists[0]) else None
+    lists = {key: value for key, value in document.items() if isinstance(value, list | dict)}
+    key = next(iter(lists)) if len(lists) == 1 else ""
+    rows = lists[key] if key in ROW_LISTS else None
+    if isinstance(rows, list) and not (rows and is_message(rows[0])) and not _is_row({**document, key: None}):
+        return rows
+    return [document] if _is_row(document) else None
 
 
-def _is_message(values: list[object]) -> bool:
-    """Return whether a list holds messages, so that the object around it is one row."""
-    return bool(values) and isinstance(values[0], dict) and any(keys <= values[0].keys() for keys in MESSAGE_KEYS)
+def _is_row(document: Mapping[str, object]) -> bool:
+    """Return whether an object has the columns of a format, with something in each."""
+    formats = (kind.columns for kind in FORMATS.values())
+    return any(all(document.get(column) is not None for column in columns) for columns in formats)
 
 
 def _csv(path: Path) -> PlacedRows:
@@ -211,11 +239,16 @@ def _parquet(path: Path) -> PlacedRows:
 
     number = 0
     try:
-        for batch in pyarrow.parquet.ParquetFile(path).iter_batches(batch_size=256):
+        file = pyarrow.parquet.ParquetFile(path)
+        names = file.schema_arrow.names
+        twice = next((name for name in names if names.count(name) > 1), None)
+        if twice is not None:
+            raise DataError(f"{path}: two columns are named '{twice}'. Rename one of them.")
+        for batch in file.iter_batches(batch_size=256):
             for row in batch.to_pylist():
                 number += 1
                 yield f"{path}: row {number}", row
-    except (pyarrow.ArrowException, OSError, ValueError) as error:
+    except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
         what = f"the file is damaged after row {number}" if number else "not a Parquet file, or a damaged one"
         raise DataError(f"{path}: {what} ({str(error).splitlines()[0]}). Copy or download it again.") from None
 

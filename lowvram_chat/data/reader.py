@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import math
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
@@ -18,6 +19,7 @@ from lowvram_chat.data.parsers import BadRow, RawRow
 from lowvram_chat.data.render import Rendered, Renderer
 from lowvram_chat.data.rows import TokenRow, cut_to_length
 from lowvram_chat.data.sources import Part, Source
+from lowvram_chat.data.template_text import check_encodable
 from lowvram_chat.errors import DataError
 from lowvram_chat.recipe.formats import FORMATS
 from lowvram_chat.recipe.schema import Data
@@ -74,7 +76,7 @@ class Facts:
     def allowed_bad_rows(self, data: Data) -> int:
         """Return the number of unusable rows that `data.max_bad_rows` allows; a share is one of the rows read."""
         limit = data.max_bad_rows
-        return limit if isinstance(limit, int) else int(limit * self.rows_read)
+        return limit if isinstance(limit, int) else math.floor(limit * self.rows_read + 1e-9)
 
 
 class ReaderState(TypedDict):
@@ -193,7 +195,7 @@ class RowReader:
         markup = self.markup
         texts = [conversation.text, *(message["content"] for message in conversation.messages)]
         for text in texts:
-            _check_encodable(text)
+            check_encodable(text)
         cleaned = [markup.without_special_tokens(text) for text in texts]
         if any(text.strip() and not clean.strip() for text, clean in zip(texts, cleaned, strict=True)):
             raise ValueError("a message consists of special tokens only")
@@ -208,13 +210,6 @@ class RowReader:
             spells_turn=any(markup.spells_turn(text) for text in cleaned[1:]),
             not_used=(*unused_columns(raw, name), *conversation.unused),
         )
-
-
-def _check_encodable(text: str) -> None:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise ValueError("half of a surrogate pair, which UTF-8 cannot encode") from None
 
 
 class Reader:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from lowvram_chat.data.answers import AnswerFinder
 from lowvram_chat.data.conversation import Conversation
 from lowvram_chat.data.markup import bos_text
-from lowvram_chat.data.template_text import Spans, render_text
+from lowvram_chat.data.template_text import Spans, check_whole, render_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -45,12 +45,15 @@ class Renderer:
         if not conversation.messages:
             return Rendered(self.bos + conversation.text, append_eos=conversation.append_eos)
         if self.loss_on_all and not conversation.untrained:
-            return Rendered(render_text(self.tokenizer, conversation.messages))
+            text = render_text(self.tokenizer, conversation.messages)
+            check_whole(text, conversation.messages)
+            return Rendered(text)
         if self.loss_on_all and any(
             conversation.messages[number]["role"] != "assistant" for number in conversation.untrained
         ):
             raise ValueError("a weight of 0 on a message of the user cannot be kept to with data.loss_on=all")
         text, spans = self.answers(conversation.messages)
+        check_whole(text, conversation.messages)
         untrained = _numbered_spans(conversation, spans, conversation.untrained) if conversation.untrained else []
         if self.loss_on_all:
             return Rendered(text, without_loss=untrained)

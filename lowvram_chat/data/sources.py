@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import glob
 import hashlib
 import itertools
+import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +20,8 @@ from lowvram_chat.hub import explain
 
 if TYPE_CHECKING:
     import datasets
+
+log = logging.getLogger(__name__)
 
 __all__ = ["BadRow", "Part", "RawRow", "Source", "check_splits", "is_remote", "open_source"]
 
@@ -57,7 +61,13 @@ class Source:
 
     def numbered_rows(self) -> Iterator[tuple[int, str, RawRow]]:
         """Start a new reading; yield the number of each row's part, its place and the row."""
-        return ((number, where, row) for number, part in enumerate(self.parts) for where, row in part.rows())
+        for number, part in enumerate(self.parts):
+            is_empty = True
+            for where, row in part.rows():
+                is_empty = False
+                yield number, where, row
+            if is_empty and len(self.parts) > 1:
+                log.warning("%s: has no rows", part.name)
 
 
 def open_source(source: str | list[str], *, split: str, subset: str | None, sample: int | None = None) -> Source:
@@ -72,7 +82,7 @@ def open_source(source: str | list[str], *, split: str, subset: str | None, samp
     names = [source] if isinstance(source, str) else source
     sources = [_open_name(name, split, subset, sample) for name in names]
     if not sources:
-        raise DataError("data.source: the list is empty. Name at least one file or dataset.")
+        raise DataError("data.source or data.eval_source: the list is empty. Name at least one file or dataset.")
     if len(sources) == 1:
         return sources[0]
     digest = hashlib.sha256("".join(source.fingerprint for source in sources).encode()).hexdigest()
@@ -82,7 +92,8 @@ def open_source(source: str | list[str], *, split: str, subset: str | None, samp
 
 def _open_name(name: str, split: str, subset: str | None, sample: int | None) -> Source:
     if name.startswith("~"):
-        name = str(Path(name).expanduser())
+        with contextlib.suppress(RuntimeError):  # there is no such user, and so no such file
+            name = str(Path(name).expanduser())
     if name.startswith("builtin:"):
         if name not in BUILTIN_DATASETS:
             raise NotFoundError(
@@ -90,7 +101,7 @@ def _open_name(name: str, split: str, subset: str | None, sample: int | None) ->
                 f"Known: {', '.join(BUILTIN_DATASETS)}."
             )
         return _files(name, [BUILTIN_DATASETS[name]], is_builtin=True)
-    if Path(name).is_dir():
+    if name and Path(name).is_dir():
         raise _folder_error(Path(name))
     matches = [name] if Path(name).is_file() else sorted(glob.glob(name, recursive=True))
     paths = [Path(path) for path in matches if Path(path).is_file()]
@@ -153,13 +164,17 @@ def _files(name: str, paths: list[Path], *, is_builtin: bool = False) -> Source:
     """
     for path in paths:
         check_suffix(path)
-    digest = hashlib.sha256()
-    for path in paths:
-        with path.open("rb") as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
+    digest = hashlib.sha256("".join(f"{text_suffix(path)}{_digest(path)}" for path in paths).encode()).hexdigest()
     parts = (Part(str(path), functools.partial(parse_file, path), is_builtin) for path in paths)
-    return Source(name, tuple(parts), digest.hexdigest())
+    return Source(name, tuple(parts), digest)
+
+
+def _digest(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def _hub(name: str, split: str, subset: str | None, sample: int | None) -> Source:

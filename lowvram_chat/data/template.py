@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lowvram_chat.data.answers import SAMPLE, end_token_of
+from lowvram_chat.data.answers import SAMPLE, end_tokens_of
 from lowvram_chat.data.markup import bos_text
 from lowvram_chat.data.template_text import render_text
 from lowvram_chat.errors import DataError, NotFoundError, did_you_mean
@@ -37,6 +38,15 @@ def read_template(name: str) -> str:
         raise DataError(f"data.chat_template: {name} is not UTF-8 text. Give a Jinja template.") from None
 
 
+def _write_bos(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Put the BOS token in front of a template's text if the tokenizer puts one before each text and the template does not."""
+    bos = bos_text(tokenizer)
+    if bos:
+        with contextlib.suppress(ValueError):  # a template that fails is refused later
+            if not render_text(tokenizer, SAMPLE).startswith(bos):
+                tokenizer.chat_template = "{{- bos_token -}}" + str(tokenizer.chat_template)
+
+
 def set_template(tokenizer: PreTrainedTokenizerBase, name: str, loss_on: str) -> None:
     """Set the tokenizer's chat template and padding token, without adding a token to its vocabulary.
 
@@ -53,20 +63,24 @@ def set_template(tokenizer: PreTrainedTokenizerBase, name: str, loss_on: str) ->
     if tokenizer.pad_token is None:  # padding gets no labels, so that the real EOS tokens are still learned
         tokenizer.pad_token = tokenizer.eos_token
     if name == "own":
+        if isinstance(tokenizer.chat_template, dict):
+            raise DataError(
+                f"data.chat_template: own, but the tokenizer has several ({', '.join(tokenizer.chat_template)}). Write the one "
+                "to use to a .jinja file, and name that file."
+            )
         if not tokenizer.chat_template:
             raise DataError(
                 "data.chat_template: own, but the tokenizer has no chat template. Set data.chat_template=plain."
             )
     else:
-        template = read_template(name)
-        writes_bos = "bos_token" in template or not bos_text(tokenizer)
-        tokenizer.chat_template = template if writes_bos else "{{- bos_token -}}" + template
-    if name == "chatml" and "<|im_end|>" not in tokenizer.get_vocab():
+        tokenizer.chat_template = read_template(name)
+        _write_bos(tokenizer)
+    if name == "chatml" and not {"<|im_start|>", "<|im_end|>"} <= tokenizer.get_vocab().keys():
         raise DataError("data.chat_template: chatml, but the tokenizer lacks its tokens. Set data.chat_template=plain.")
     try:
         render_text(tokenizer, SAMPLE)
         if loss_on == "assistant":
-            end_token_of(tokenizer)
+            end_tokens_of(tokenizer)
     except ValueError as error:
         raise DataError(
             f"data.chat_template: {name} cannot be used: {error}. Use the template plain, or another."

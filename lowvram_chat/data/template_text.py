@@ -76,6 +76,33 @@ def _render(
     return text, [(first, end) for first, end in spans[0] if first < end] if mark else []
 
 
+def check_encodable(text: str) -> None:
+    """Refuse a text that is no Unicode text.
+
+    Raises:
+        ValueError: it holds half of a surrogate pair.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError("the text holds half of a surrogate pair, which UTF-8 cannot encode") from None
+
+
+def check_whole(text: str, messages: Sequence[Message]) -> None:
+    """Refuse a rendered text in which the content of a message is missing, cut or out of order.
+
+    Raises:
+        ValueError: with the number of the message.
+    """
+    place = 0
+    for number, message in enumerate(messages, start=1):
+        content = message["content"].strip()
+        place = text.find(content, place)
+        if place < 0:
+            raise ValueError(f"the chat template leaves out a part of message {number} ({message['role']})")
+        place += len(content)
+
+
 def marks_answers(tokenizer: PreTrainedTokenizerBase) -> bool:
     """Return whether the tokenizer's chat template marks the assistant's words with {% generation %}."""
     return re.search(r"\{%[-+]?\s*generation\s*[-+]?%\}", str(tokenizer.chat_template)) is not None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import functools
 import hashlib
 import json
@@ -83,7 +84,10 @@ def _key(source: Source, tokenizer: PreTrainedTokenizerBase, data: Data, limit: 
     """Return a digest of everything that the rows depend on."""
     settings = (CACHE_VERSION, source.fingerprint, limit, data.format, data.loss_on, data.max_length, data.overflow)
     vocabulary = (sorted(tokenizer.get_vocab().items()), tokenizer.backend_tokenizer.to_str())
-    text = repr((settings, tokenizer.chat_template, tokenizer.eos_token_id, markup_of(tokenizer), vocabulary))
+    special = sorted((name, str(token)) for name, token in tokenizer.special_tokens_map.items())
+    day = datetime.date.today().isoformat() if "strftime_now" in str(tokenizer.chat_template) else ""
+    template = (tokenizer.chat_template, special, markup_of(tokenizer), day)
+    text = repr((settings, template, tokenizer.eos_token_id, vocabulary))
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 

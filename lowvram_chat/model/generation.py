@@ -9,7 +9,7 @@ from torch import nn
 from transformers import GenerationConfig
 
 from lowvram_chat.data.markup import markup_of
-from lowvram_chat.data.template_text import render_text
+from lowvram_chat.data.template_text import check_encodable, check_whole, render_text
 from lowvram_chat.errors import UsageError
 from lowvram_chat.model.generation_settings import stop_tokens
 from lowvram_chat.model.sampling import Sampling
@@ -32,9 +32,12 @@ def encode_messages(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> l
         UsageError: the chat template refuses the messages.
     """
     markup = markup_of(tokenizer)
-    as_text = [{**message, "content": markup.as_plain_text(message["content"])} for message in messages]
     try:
+        for message in messages:
+            check_encodable(message["content"])
+        as_text = [{**message, "content": markup.as_plain_text(message["content"])} for message in messages]
         text = render_text(tokenizer, as_text, add_generation_prompt=True)
+        check_whole(text, [message for message in as_text if message["role"] != "assistant"])
     except ValueError as error:
         raise UsageError(f"{error}. Change the message, or leave the system message out.") from None
     return list(tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids)

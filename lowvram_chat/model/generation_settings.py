@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING
 
-from lowvram_chat.data.answers import end_token_of
+from lowvram_chat.data.answers import end_tokens_of
 from lowvram_chat.errors import ModelError
 
 if TYPE_CHECKING:
@@ -64,9 +64,9 @@ def _unset_unused(config: GenerationConfig) -> list[str]:
 
 
 def stop_tokens(tokenizer: PreTrainedTokenizerBase, own: int | list[int] | None) -> list[int] | int:
-    """Return the tokens that end an answer: the chat template's end token, the EOS token, and a model's `own`."""
+    """Return the tokens that end an answer: the chat template's end tokens, the EOS token, and a model's `own`."""
     try:
-        end = [tokenizer.convert_tokens_to_ids(end_token_of(tokenizer))]
+        end = [tokenizer.convert_tokens_to_ids(token) for token in end_tokens_of(tokenizer)]
     except ValueError:  # no template, or one without an end
         end = []
     others = [] if own is None else [own] if isinstance(own, int) else own

@@ -81,6 +81,8 @@ def load_tokenizer(name: str, revision: str | None = None) -> PreTrainedTokenize
             f"{name}: this model has no fast tokenizer (tokenizer.json), which is needed to mark assistant tokens. "
             "Use another model."
         )
+    tokenizer.backend_tokenizer.no_truncation()  # a tokenizer.json may say to cut every text
+    tokenizer.backend_tokenizer.no_padding()
     return tokenizer
 
 

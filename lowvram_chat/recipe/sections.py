@@ -5,15 +5,28 @@ The docstring under each field is its help and its description in the JSON schem
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+import re
+from typing import Annotated, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
 from lowvram_chat.recipe.adapters import REFUSED_TARGETS
 from lowvram_chat.recipe.choices import AdapterKind, FormatName, GpuName, OptimizerName, Positive, Share
 from lowvram_chat.terminal import UNPRINTABLE
 
 POSITIONS_OF_GPT2 = 1024
+
+
+def _types_of(annotation: object) -> set[object]:
+    """Return the types that an annotation names, inside unions and `Annotated`."""
+    parts = get_args(annotation)
+    return {annotation}.union(*map(_types_of, parts)) if parts else {annotation}
+
+
+def _has_long_name(text: str) -> bool:
+    """Return whether no file system takes a text as a path."""
+    sizes = [len(part.encode()) for part in re.split(r"[/\\]", text)]
+    return max(sizes) > 255 or sum(sizes) > 4096
 
 
 class Section(BaseModel):
@@ -25,10 +38,14 @@ class Section(BaseModel):
 
     @field_validator("*", mode="before")
     @classmethod
-    def _refuse_control_characters(cls, value: object) -> object:
+    def _refuse_what_no_setting_can_be(cls, value: object, info: ValidationInfo) -> object:
+        if isinstance(value, bool) and bool not in _types_of(cls.model_fields[str(info.field_name)].annotation):
+            raise ValueError(f"expected another value than {str(value).lower()}")
         for text in value if isinstance(value, list | tuple) else [value]:
             if isinstance(text, str) and (bad := UNPRINTABLE.search(text)):
                 raise ValueError(f"{text!r} holds the character {bad[0]!r}, which names and paths cannot have")
+            if isinstance(text, str) and info.field_name != "sample_prompts" and _has_long_name(text):
+                raise ValueError("a file name has at most 255 bytes, and a path 4,096")
         return value
 
 
@@ -65,7 +82,7 @@ class Adapter(Section):
 
     kind: AdapterKind = "lora"
     """Kind of adapter: `lora`, `rslora`, `dora` or `pissa`."""
-    r: Positive = 16
+    r: Annotated[int, Field(gt=0, le=4096)] = 16
     """Rank of the adapter matrices."""
     alpha: Positive = 32
     """Numerator of the scale: the adapter's output is multiplied by alpha / r (rslora: alpha / sqrt(r))."""
@@ -110,7 +127,7 @@ class Data(Section):
     """Number of training conversations to use, from the first; null: all."""
     eval_limit: Positive | None = None
     """Number of held-out conversations to use, from the first; null: all."""
-    max_bad_rows: Annotated[int, Field(ge=0)] | Annotated[float, Field(gt=0, lt=1)] = 0
+    max_bad_rows: Annotated[int, Field(ge=0, strict=True)] | Annotated[float, Field(ge=0, lt=1, strict=True)] = 0
     """Number of unusable rows to skip, or their share of all rows (0.01); the run is refused when there are more."""
     loss_on: Literal["assistant", "all"] = "assistant"
     """Tokens that carry loss: those of the assistant's messages and the EOS token after each, or all tokens."""
@@ -166,7 +183,7 @@ class Train(Section):
     fp16_accumulation: bool = False
     """Accumulate fp16 matrix products in fp16: up to twice as fast on GeForce cards, but sums can overflow and are rounded more
     coarsely."""
-    dataloader_num_workers: Annotated[int, Field(ge=0)] | None = None
+    dataloader_num_workers: Annotated[int, Field(ge=0, le=64)] | None = None
     """Number of processes that prepare batches; null: 2 on CUDA, 0 on a CPU."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 42
     """Seed of shuffling, dropout, the adapter's initial weights and the choice of held-out conversations."""

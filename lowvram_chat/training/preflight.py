@@ -52,12 +52,14 @@ def check_before_training(
 
 
 def try_longest_batch(trainer: ChatTrainer) -> int:
-    """Run the longest batch of a trainer's rows and return its row length."""
+    """Run the longest batch of a trainer's rows and return its row length.
+
+    On a CPU, which has memory to spare and takes long, the batch is the longest row alone.
+    """
     args = trainer.args
+    count = 1 if args.device.type == "cpu" else args.per_device_train_batch_size
     collate = cast("Collator", trainer.data_collator)
-    return run_longest_batch(
-        trainer.trained_model, trainer.train_dataset, collate, args.per_device_train_batch_size, trainer.precision
-    )
+    return run_longest_batch(trainer.trained_model, trainer.train_dataset, collate, count, trainer.precision)
 
 
 def run_longest_batch(

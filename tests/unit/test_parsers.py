@@ -93,12 +93,10 @@ def test_utf16_that_is_cut_off_names_the_place(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["rows.json", "rows.jsonl"])
-@pytest.mark.parametrize("text", [LINES, json.dumps(ROWS), json.dumps(ROWS, indent=1), "\n" + json.dumps(ROWS)])
+@pytest.mark.parametrize("text", [LINES, json.dumps(ROWS), json.dumps(ROWS, indent=1), "\n\n" + json.dumps(ROWS)])
 def test_rows_are_read_by_what_the_file_holds(name: str, text: str, tmp_path: Path) -> None:
     path = tmp_path / name
     path.write_text(text, encoding="utf-8")
-    if name == "rows.jsonl" and text.startswith("\n"):
-        return  # a list after an empty line is one bad row
     assert read(path) == ROWS
 
 
@@ -109,9 +107,28 @@ def test_an_object_around_the_list_of_rows_is_read(key: str, tmp_path: Path) -> 
     assert read(path) == ROWS
 
 
-def test_one_conversation_is_no_list_of_rows(tmp_path: Path) -> None:
+@pytest.mark.parametrize("indent", [None, 1])
+def test_one_row_by_itself_is_read(indent: int | None, tmp_path: Path) -> None:
+    path, row = tmp_path / "rows.json", {"conversations": [{"from": "human", "value": "Hi"}]}
+    path.write_text(json.dumps(row, indent=indent), encoding="utf-8")
+    assert read(path) == [row]
+
+
+@pytest.mark.parametrize(
+    "document",
+    [
+        {"train": [{"text": "a"}], "test": [{"text": "b"}]},
+        {"data": [{"text": "a"}], "prompt": "x", "completion": "y", "messages": [1]},
+        {"version": 1, "title": "none"},
+        {"columns": ["text"], "index": [0], "data": [["a"]]},
+    ],
+)
+def test_an_object_of_which_a_part_would_be_dropped_is_refused(document: dict[str, Any], tmp_path: Path) -> None:
     path = tmp_path / "rows.json"
-    path.write_text(json.dumps({"conversations": [{"from": "human", "value": "Hi"}]}), encoding="utf-8")
+    path.write_text(json.dumps(document), encoding="utf-8")
+    if "messages" in document:
+        assert read(path) == [document]  # a row, with a column that is not used
+        return
     with pytest.raises(DataError, match="holds an object, not a list of rows"):
         read(path)
 
@@ -129,7 +146,7 @@ def test_a_json_file_that_is_cut_off_names_the_place(tmp_path: Path) -> None:
         ('{"a": 1', "a comma is missing at column 8, where the file or line may be cut off"),
         ('{"a" 1}', "a colon is missing at column 6"),
         ("{'a': 1}", "a key in double quotation marks is missing"),
-        ('{"a": NaN}', "NaN is not a JSON number"),
+        ('{"a": ' + 5000 * "9" + "}", "a number has thousands of digits"),
         ('{"a": 1, "a": 2}', "the key 'a' occurs twice"),
         (5000 * "[" + 5000 * "]", "nested too deeply"),
     ],
@@ -192,6 +209,50 @@ def test_a_damaged_parquet_file_names_the_last_good_row(tmp_path: Path) -> None:
     path.write_bytes(bytes(data))
     with pytest.raises(DataError, match=r"rows\.parquet: the file is damaged after row \d+"):
         read(path)
+
+
+def test_a_number_keeps_the_text_that_it_has_in_the_file() -> None:
+    numbers = parse_json("[1.50, 1E3, 12345678901234567.25, 7]")
+    assert isinstance(numbers, list)
+    assert [str(number) for number in numbers] == ["1.50", "1E3", "12345678901234567.25", "7"]
+
+
+def test_a_line_separator_inside_a_text_ends_no_line(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text('[1]\n{"text": "a\u2028b"}\n', encoding="utf-8")
+    assert [row for row in read(path) if not isinstance(row, BadRow)] == [{"text": "a\u2028b"}]
+
+
+def test_two_parquet_columns_of_one_name_are_refused(tmp_path: Path) -> None:
+    table = pyarrow.Table.from_arrays([pyarrow.array(["a"]), pyarrow.array(["b"])], names=["text", "text"])
+    pyarrow.parquet.write_table(table, tmp_path / "rows.parquet")
+    with pytest.raises(DataError, match="two columns are named 'text'"):
+        read(tmp_path / "rows.parquet")
+
+
+def test_a_date_that_python_has_not_is_no_traceback(tmp_path: Path) -> None:
+    table = pyarrow.table({"text": ["a"], "when": pyarrow.array([10**15], pyarrow.timestamp("ms"))})
+    pyarrow.parquet.write_table(table, tmp_path / "rows.parquet")
+    with pytest.raises(DataError, match=r"rows\.parquet"):
+        read(tmp_path / "rows.parquet")
+
+
+def test_files_have_another_fingerprint_than_their_concatenation(tmp_path: Path) -> None:
+    (tmp_path / "parts").mkdir()
+    for name in ("a", "b"):
+        (tmp_path / "parts" / f"{name}.csv").write_text(f"text\n{name}\n", encoding="utf-8")
+    (tmp_path / "all.csv").write_text("text\na\ntext\nb\n", encoding="utf-8")
+    (tmp_path / "all.jsonl").write_text("text\na\ntext\nb\n", encoding="utf-8")
+    names = ("parts/*.csv", "all.csv", "all.jsonl")
+    sources = [open_source(str(tmp_path / name), split="train", subset=None) for name in names]
+    assert len({source.fingerprint for source in sources}) == 3
+
+
+def test_an_empty_file_among_others_is_told_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "a.jsonl").write_text(LINES, encoding="utf-8")
+    (tmp_path / "b.jsonl").write_text("", encoding="utf-8")
+    assert len(list(open_source(str(tmp_path / "*.jsonl"), split="train", subset=None).rows())) == 3
+    assert "b.jsonl: has no rows" in caplog.text
 
 
 def test_a_folder_is_refused_with_the_names_of_its_files(tmp_path: Path) -> None:

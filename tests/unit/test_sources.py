@@ -140,7 +140,7 @@ def test_another_ending_is_refused_with_the_known_ones(tmp_path: Path) -> None:
     [
         ("rows.json", b"{", "not JSON"),
         ("rows.json", b"\xff\xfe", "not JSON"),
-        ("rows.json", b'{"text": "a"}', "holds an object, not a list of rows"),
+        ("rows.json", b'{"word": "a"}', "holds an object, not a list of rows"),
         ("rows.parquet", b"text", "not a Parquet file"),
     ],
 )

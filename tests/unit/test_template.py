@@ -102,8 +102,21 @@ def test_own_is_refused_where_there_is_none(tokenizer: PreTrainedTokenizerBase) 
     ("body", "words"),
     [
         ("{{ m.role }}: {{ m.content }}\n", "no special token"),
-        ("{{ m.role }}: {% generation %}{{ m.content }}{% endgeneration %}\n", "no special token ends an answer"),
-        ("{% generation %}{% endgeneration %}", "does not mark the assistant's words"),
+        (
+            "{{ m.role }}: {% generation %}{{ m.content }}{% endgeneration %}\n",
+            "marks 2 answers, but the conversation has 1",
+        ),
+        (
+            "{{ m.role }}: {% if m.role == 'user' %}{{ m.content }}{% else %}{% generation %}{{ m.content }}{% endgeneration %}"
+            "{% endif %}\n",
+            "no special token ends an answer",
+        ),
+        ("{% generation %}{% endgeneration %}", "marks 0 answers, but the conversation has 1"),
+        ("{% generation %}{{ m.role + m.content + eos_token }}{% endgeneration %}", "marks 2 answers"),
+        (
+            "{% if loop.last %}{{ m.role }}{% endif %}{% generation %}{{ eos_token }}{% endgeneration %}",
+            "marks 0 answers",
+        ),
         ("{{ 1/0 }}", "the chat template fails: division by zero"),
         ("{{ ''.__class__.__mro__ }}", "the chat template refuses it"),
         ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "without end"),
