@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 TEMPLATE_FOLDER = Path(__file__).parent.parent / "assets" / "templates"
 SHIPPED_TEMPLATES = ("plain", "chatml")
+KNOWN_TEMPLATES = (*SHIPPED_TEMPLATES, "own")
 
 
 def read_template(name: str) -> str:
@@ -27,10 +28,9 @@ def read_template(name: str) -> str:
     """
     path = TEMPLATE_FOLDER / f"{name}.jinja" if name in SHIPPED_TEMPLATES else Path(name)
     if not path.is_file():
-        known = (*SHIPPED_TEMPLATES, "own")
         raise NotFoundError(
-            f"data.chat_template: '{name}' is neither {', '.join(known)} nor a file.{did_you_mean(name, known)} "
-            "Give one of those names or the path of a .jinja file."
+            f"data.chat_template: '{name}' is neither {', '.join(KNOWN_TEMPLATES)} nor a file."
+            f"{did_you_mean(name, KNOWN_TEMPLATES)} Give one of those names or the path of a .jinja file."
         )
     try:
         return path.read_text(encoding="utf-8").strip()

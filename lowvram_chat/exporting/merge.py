@@ -15,6 +15,7 @@ from lowvram_chat.files import delete_unfinished, discard, replace_folder
 from lowvram_chat.model.adapters import load_adapter, probe_logits
 from lowvram_chat.model.generation_settings import prepare_generation_config
 from lowvram_chat.model.pretrained import load_model, load_tokenizer
+from lowvram_chat.model.saved_form import complete_config, save_tokenizer
 from lowvram_chat.recipe.schema import Model
 from lowvram_chat.training.run_dir import RunDir, read_result
 
@@ -58,7 +59,8 @@ def _merge(adapter: Path, settings: Model, out: Path, dtype: str, card: str) -> 
         tokenizer = load_tokenizer(str(adapter))
         prepare_generation_config(merged, tokenizer, settings.name)
         merged.to(getattr(torch, dtype)).save_pretrained(partial)
-        tokenizer.save_pretrained(partial)
+        complete_config(partial)
+        save_tokenizer(tokenizer, partial)
         proof = Proof(
             adapter_to_merged=_largest_difference(expected, after_merge),
             adapter_to_reloaded=_largest_difference(expected, _saved_logits(partial, vocabulary)),

@@ -15,6 +15,7 @@ from transformers.pytorch_utils import Conv1D
 from lowvram_chat.errors import ModelError, did_you_mean
 from lowvram_chat.model.fingerprint import FINGERPRINT_FILE, Fingerprint, check_same_base
 from lowvram_chat.model.fused_lora import fuse_adapters
+from lowvram_chat.model.pretrained import resolve
 from lowvram_chat.recipe.adapters import ADAPTERS
 from lowvram_chat.recipe.schema import Adapter, Model
 
@@ -91,9 +92,11 @@ def _lora_config(model: PreTrainedModel, adapter: Adapter) -> LoraConfig:
 def save_adapter(model: PeftModel, folder: Path, base_name: str, base: Fingerprint) -> None:
     """Save an adapter with the name and the fingerprint of its base.
 
-    The name is that of the recipe, since a path of this machine is useless elsewhere.
+    A folder or a built-in model is named by its absolute path, so that PEFT finds it from every directory of this machine.
     """
-    model.peft_config["default"].base_model_name_or_path = base_name
+    path = Path(resolve(base_name))
+    name = str(path.absolute()) if path.is_dir() else base_name
+    model.peft_config["default"].base_model_name_or_path = name
     model.save_pretrained(str(folder), save_embedding_layers=False)
     (folder / FINGERPRINT_FILE).write_text(base.to_json(), encoding="utf-8")
 

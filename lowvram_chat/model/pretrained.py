@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAn
 from lowvram_chat.errors import ModelError, NotFoundError, did_you_mean
 from lowvram_chat.model.loading_errors import errors_explained, with_supported_attention
 from lowvram_chat.model.loading_report import LoadingReport, check_finite, check_loading_report
+from lowvram_chat.model.saved_form import read_marked_template
 from lowvram_chat.model.substitutions import fuse_gelu, set_dropout
 from lowvram_chat.recipe.schema import Model
 
@@ -83,6 +84,7 @@ def load_tokenizer(name: str, revision: str | None = None) -> PreTrainedTokenize
         )
     tokenizer.backend_tokenizer.no_truncation()  # a tokenizer.json may say to cut every text
     tokenizer.backend_tokenizer.no_padding()
+    tokenizer.chat_template = read_marked_template(Path(path)) or tokenizer.chat_template
     return tokenizer
 
 

@@ -15,13 +15,18 @@ from lowvram_chat.model.compilation import compile_blocks
 from lowvram_chat.model.fingerprint import Fingerprint, fingerprint
 from lowvram_chat.model.isolation import check_causal, isolate_documents
 from lowvram_chat.model.loss import attach_loss
-from lowvram_chat.model.pretrained import check_gradient_checkpointing, load_model
+from lowvram_chat.model.pretrained import check_gradient_checkpointing, load_config, load_model
+from lowvram_chat.model.saved_form import complete_config, save_tokenizer
 from lowvram_chat.recipe.schema import Recipe
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 TrainedModel = PreTrainedModel | PeftModel
+
+
+CHANGED_BY_TRAINER = ("use_cache", "router_aux_loss_coef")
+"""Settings of a model's config that the Trainer or SFTTrainer sets for training."""
 
 
 @dataclass(frozen=True)
@@ -72,8 +77,18 @@ def save_model(built: BuiltModel, tokenizer: PreTrainedTokenizerBase, folder: Pa
     if isinstance(built.model, PeftModel):
         save_adapter_of(built, folder, recipe)
     else:
+        restore_config(built.model, recipe)
         built.model.save_pretrained(str(folder))
-    tokenizer.save_pretrained(folder)
+        complete_config(folder)
+    save_tokenizer(tokenizer, folder)
+
+
+def restore_config(model: PreTrainedModel, recipe: Recipe) -> None:
+    """Put back the settings that the Trainer changes in a model's config."""
+    original = load_config(recipe.model.name, recipe.model.revision)
+    for name in CHANGED_BY_TRAINER:
+        if hasattr(original, name):
+            setattr(model.config, name, getattr(original, name))
 
 
 def save_adapter_of(built: BuiltModel, folder: Path, recipe: Recipe) -> None:

@@ -10,6 +10,7 @@ from peft import PeftModel
 from torch import nn
 
 from lowvram_chat.errors import ModelError, UsageError
+from lowvram_chat.model.saved_form import save_tokenizer
 from lowvram_chat.recipe.optimizers import OPTIMIZERS
 from lowvram_chat.training.model_setup import BuiltModel, save_adapter_of, save_without_weights
 from lowvram_chat.units import format_mib
@@ -39,7 +40,7 @@ def rehearse_saving(built: BuiltModel, tokenizer: PreTrainedTokenizerBase, run: 
             save_adapter_of(built, folder, recipe)
         else:
             save_without_weights(built.model, folder)
-        tokenizer.save_pretrained(folder)
+        save_tokenizer(tokenizer, folder)
     except OSError as error:
         raise UsageError(
             f"{run}: cannot be written ({error.strerror or error}). Set output.dir to a folder that can be written, or free "

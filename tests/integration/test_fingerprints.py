@@ -23,6 +23,10 @@ from tests.runs import Bench, curve
 from tests.samples import conversations, save_tiny_gpt2, write_jsonl
 
 LORA = {"kind": "lora", "r": 4}
+TEMPLATE = (
+    "{%- for m in messages -%}{{ m.role }}: {% if m.role == 'assistant' %}"
+    "{% generation %}{{ m.content + eos_token }}{% endgeneration %}{% else %}{{ m.content }}{% endif %}\n{%- endfor -%}"
+)
 
 
 def base_and_adapter(tiny: Path, folder: Path) -> Path:
@@ -124,8 +128,7 @@ def other_base(bench: Bench) -> None:
 
 
 def other_template(bench: Bench) -> None:
-    text = "{%- for m in messages -%}{{ m.role }}> {% generation %}{{ m.content + eos_token }}{% endgeneration %}\n{%- endfor -%}"
-    (bench.folder / "mine.jinja").write_text(text, encoding="utf-8")
+    (bench.folder / "mine.jinja").write_text(TEMPLATE.replace(": ", "> "), encoding="utf-8")
 
 
 def other_tokenizer(bench: Bench) -> None:
@@ -151,8 +154,7 @@ def test_a_run_is_not_resumed_over_something_else(
     shutil.copytree(tiny, model)
     rows = write_jsonl(tmp_path / "train.jsonl", conversations(48, seed=1))
     bench = Bench(tmp_path, model, rows, write_jsonl(tmp_path / "held_out.jsonl", conversations(4, seed=2)))
-    text = "{%- for m in messages -%}{{ m.role }}: {% generation %}{{ m.content + eos_token }}{% endgeneration %}\n{%- endfor -%}"
-    (tmp_path / "mine.jinja").write_text(text, encoding="utf-8")
+    (tmp_path / "mine.jinja").write_text(TEMPLATE, encoding="utf-8")
     settings = {"train__save_steps": 2, "data__chat_template": str(tmp_path / "mine.jinja"), "adapter": adapter}
     run = bench.run("r", train__max_steps=3, **settings)
     (run / "result.json").unlink()
