@@ -12,7 +12,7 @@ READY := $(VENV)/ready
 # STORE=--store keeps the results of validate and bench.
 STORE ?=
 
-.PHONY: bench quickstart test test-lowest check validate tables golden private-names venv smollm2 schema clean
+.PHONY: bench quickstart test test-lowest check validate tables golden private-names architectures venv smollm2 schema clean
 
 quickstart: $(READY)
 	$(BIN)/python -m lowvram_chat.sft recipes/quickstart.yaml --overwrite
@@ -55,9 +55,15 @@ check: $(READY)
 	$(BIN)/python tools/make_schema.py --check
 	$(BIN)/python tools/make_tables.py --check
 	$(BIN)/python tools/list_private_names.py --check
+	$(BIN)/python tools/make_architectures.py --check
 
 schema: $(READY)
 	$(BIN)/python tools/make_schema.py
+
+# Every model family, and their table in docs/models.md.
+architectures: $(READY)
+	$(BIN)/python -m pytest tests/integration/test_architectures.py -m "architectures or not architectures" -n 2
+	$(BIN)/python tools/make_architectures.py
 
 # The table of private names in docs/developing.md.
 private-names: $(READY)

@@ -45,6 +45,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if "network" in item.keywords and "network" not in asked:
             item.add_marker(pytest.mark.skip(reason="reaches the Hugging Face hub: run pytest -m network"))
+        if "architectures" in item.keywords and "architectures" not in asked:
+            item.add_marker(pytest.mark.skip(reason="one of many model families: make architectures"))
         if "browser" in item.keywords and not _has_browser():
             item.add_marker(pytest.mark.skip(reason="needs Chromium: apt-get install chromium"))
         if "gpu" in item.keywords and not _has_gpu():

@@ -34,15 +34,24 @@ def base_model_of(model: ChatModel) -> PreTrainedModel:
     return base
 
 
+QUANTISED_LAYERS = ("Linear4bit", "Linear8bitLt")
+"""Class names of bitsandbytes' linear layers."""
+
+
+def is_linear(layer: nn.Module) -> bool:
+    """Return whether a layer is a plain linear layer; subclasses, such as routers of experts, may return other things."""
+    return type(layer) in (Conv1D, nn.Linear) or (
+        isinstance(layer, nn.Linear) and type(layer).__name__ in QUANTISED_LAYERS
+    )
+
+
 def linear_layers(model: PreTrainedModel) -> list[str]:
     """Return the last part of each linear layer's name, in order and once each: c_attn, c_proj, c_fc for GPT-2.
 
     The output head is left out: GPT-2 ties it to the input embedding, and an adapter on it would merge wrongly.
     """
     head = model.get_output_embeddings()
-    names = [
-        name for name, layer in model.named_modules() if isinstance(layer, Conv1D | nn.Linear) and layer is not head
-    ]
+    names = [name for name, layer in model.named_modules() if is_linear(layer) and layer is not head]
     return list(dict.fromkeys(name.rpartition(".")[2] for name in names))
 
 

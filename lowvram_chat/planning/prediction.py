@@ -9,12 +9,15 @@ through a simulated allocator (`planning.replay`). The largest reserved peak cou
 
 from __future__ import annotations
 
+import contextlib
+import logging
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 
+from lowvram_chat.errors import LowVramError, ModelError
 from lowvram_chat.gpus import CONTEXT_MIB, GPUS
 from lowvram_chat.planning.plan import LIMIT_SETTING, Plan, TensorGroup
 from lowvram_chat.planning.replay import Replay, live_storages_at, replay
@@ -53,12 +56,38 @@ def make_plan(recipe: Recipe) -> Plan:
     Raises:
         NotFoundError, ModelError: the model or its adapter cannot be loaded.
     """
-    return _cached_plan(_cache_key(recipe))
+    with _tracing_explained(recipe):
+        return _cached_plan(_cache_key(recipe))
+
+
+@contextlib.contextmanager
+def _tracing_explained(recipe: Recipe) -> Iterator[None]:
+    """Turn what fails inside the trace of a model into an error with the reason: some operations have no fake kernel.
+
+    Raises:
+        ModelError: the model cannot be traced.
+    """
+    torch_log = logging.getLogger("torch._subclasses.fake_tensor")  # it logs the stack of an operation that fails
+    level = torch_log.level
+    torch_log.setLevel(logging.CRITICAL)
+    try:
+        yield
+    except LowVramError:
+        raise
+    except (RuntimeError, AssertionError, ValueError, TypeError, NotImplementedError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ModelError(
+            f"{recipe.model.name}: the planner cannot trace this model ({reason}), so its memory is not known beforehand. sft "
+            "--force trains it without a plan."
+        ) from error
+    finally:
+        torch_log.setLevel(level)
 
 
 def longest_rows_run(recipe: Recipe) -> list[Event]:
     """Return the events of a run in which every row has the maximum length. Raises as `make_plan`."""
-    return next(composed_runs(_cached_trace(_cache_key(recipe))))
+    with _tracing_explained(recipe):
+        return next(composed_runs(_cached_trace(_cache_key(recipe))))
 
 
 def card_limits(recipe: Recipe) -> dict[str, int]:

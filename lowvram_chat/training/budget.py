@@ -7,7 +7,7 @@ import sys
 
 import torch
 
-from lowvram_chat.errors import DoesNotFit
+from lowvram_chat.errors import DoesNotFit, ModelError
 from lowvram_chat.gpus import CONTEXT_MIB, GPUS
 from lowvram_chat.planning.changes import apply_change, as_overrides
 from lowvram_chat.planning.plan import Plan
@@ -32,12 +32,20 @@ def plan_within_budget(recipe: Recipe, device: torch.device, *, force: bool) -> 
 
     Raises:
         DoesNotFit: the run is predicted not to fit; the message lists changes that make it fit. `force` starts it anyway.
+        ModelError: the model cannot be planned. `force` starts the run without a plan.
     """
     if device.type != "cuda" and not recipe.memory.model_fields_set and recipe.train.micro_batch == "given":
         return recipe, None
     recipe = with_planned_micro_batch(recipe, device)
     limited = _with_limit(recipe, device)
-    plan = PLANNER.plan(limited)
+    try:
+        plan = PLANNER.plan(limited)
+    except ModelError as error:
+        if not force:
+            raise
+        log.warning("not planned: %s", error)
+        cap_process_memory(recipe, device)
+        return recipe, None
     log.info("predicted: %s", plan.verdict.replace("\n", "\n           "))
     if not plan.fits and not force:
         raise DoesNotFit(_refusal(limited, plan))
