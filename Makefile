@@ -1,6 +1,7 @@
 # make quickstart   train, merge and hear the built-in model: no network beyond the package registry, no GPU
 # make test         run the tests
 # make test-lowest  run a selection of the tests with the lowest versions of constraints-lowest.txt
+# make test-older   read saved models with transformers 4.57
 # make check        lint, types, generated files
 # Everything runs in .venv, which the first target makes from constraints.txt. PYTHON names the interpreter (3.11 to 3.13).
 
@@ -12,7 +13,7 @@ READY := $(VENV)/ready
 # STORE=--store keeps the results of validate and bench.
 STORE ?=
 
-.PHONY: bench quickstart test test-lowest check validate tables golden private-names architectures venv smollm2 schema clean
+.PHONY: bench quickstart test test-lowest test-older check validate tables golden private-names architectures venv smollm2 schema clean
 
 quickstart: $(READY)
 	$(BIN)/python -m lowvram_chat.sft recipes/quickstart.yaml --overwrite
@@ -46,6 +47,15 @@ $(VENV)-lowest/ready: constraints-lowest.txt constraints.txt pyproject.toml
 	$(PYTHON) -m venv $(VENV)-lowest
 	awk -F== 'NR == FNR {lowest[$$1]; print; next} !($$1 in lowest)' constraints-lowest.txt constraints.txt > $(VENV)-lowest/constraints.txt
 	$(VENV)-lowest/bin/python -m pip install -q --disable-pip-version-check -c $(VENV)-lowest/constraints.txt -e . pytest pytest-xdist hypothesis
+	@touch $@
+
+# What is saved, read by the oldest transformers that it is promised to.
+test-older: $(READY) $(VENV)-older/ready
+	$(BIN)/python -m pytest tests/integration/test_older_transformers.py --older $(VENV)-older/bin/python
+
+$(VENV)-older/ready: constraints.txt
+	$(PYTHON) -m venv $(VENV)-older
+	$(VENV)-older/bin/python -m pip install -q --disable-pip-version-check torch==2.13.0 transformers==4.57.6 jinja2
 	@touch $@
 
 check: $(READY)
@@ -92,4 +102,4 @@ tables: $(READY)
 	$(BIN)/python tools/make_tables.py
 
 clean:
-	rm -rf $(VENV) $(VENV)-lowest $(VENV)-validate runs
+	rm -rf $(VENV) $(VENV)-lowest $(VENV)-older $(VENV)-validate runs

@@ -47,13 +47,39 @@ SILENCED_WARNINGS = (
 """All other warnings reach the user."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class SilencedMessage:
+    """A message that transformers logs in ordinary runs and that does not concern the user."""
+
+    beginning: str
+    reason: str
+    """Why the message does not concern the user."""
+
+
+SILENCED_MESSAGES = (
+    SilencedMessage(
+        beginning="We strongly recommend passing in an `attention_mask`",
+        reason="rows are padded on the right and the model is causal, so no token attends to the padding",
+    ),
+    SilencedMessage(
+        beginning="mtime may not be reliable on this filesystem",
+        reason="checkpoints are numbered, and their numbers are then used instead of their times",
+    ),
+)
+"""All other messages of transformers, from warnings on, reach the user."""
+
+
+def _is_shown(record: logging.LogRecord) -> bool:
+    return not record.getMessage().startswith(tuple(message.beginning for message in SILENCED_MESSAGES))
+
+
 def silence_libraries() -> None:
-    """Set the libraries to log errors only, and silence `SILENCED_WARNINGS`.
+    """Silence `SILENCED_WARNINGS`, and the messages of libraries that say nothing to a user.
 
     Call this before the libraries are imported: they read their variables at import.
     """
     for name, value in {
-        "TRANSFORMERS_VERBOSITY": "error",
+        "TRANSFORMERS_VERBOSITY": "warning",
         "DATASETS_VERBOSITY": "error",
         "HF_HUB_DISABLE_PROGRESS_BARS": "1" if not sys.stderr.isatty() else "0",
         "HF_HUB_DISABLE_TELEMETRY": "1",
@@ -79,8 +105,10 @@ def quiet_libraries() -> None:
 
 
 def quiet_transformers() -> None:
-    """Turn off the progress bars and warnings of transformers. This imports transformers, and so torch."""
+    """Turn off the progress bars and `SILENCED_MESSAGES` of transformers. This imports transformers, and so torch."""
     import transformers
 
-    transformers.utils.logging.set_verbosity_error()
+    for handler in logging.getLogger("transformers").handlers:
+        if _is_shown not in handler.filters:
+            handler.addFilter(_is_shown)
     transformers.utils.logging.disable_progress_bar()

@@ -34,6 +34,11 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add the Python of an environment with an older transformers."""
+    parser.addoption("--older", metavar="PYTHON", help="a Python with transformers 4.57 (make test-older)")
+
+
 def pytest_unconfigure() -> None:
     """Remove the caches of this session."""
     shutil.rmtree(CACHES, ignore_errors=True)
@@ -47,6 +52,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.skip(reason="reaches the Hugging Face hub: run pytest -m network"))
         if "architectures" in item.keywords and "architectures" not in asked:
             item.add_marker(pytest.mark.skip(reason="one of many model families: make architectures"))
+        if "older" in item.keywords and not config.getoption("--older"):
+            item.add_marker(pytest.mark.skip(reason="needs transformers 4.57: make test-older"))
         if "browser" in item.keywords and not _has_browser():
             item.add_marker(pytest.mark.skip(reason="needs Chromium: apt-get install chromium"))
         if "gpu" in item.keywords and not _has_gpu():

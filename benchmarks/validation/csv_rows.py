@@ -27,6 +27,9 @@ MAX_SHOWN_CHARACTERS = 60
 CONTROL_CHARACTER = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
 
 
+MAX_FIELD_CHARACTERS = 131_072
+
+
 def read_rows(path: Path, required_columns: Iterable[str]) -> list[MeasuredRow]:
     """Return the rows of a CSV file; it may have more columns than the required ones.
 
@@ -37,6 +40,7 @@ def read_rows(path: Path, required_columns: Iterable[str]) -> list[MeasuredRow]:
     if not path.is_file():
         raise NotFoundError(f"{path}: there is no such file. Name a CSV file like those in benchmarks/data.")
     rows: list[MeasuredRow] = []
+    csv.field_size_limit(MAX_FIELD_CHARACTERS)  # it is one for the whole process, and reading data raises it
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
             reader = csv.DictReader(file, strict=True)

@@ -39,7 +39,8 @@ class Section(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _refuse_what_no_setting_can_be(cls, value: object, info: ValidationInfo) -> object:
-        if isinstance(value, bool) and bool not in _types_of(cls.model_fields[str(info.field_name)].annotation):
+        types = _types_of(cls.model_fields[str(info.field_name)].annotation)
+        if isinstance(value, bool) and types.isdisjoint({bool, *Section.__subclasses__()}):
             raise ValueError(f"expected another value than {str(value).lower()}")
         for text in value if isinstance(value, list | tuple) else [value]:
             if isinstance(text, str) and (bad := UNPRINTABLE.search(text)):

@@ -134,3 +134,51 @@ def test_overrides_arrive_as_they_were_meant(
     assert (recipe.train.learning_rate, recipe.data.max_length, recipe.train.seed) == (learning_rate, max_length, seed)
     assert (recipe.optimizer.name, recipe.output.dir, recipe.data.limit) == (name, folder, limit)
     assert reloaded(recipe, place) == recipe
+
+
+YAML_PROBLEMS: dict[str, tuple[str, str]] = {
+    "a number in base 60": ("train: {seed: 190:20:30}", "train.seed: '190:20:30'"),
+    "a date with a month 13": ("train: {seed: 2024-13-45}", "train.seed: '2024-13-45'"),
+    "hexadecimal without digits": ("train: {seed: 0x_}", "train.seed: '0x_'"),
+    "a tag on a word": ("train:\n  seed: !!int abc", ":2:9: not valid YAML"),
+    "a python tag": ("train:\n  seed: !!python/name:os.system x", "could not determine a constructor"),
+    "a null character": ("model:\n  name: a\x00b", "not valid YAML"),
+    "an escape sequence": ('model: {name: "\\e[31mred"}', "model.name: '\\x1b[31mred' holds the character"),
+    "half a surrogate pair": ('output: {dir: "\\ud800"}', "output.dir: '\\ud800' holds the character"),
+    "an empty key": ("? \n: 3", "a key must be a word"),
+    "a deep list": ("model: " + 3000 * "[" + 3000 * "]", "nested too deeply"),
+    "a list that contains itself": ("data: {source: &a [*a]}", "counting aliases"),
+    "aliases of aliases": (
+        "a0: &a0 [x,x,x,x,x,x,x,x,x]\n"
+        + "".join(f"a{n}: &a{n} [{','.join(9 * [f'*a{n - 1}'])}]\n" for n in range(1, 9)),
+        "counting aliases",
+    ),
+    "a long file": ("train: {" + ", ".join(f"k{n}: 1" for n in range(60_000)) + "}", "far more than a recipe needs"),
+    "many unknown settings": ("train: {" + ", ".join(f"k{n}: 1" for n in range(99)) + "}", "and 79 more"),
+    "a section that is a list": ("model: [a, b]", "expected a section"),
+    "a section that is true": ("memory: true", "memory: True: expected a section"),
+    "a list that is a text": ("adapter: {target_modules: c_attn}", "adapter.target_modules: 'c_attn': expected a list"),
+    "a number instead of sections": ("42", "a recipe must be a mapping of sections, and this is a number"),
+    "a seed that numpy does not take": ("train: {seed: 4294967296}", "train.seed: 4294967296"),
+    "true instead of a number": ("train: {max_steps: true}", "expected another value than true"),
+    "a whole share": ("data: {max_bad_rows: 1.0}", "data.max_bad_rows"),
+    "a name that no file has": (f"output: {{dir: {300 * 'x'}}}", "a file name has at most 255 bytes"),
+    "an endless run": (f"train: {{max_steps: {30 * '9'}}}", "train.max_steps"),
+}
+
+
+@pytest.mark.parametrize("name", YAML_PROBLEMS)
+def test_a_recipe_that_yaml_would_guess_or_choke_on_is_refused_in_one_message(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from lowvram_chat import sft
+
+    text, words = YAML_PROBLEMS[name]
+    path = tmp_path / "r.yaml"
+    path.write_text(text, encoding="utf-8")
+    assert sft.main(["--print-recipe", str(path)]) == 2
+    message = capsys.readouterr().err
+    assert words in message
+    assert message.startswith(str(path))
+    assert len(message) < 20_000
+    assert "\x1b" not in message
