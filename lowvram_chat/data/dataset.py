@@ -7,8 +7,8 @@ import logging
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from lowvram_chat.data.facts import Facts
 from lowvram_chat.data.packing import pack_rows
-from lowvram_chat.data.reader import Facts
 from lowvram_chat.data.rows import split_by_conversation
 from lowvram_chat.data.sources import Source, check_splits, open_source
 from lowvram_chat.data.tokenize import tokenize

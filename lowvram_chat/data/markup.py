@@ -6,6 +6,7 @@ that spell a turn are counted. What a user types in a chat gets a space inside, 
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -53,7 +54,7 @@ class Markup:
             ValueError: special tokens are nested beyond reason, or the tokenizer would make one of what is left.
         """
         for _ in range(MAX_NESTED):
-            if not any(token in text for token in self.special_tokens):
+            if not self._has_special_token(text):
                 break
             for token in self.special_tokens:
                 text = text.replace(token, "")
@@ -61,6 +62,15 @@ class Markup:
             raise ValueError("special tokens are nested in each other")
         self.check_normalized(text)
         return text
+
+    @functools.cached_property
+    def _first_characters(self) -> frozenset[str]:
+        return frozenset(token[0] for token in self.special_tokens)
+
+    def _has_special_token(self, text: str) -> bool:
+        """Return whether a text contains a special token; most texts have none of their first characters."""
+        may_have = any(character in text for character in self._first_characters)
+        return may_have and any(token in text for token in self.special_tokens)
 
     def check_normalized(self, text: str) -> None:
         """Refuse a text that is a special token only once the tokenizer has normalised it.

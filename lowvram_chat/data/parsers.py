@@ -2,35 +2,22 @@
 
 from __future__ import annotations
 
-import csv
 import json
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import cast
 
 from lowvram_chat.data.conversation import is_message
-from lowvram_chat.data.text_files import NOT_UTF8, READ_ERRORS, damaged, lines, open_text, read_text, text_suffix
+from lowvram_chat.data.csv_file import csv_rows
+from lowvram_chat.data.raw_rows import NOT_UTF8_ROW, BadRow, PlacedRows, RawRow
+from lowvram_chat.data.text_files import NOT_UTF8, lines, read_text, text_suffix
 from lowvram_chat.errors import DataError
 from lowvram_chat.recipe.formats import FORMATS
 from lowvram_chat.wording import json_problem, kind_of
 
-
-@dataclass(frozen=True)
-class BadRow:
-    """A row that could not be parsed."""
-
-    reason: str
-
-
-RawRow = Mapping[str, object] | BadRow
-PlacedRows = Iterator[tuple[str, RawRow]]
-"""Pairs of a place, such as `chats.jsonl:3`, and the row that was read there."""
-
 ROW_LISTS = ("data", "conversations", "rows", "train", "examples", "instances", "items")
 """Keys of a JSON object under which files keep their list of rows."""
 
-NOT_UTF8_ROW = BadRow("not UTF-8 text. Save the file as UTF-8")
 TOO_LONG = BadRow("longer than 64 million characters")
 
 
@@ -174,65 +161,6 @@ def _is_row(document: Mapping[str, object]) -> bool:
     return any(all(document.get(column) is not None for column in columns) for columns in formats)
 
 
-def _csv(path: Path) -> PlacedRows:
-    csv.field_size_limit(2**31 - 1)  # for long conversations; a larger limit overflows C's long on Windows
-    line = 0
-    try:
-        with open_text(path) as file:
-            reader = csv.reader(file, strict=True)
-            header = _header(path, reader)
-            while True:
-                line = reader.line_num
-                try:
-                    cells = next(reader)
-                except StopIteration:
-                    return
-                except csv.Error as error:
-                    yield f"{path}:{reader.line_num}", BadRow(_csv_problem(error, line + 1, reader.line_num))
-                    continue
-                if cells:
-                    yield f"{path}:{reader.line_num}", _row_of_cells(header, cells)
-    except READ_ERRORS as error:
-        raise damaged(path, f"after line {line}", error) from None
-
-
-def _header(path: Path, reader: Iterator[list[str]]) -> list[str]:
-    """Return the column names of a CSV file.
-
-    Raises:
-        DataError: a name occurs twice, or the header cannot be read.
-    """
-    try:
-        header = next((cells for cells in reader if cells), [])
-    except csv.Error as error:
-        raise DataError(f"{path}: the header is not CSV ({error}). Correct the first line.") from None
-    twice = next((name for name in header if header.count(name) > 1), None)
-    if twice is not None:
-        raise DataError(f"{path}: two columns are named '{twice}'. Rename one of them.")
-    if len(header) == 1 and any(separator in header[0] for separator in ";\t"):
-        raise DataError(
-            f"{path}: the header has no commas ({header[0]!r}). Save the file as CSV with commas between the columns."
-        )
-    return header
-
-
-def _row_of_cells(header: list[str], cells: list[str]) -> RawRow:
-    if any(NOT_UTF8.search(cell) for cell in cells):
-        return NOT_UTF8_ROW
-    if len(cells) != len(header):
-        return BadRow(
-            f"{len(cells)} cells, but the header has {len(header)} columns. Put text with commas or line ends into quotation "
-            "marks"
-        )
-    return dict(zip(header, cells, strict=True))
-
-
-def _csv_problem(error: csv.Error, first: int, last: int) -> str:
-    if "end of data" in str(error):
-        return f"a quotation mark that opens in line {first} is never closed, so lines {first} to {last} cannot be read"
-    return f"not CSV (lines {first} to {last}: {error}). Write a quotation mark inside a quoted cell twice"
-
-
 def _parquet(path: Path) -> PlacedRows:
     import pyarrow
     import pyarrow.parquet
@@ -256,7 +184,7 @@ def _parquet(path: Path) -> PlacedRows:
 FILE_PARSERS: Mapping[str, Callable[[Path], PlacedRows]] = {
     ".jsonl": _jsonl,
     ".json": _json,
-    ".csv": _csv,
+    ".csv": csv_rows,
     ".parquet": _parquet,
 }
 

@@ -10,7 +10,9 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from lowvram_chat.data.dataset import held_out_source
-from lowvram_chat.data.reader import Facts, ReadConversation, Reader, ReadRow
+from lowvram_chat.data.facts import Facts
+from lowvram_chat.data.reader import ReadConversation, Reader
+from lowvram_chat.data.row_reader import ReadRow
 from lowvram_chat.data.rows import IGNORED_LABEL, TokenRow, chosen_conversations
 from lowvram_chat.data.sources import Source, open_source
 from lowvram_chat.recipe.schema import Data

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lowvram_chat.data.parsers import FILE_PARSERS, BadRow, PlacedRows, RawRow, check_suffix, parse_file
+from lowvram_chat.data.parsers import FILE_PARSERS, check_suffix, parse_file
+from lowvram_chat.data.raw_rows import BadRow, PlacedRows, RawRow
 from lowvram_chat.data.text_files import text_suffix
 from lowvram_chat.errors import DataError, NotFoundError, did_you_mean
 from lowvram_chat.hub import explain

@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING
 
 from filelock import FileLock
 
+from lowvram_chat.data.facts import Facts
 from lowvram_chat.data.markup import markup_of
-from lowvram_chat.data.reader import Facts, ReadConversation, Reader, ReaderState
+from lowvram_chat.data.reader import ReadConversation, Reader, ReaderState
 from lowvram_chat.data.sources import Source
 from lowvram_chat.data.stream import RowStream, crc32
 from lowvram_chat.errors import DataError

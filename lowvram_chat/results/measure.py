@@ -16,8 +16,8 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from lowvram_chat.data.dataset import PreparedRows
+from lowvram_chat.data.facts import Facts
 from lowvram_chat.data.packing import pack_rows
-from lowvram_chat.data.reader import Facts
 from lowvram_chat.errors import NotFoundError
 from lowvram_chat.model.configs import config_for
 from lowvram_chat.model.device import check_device

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from lowvram_chat.data.dataset import held_out_source, load_held_out, load_rows
-from lowvram_chat.data.reader import format_of_part
+from lowvram_chat.data.row_reader import format_of_part
 from lowvram_chat.data.rows import Collator
 from lowvram_chat.data.sources import BadRow
 from lowvram_chat.data.template import set_template

@@ -13,7 +13,8 @@ import pyarrow.parquet
 import pytest
 
 from lowvram_chat.data import text_files
-from lowvram_chat.data.parsers import BadRow, parse_file, parse_json
+from lowvram_chat.data.parsers import parse_file, parse_json
+from lowvram_chat.data.raw_rows import BadRow
 from lowvram_chat.data.sources import open_source
 from lowvram_chat.errors import DataError
 
