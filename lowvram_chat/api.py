@@ -233,14 +233,14 @@ def evaluate(
     format: str | None = None,
     limit: int | None = None,
     max_length: int | None = None,
-    max_bad_rows: int = 0,
+    max_bad_rows: float = 0,
     batch_size: int = 8,
 ) -> dict[str, Score]:
     """Return the held-out loss of a run or model under "assistant" and "all"; data without roles has "all" only.
 
     `data` names files, globs or a hub dataset (default: what the run held out), `split` a hub dataset's split, `format` the
     row format (default: detected), `limit` the conversations to use, `max_length` the tokens per row, `max_bad_rows` the
-    unusable rows to skip, and `batch_size` the rows per batch.
+    unusable rows to skip or their share, and `batch_size` the rows per batch.
 
     Raises:
         UsageError: there is nothing to score on, or a setting is wrong.

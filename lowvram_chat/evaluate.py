@@ -25,11 +25,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments.add_argument("--format", help="row format (default: detected)")
     arguments.add_argument("--limit", type=int, help="use only the first N conversations", metavar="N")
     arguments.add_argument("--max-length", type=int, help="maximum tokens per row (default: the run's, else 1024)")
-    arguments.add_argument("--max-bad-rows", type=int, default=0, help="unusable rows to skip at most (default: 0)")
+    arguments.add_argument(
+        "--max-bad-rows",
+        type=_count_or_share,
+        default=0,
+        help="unusable rows to skip at most, or their share (default: 0)",
+    )
     arguments.add_argument("--batch-size", type=int, default=8, help="rows per batch (default: 8)")
     arguments.add_argument("--json", action="store_true", help="print the scores as JSON on the last line")
     args = arguments.parse_args(argv)
     return guarded(lambda: _evaluate(args))
+
+
+def _count_or_share(text: str) -> int | float:
+    """Return a whole number, or a share such as 0.01."""
+    return float(text) if "." in text else int(text)
 
 
 def _evaluate(args: argparse.Namespace) -> int:

@@ -53,7 +53,7 @@ def _row_of_line(line: str) -> RawRow:
     if NOT_UTF8.search(line):
         return NOT_UTF8_ROW
     try:
-        row = parse_json(line)
+        row = parse_json(line.lstrip("\ufeff"))  # files that were joined have marks inside
     except ValueError as error:
         return BadRow(str(error))
     return cast("RawRow", row) if isinstance(row, dict) else BadRow("not a JSON object")

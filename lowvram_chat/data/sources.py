@@ -82,6 +82,8 @@ def open_source(source: str | list[str], *, split: str, subset: str | None, samp
     """
     names = [source] if isinstance(source, str) else source
     sources = [_open_name(name, split, subset, sample) for name in names]
+    if (split != "train" or subset) and not any(map(is_remote, names)):
+        log.info("%s: files have no splits and subsets, so all of it is read", ", ".join(names))
     if not sources:
         raise DataError("data.source or data.eval_source: the list is empty. Name at least one file or dataset.")
     if len(sources) == 1:

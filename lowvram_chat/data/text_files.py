@@ -30,6 +30,9 @@ ALWAYS_UNPACKED = 1 << 28
 NOT_UTF8 = re.compile(r"[\udc80-\udcff]")
 """A byte that is not UTF-8, in the form that Python's surrogateescape handler gives it."""
 
+MAGIC = {b"\x1f\x8b": ".gz", b"\x28\xb5\x2f\xfd": ".zst"}
+"""First bytes of compressed files -> their suffix."""
+UTF32_MARKS = (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)
 UTF16_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
 
@@ -42,13 +45,31 @@ def text_suffix(path: Path) -> str:
 
 
 def open_text(path: Path) -> IO[str]:
-    """Return an open text file. Line ends are kept as they are; bytes that are not UTF-8 become `NOT_UTF8` characters."""
+    """Return an open text file. Line ends are kept as they are; bytes that are not UTF-8 become `NOT_UTF8` characters.
+
+    Raises:
+        DataError: the file is compressed without a suffix that says so, or is in another encoding.
+    """
     data = _open_bytes(path)
     start = data.read(4)
     data.seek(0)
+    _check_start(path, start)
     encoding = "utf-16" if start.startswith(UTF16_MARKS) else "utf-8-sig"
     errors = "strict" if encoding == "utf-16" else "surrogateescape"
     return io.TextIOWrapper(cast("IO[bytes]", data), encoding=encoding, errors=errors, newline="")
+
+
+def _check_start(path: Path, start: bytes) -> None:
+    """Refuse a file whose first bytes say that it is no UTF-8 or UTF-16 text.
+
+    Raises:
+        DataError: with how to name or save the file.
+    """
+    suffix = next((suffix for magic, suffix in MAGIC.items() if start.startswith(magic)), None)
+    if suffix is not None:
+        raise DataError(f"{path}: is a compressed file. Rename it to end in {suffix}.")
+    if start.startswith(UTF32_MARKS) or (b"\0" in start and not start.startswith(UTF16_MARKS)):
+        raise DataError(f"{path}: is neither UTF-8 text, nor UTF-16 with a byte-order mark. Save it as UTF-8.")
 
 
 def read_text(path: Path) -> str:

@@ -11,7 +11,7 @@ from lowvram_chat.errors import UsageError
 from lowvram_chat.recipe.schema import Data
 from lowvram_chat.recipe.yaml_file import describe_problems, load_recipe
 
-Settings = Mapping[str, str | int]
+Settings = Mapping[str, str | int | float]
 """Fields of `recipe.schema.Data` and their values."""
 
 

@@ -53,24 +53,29 @@ def check_gradients(trainer: ChatTrainer) -> None:
     Raises:
         SubstitutionError: they differ by more than the tolerance.
     """
-    groups = {name: group for name, group in compared_parameters(trainer.trained_model).items() if group}
-    documents = first_documents(trainer)
     with _without_dropout(trainer):
-        expected = _plain_gradients(trainer, documents, groups)
-        actual = _trainer_gradients(trainer, documents, groups)
-    if trainer.precision == "fp16" and not _are_finite(actual):
-        log.info(
-            "the gradients overflow at the scaler's first scale, which training lowers by itself; they were not compared"
-        )
-        return
+        differences = _differences(trainer)
     tolerance = FP32_TOLERANCE if _in_float32(trainer) else HALF_TOLERANCE
-    for name in groups:
-        difference = _relative_difference(actual[name], expected[name])
+    for name, difference in differences.items():
         if not difference <= tolerance:  # NaN, too
             raise SubstitutionError(
                 f"the gradient of {name} in a training step differs from that of plain autograd by {difference:.1e} of its size "
                 f"(tested on this model); at most {tolerance:g} is allowed. Set model.fused_loss=false and adapter.fused=false."
             )
+
+
+def _differences(trainer: ChatTrainer) -> dict[str, float]:
+    """Return the relative difference of the gradients of each group; empty where they cannot be compared."""
+    groups = {name: group for name, group in compared_parameters(trainer.trained_model).items() if group}
+    documents = first_documents(trainer)
+    expected = _plain_gradients(trainer, documents, groups)
+    actual = _trainer_gradients(trainer, documents, groups)
+    if trainer.precision == "fp16" and not _are_finite(actual):
+        log.info(
+            "the gradients overflow at the scaler's first scale, which training lowers by itself; they were not compared"
+        )
+        return {}
+    return {name: _relative_difference(actual[name], expected[name]) for name in groups}
 
 
 def compared_parameters(model: nn.Module) -> dict[str, Parameters]:

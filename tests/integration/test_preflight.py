@@ -17,6 +17,7 @@ from lowvram_chat.errors import ModelError, SubstitutionError, UsageError
 from lowvram_chat.model import fused_lora, loss
 from lowvram_chat.model.logits import LogitTransform
 from lowvram_chat.training import gradient_check, preflight
+from lowvram_chat.training.session import Session
 from lowvram_chat.training.trainer import ChatTrainer
 from tests.runs import Bench, result
 
@@ -64,6 +65,25 @@ def test_a_gradient_of_another_size_is_refused_and_nothing_is_left(
     assert sft.main([str(bench.file("r"))]) == 2
     assert "the gradient of the head in a training step differs" in capsys.readouterr().err
     assert not (bench.folder / "r").exists()
+
+
+@pytest.mark.parametrize("scale", [1.0, 1024.0])
+def test_the_gradient_scaler_is_taken_out_of_the_comparison(
+    scale: float, bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build = Session._trainer
+
+    def with_scaler(self: Session, *args: Any) -> ChatTrainer:
+        trainer = build(self, *args)
+        trainer.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+        return trainer
+
+    monkeypatch.setattr(Session, "_trainer", with_scaler)
+    monkeypatch.setattr(ChatTrainer, "train", lambda *_, **__: None)
+    api.train(bench.recipe("r"))
+    monkeypatch.setattr(torch.amp.GradScaler, "get_scale", lambda self: 2 * scale)
+    with pytest.raises(SubstitutionError, match="the gradient of the head"):
+        api.train(bench.recipe("wrong"))
 
 
 def test_a_wrong_fused_loss_is_replaced_by_the_models_own_and_the_run_says_so(

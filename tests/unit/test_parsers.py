@@ -86,6 +86,29 @@ def test_text_with_a_byte_order_mark_is_read(name: str, encoding: str, tmp_path:
     assert read(path) == ROWS
 
 
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        (gzip.compress(LINES.encode()), "is a compressed file. Rename it to end in .gz"),
+        (zstandard(LINES.encode()), "is a compressed file. Rename it to end in .zst"),
+        (LINES.encode("utf-32"), "is neither UTF-8 text, nor UTF-16"),
+        (LINES.encode("utf-16-le"), "is neither UTF-8 text, nor UTF-16"),
+    ],
+    ids=["gzip", "zstandard", "utf-32", "utf-16 without a mark"],
+)
+def test_a_file_in_another_encoding_says_so(data: bytes, words: str, tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(data)
+    with pytest.raises(DataError, match=words):
+        read(path)
+
+
+def test_a_byte_order_mark_inside_a_file_is_no_part_of_a_row(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(2 * LINES.encode("utf-8-sig"))
+    assert read(path) == 2 * ROWS
+
+
 def test_utf16_that_is_cut_off_names_the_place(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_bytes(LINES.encode("utf-16")[:-1])
