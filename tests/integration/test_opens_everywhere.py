@@ -14,8 +14,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from lowvram_chat import api
 from lowvram_chat.exporting.model_card import model_card
+from lowvram_chat.model.generation import encode_messages, stop_token_ids
 from lowvram_chat.model.saved import open_model
 from tests.runs import Bench
+from tests.samples import save_tiny_gpt2, write_jsonl
 
 LORA = {"kind": "lora", "r": 4}
 CHAT = [{"role": "user", "content": "Hi"}]
@@ -115,3 +117,32 @@ def test_a_card_has_the_metadata_that_the_hub_knows(bench: Bench) -> None:
         "tags": ["lowvram_chat", "sft", "lora"],
     }
     assert metadata(model_card(recipe, {}, merged=True))["base_model_relation"] == "finetune"
+
+
+def test_a_chatml_model_whose_eos_is_another_stops_where_it_learned_to(
+    bench: Bench, tiny: Path, tmp_path: Path
+) -> None:
+    base = save_tiny_gpt2(tmp_path / "base", unused=2)
+    tokenizer = AutoTokenizer.from_pretrained(tiny)
+    tokenizer.add_tokens(["<|im_start|>", "<|im_end|>"], special_tokens=True)
+    tokenizer.save_pretrained(base)
+    rows = write_jsonl(
+        tmp_path / "rows.jsonl", [{"messages": [*CHAT, {"role": "assistant", "content": "Hello."}]}] * 32
+    )
+    run = bench.run(
+        "r",
+        model__name=str(base),
+        data={"source": str(rows), "chat_template": "chatml", "max_length": 64},
+        train__max_steps=60,
+    )
+    session = api.open_chat(run, temperature=0, max_new_tokens=40)
+    assert session.ask("Hi") == "Hello."
+    end = session.opened.tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert end in stop_token_ids(session.opened.model, session.opened.tokenizer)
+    folder = run / "model"
+    plain: Any = AutoModelForCausalLM.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert plain.generation_config.eos_token_id == [end, tokenizer.eos_token_id]
+    prompt = torch.tensor([encode_messages(session.opened.tokenizer, CHAT)])
+    answer = plain.generate(prompt, max_new_tokens=40, do_sample=False)[0, prompt.shape[1] :]
+    assert tokenizer.decode(answer) == "Hello.<|im_end|>"
