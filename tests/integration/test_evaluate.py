@@ -21,6 +21,7 @@ from tests.samples import write_jsonl
 def by_hand(model_folder: Path, file: Path, *, max_length: int) -> dict[str, tuple[float, int]]:
     """Return (mean loss, tokens) on the assistant's words and on all, one conversation at a time, by transformers alone."""
     tokenizer = AutoTokenizer.from_pretrained(model_folder)
+    tokenizer.chat_template = (model_folder / "chat_template_training.jinja").read_text(encoding="utf-8")  # with marks
     model = AutoModelForCausalLM.from_pretrained(model_folder).eval()
     sums = {"assistant": [0.0, 0], "all": [0.0, 0]}
     for line in file.read_text(encoding="utf-8").splitlines():
