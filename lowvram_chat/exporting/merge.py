@@ -15,6 +15,7 @@ from lowvram_chat.files import delete_unfinished, discard, replace_folder
 from lowvram_chat.model.adapters import load_adapter, probe_logits
 from lowvram_chat.model.generation_settings import prepare_generation_config
 from lowvram_chat.model.pretrained import load_model, load_tokenizer
+from lowvram_chat.model.saved import base_of_adapter
 from lowvram_chat.model.saved_form import complete_config, save_tokenizer
 from lowvram_chat.recipe.schema import Model
 from lowvram_chat.training.run_dir import RunDir, read_result
@@ -37,8 +38,8 @@ def merge_run(run: RunDir, out: Path, *, base: str | None = None, dtype: str = "
         UsageError: `out` cannot be replaced; an earlier merge is kept.
     """
     recipe = run.recipe()
-    revision = None if base else recipe.model.revision
-    model = Model(name=base or recipe.model.name, revision=revision, attention=recipe.model.attention, fused_gelu=False)
+    settings = Model(name=base, attention=recipe.model.attention) if base else base_of_adapter(run.adapter)
+    model = settings.model_copy(update={"fused_gelu": False})
     card = model_card(recipe, read_result(run), merged=True)
     return Merged(out, _merge(run.adapter, model, out, dtype, card))
 

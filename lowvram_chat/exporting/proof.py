@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 MAX_LOGIT_DIFFERENCE = 1e-3
@@ -23,4 +24,5 @@ class Proof:
         `exact`: the saved and reloaded model must be, too, since it was saved in float32.
         """
         same = self.adapter_to_merged <= MAX_LOGIT_DIFFERENCE  # False for NaN
-        return same and (self.adapter_to_reloaded <= MAX_LOGIT_DIFFERENCE or not exact)
+        reloaded = self.adapter_to_reloaded <= MAX_LOGIT_DIFFERENCE or not exact
+        return same and reloaded and math.isfinite(self.adapter_to_reloaded)

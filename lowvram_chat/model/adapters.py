@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
+import re
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.utils import load_peft_weights
+from safetensors import SafetensorError
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -15,11 +20,12 @@ from transformers.pytorch_utils import Conv1D
 from lowvram_chat.errors import ModelError, did_you_mean
 from lowvram_chat.model.fingerprint import FINGERPRINT_FILE, Fingerprint, check_same_base
 from lowvram_chat.model.fused_lora import fuse_adapters
-from lowvram_chat.model.pretrained import resolve
 from lowvram_chat.recipe.adapters import ADAPTERS
 from lowvram_chat.recipe.schema import Adapter, Model
 
 log = logging.getLogger(__name__)
+
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
 ChatModel = PreTrainedModel | PeftModel
 """A base model, with or without an adapter."""
@@ -34,15 +40,13 @@ def base_model_of(model: ChatModel) -> PreTrainedModel:
     return base
 
 
-QUANTISED_LAYERS = ("Linear4bit", "Linear8bitLt")
-"""Class names of bitsandbytes' linear layers."""
+ROUTERS = re.compile("Router|TopK|Gate")
+"""Class names of linear layers that choose experts, and return more than a product."""
 
 
 def is_linear(layer: nn.Module) -> bool:
-    """Return whether a layer is a plain linear layer; subclasses, such as routers of experts, may return other things."""
-    return type(layer) in (Conv1D, nn.Linear) or (
-        isinstance(layer, nn.Linear) and type(layer).__name__ in QUANTISED_LAYERS
-    )
+    """Return whether a layer is a linear layer whose output is a product, as PEFT takes it."""
+    return isinstance(layer, Conv1D | nn.Linear) and ROUTERS.search(type(layer).__name__) is None
 
 
 def linear_layers(model: PreTrainedModel) -> list[str]:
@@ -101,13 +105,12 @@ def _lora_config(model: PreTrainedModel, adapter: Adapter) -> LoraConfig:
 def save_adapter(model: PeftModel, folder: Path, base_name: str, base: Fingerprint) -> None:
     """Save an adapter with the name and the fingerprint of its base.
 
-    A folder or a built-in model is named by its absolute path, so that PEFT finds it from every directory of this machine.
+    `base_name` is a hub id or an absolute path, so that PEFT finds it from every directory of this machine.
     """
-    path = Path(resolve(base_name))
-    name = str(path.absolute()) if path.is_dir() else base_name
-    model.peft_config["default"].base_model_name_or_path = name
+    model.peft_config["default"].base_model_name_or_path = base_name
     model.save_pretrained(str(folder), save_embedding_layers=False)
-    (folder / FINGERPRINT_FILE).write_text(base.to_json(), encoding="utf-8")
+    adapter = _adapter_settings(folder)
+    (folder / FINGERPRINT_FILE).write_text(replace(base, adapter=adapter).to_json(), encoding="utf-8")
 
 
 def load_adapter(base: PreTrainedModel, folder: Path, settings: Model) -> PeftModel:
@@ -116,10 +119,16 @@ def load_adapter(base: PreTrainedModel, folder: Path, settings: Model) -> PeftMo
     Raises:
         ModelError: the adapter was trained on another base model, or tensors of it are missing.
     """
+    if not (folder / ADAPTER_WEIGHTS).is_file():
+        raise ModelError(f"{folder}: has no {ADAPTER_WEIGHTS}. Copy the adapter folder again, or train it again.")
     _check_fingerprint(base, folder, settings)
     try:
         adapted = PeftModel.from_pretrained(base, str(folder))
-    except (RuntimeError, ValueError, KeyError) as error:
+    except SafetensorError as error:
+        raise ModelError(
+            f"{folder}: the adapter's weights are damaged ({error}). Copy the adapter folder again."
+        ) from None
+    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ModelError(
             f"{folder}: this adapter does not fit the base model ({reason}). Give the base model that it was trained on."
@@ -142,7 +151,28 @@ def _check_fingerprint(base: PreTrainedModel, folder: Path, settings: Model) -> 
         saved = Fingerprint.from_json(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ModelError(f"{file}: is damaged ({error}). Copy the adapter folder again.") from None
+    if saved.adapter is not None and saved.adapter != _adapter_settings(folder):
+        raise ModelError(
+            f"{folder}: adapter_config.json has changed since the adapter was saved, so it would be another one. Restore it."
+        )
     check_same_base(saved, base, settings, folder)
+
+
+def _adapter_settings(folder: Path) -> str:
+    """Return a digest of an adapter's configuration, but for where its base is.
+
+    Raises:
+        ModelError: it is damaged.
+    """
+    try:
+        config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+        kept = {name: value for name, value in config.items() if name not in ("base_model_name_or_path", "revision")}
+    except (OSError, ValueError, AttributeError) as error:
+        raise ModelError(
+            f"{folder}: adapter_config.json is damaged ({type(error).__name__}). Copy the adapter folder again."
+        ) from None
+    kept["target_modules"] = sorted(kept.get("target_modules") or [])
+    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:32]
 
 
 def check_adapter_tensors(model: PeftModel, folder: Path) -> None:
@@ -151,7 +181,14 @@ def check_adapter_tensors(model: PeftModel, folder: Path) -> None:
     Raises:
         ModelError: with how many are missing and unknown.
     """
-    wanted, found = set(get_peft_model_state_dict(model)), set(load_peft_weights(str(folder), device="cpu"))
+    try:
+        weights = load_peft_weights(str(folder), device="cpu")
+    except (SafetensorError, OSError, ValueError) as error:
+        raise ModelError(f"{folder}: the adapter's weights are missing or damaged ({error}).") from None
+    for name, weight in weights.items():
+        if not bool(weight.isfinite().all()):
+            raise ModelError(f"{folder}: the adapter's tensor {name} holds values that are not finite. Train it again.")
+    wanted, found = set(get_peft_model_state_dict(model)), set(weights)
     if wanted != found:
         raise ModelError(
             f"{folder}: {len(wanted - found)} of the adapter's {len(wanted)} tensors are missing from its file, and "

@@ -7,15 +7,19 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 from transformers.utils import cached_file
 
 from lowvram_chat.errors import ModelError
+from lowvram_chat.model.loading_report import persistent_buffers
 from lowvram_chat.model.pretrained import resolve
+from lowvram_chat.model.substitutions import DROPOUT_SETTINGS
 from lowvram_chat.recipe.schema import Model
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 FINGERPRINT_FILE = "base_fingerprint.json"
 """File beside an adapter with the fingerprint of its base model."""
@@ -62,14 +66,20 @@ class Fingerprint:
     """What tells a base model from all others."""
 
     weights: Mapping[str, WeightSample]
-    """Name -> sample of each weight that is not quantised."""
+    """Name -> sample of each weight that is not quantised, and of each buffer that is saved."""
+    config: Mapping[str, object]
+    """Settings of config.json that change what the model computes."""
+    adapter: str | None = None
+    """Digest of the configuration of the adapter that the fingerprint is saved with."""
     files: str | None = None
     """Digest of the weight files, where weights are quantised; None: all weights are in `weights`."""
 
     def to_json(self) -> str:
         """Return the fingerprint as JSON."""
         weights = {name: [sample.shape, sample.dtype, sample.values] for name, sample in self.weights.items()}
-        return json.dumps({"files": self.files, "weights": weights}) + "\n"
+        return (
+            json.dumps({"files": self.files, "adapter": self.adapter, "config": self.config, "weights": weights}) + "\n"
+        )
 
     @classmethod
     def from_json(cls, text: str) -> Fingerprint:
@@ -84,8 +94,8 @@ class Fingerprint:
                 name: WeightSample(tuple(shape), dtype, tuple(values))
                 for name, (shape, dtype, values) in document["weights"].items()
             }
-            return cls(weights, document["files"])
-        except (KeyError, TypeError, AttributeError) as error:
+            return cls(weights, dict(document["config"]), document["adapter"], document["files"])
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise ValueError(f"not a fingerprint ({type(error).__name__})") from None
 
     def digest(self) -> str:
@@ -93,17 +103,55 @@ class Fingerprint:
         return hashlib.sha256(self.to_json().encode()).hexdigest()[:32]
 
 
-def fingerprint(model: nn.Module, settings: Model) -> Fingerprint:
+def fingerprint(model: PreTrainedModel, settings: Model) -> Fingerprint:
     """Return the fingerprint of a base model without an adapter; `settings` say where it comes from."""
-    weights = {name: weight for name, weight in model.named_parameters() if weight.is_floating_point()}
+    named = (*model.named_parameters(), *persistent_buffers(model))
+    weights = {name: weight for name, weight in named if weight.is_floating_point()}
     is_quantised = any(not weight.is_floating_point() for weight in model.parameters())
     return Fingerprint(
         {name: WeightSample.of(weight) for name, weight in weights.items()},
-        digest_of_files(settings) if is_quantised else None,
+        _settings_of(model.config),
+        files=digest_of_files(settings) if is_quantised else None,
     )
 
 
-def check_same_base(saved: Fingerprint, model: nn.Module, settings: Model, adapter: Path) -> None:
+NOT_COMPUTED = {
+    *DROPOUT_SETTINGS,
+    *(
+        "architectures",
+        "bos_token_id",
+        "eos_token_id",
+        "pad_token_id",
+        "dtype",
+        "model_type",
+        "name_or_path",
+        "torch_dtype",
+    ),
+    *(
+        "transformers_version",
+        "use_cache",
+        "output_attentions",
+        "output_hidden_states",
+        "return_dict",
+        "router_aux_loss_coef",
+    ),
+    *("output_router_logits", "problem_type", "is_encoder_decoder", "chunk_size_feed_forward", "pretraining_tp"),
+    # keys of transformers 4 beside those of 5
+    *("rope_theta", "rotary_emb_base", "rotary_pct", "partial_rotary_factor", "rope_local_base_freq"),
+}
+"""Settings that change no result without dropout, or that are written twice."""
+
+
+def _settings_of(config: PreTrainedConfig) -> dict[str, object]:
+    """Return the simple settings of a configuration that change what a model computes."""
+    return {
+        name: value
+        for name, value in config.to_dict().items()
+        if isinstance(value, str | int | float) and name not in NOT_COMPUTED and not name.startswith("_")
+    }
+
+
+def check_same_base(saved: Fingerprint, model: PreTrainedModel, settings: Model, adapter: Path) -> None:
     """Refuse a base model that is not the one of a saved fingerprint.
 
     Raises:
@@ -130,6 +178,9 @@ def _differences(saved: Fingerprint, found: Fingerprint) -> Iterator[str]:
             yield f"{name} has the shape {list(other.shape)} instead of {list(sample.shape)}"
         elif not sample.is_same(other):
             yield f"{name} has other values"
+    for name in sorted(saved.config.keys() & found.config.keys()):
+        if saved.config[name] != found.config[name]:
+            yield f"{name} is {found.config[name]} instead of {saved.config[name]} in config.json"
     if saved.files is None:
         yield from (f"{name} was not in the other one" for name in found.weights if name not in saved.weights)
 

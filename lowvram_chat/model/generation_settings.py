@@ -38,6 +38,10 @@ def prepare_generation_config(model: PreTrainedModel, tokenizer: PreTrainedToken
         log.info(
             "%s: its generation config does not use %s, so a trained model is saved without", name, ", ".join(unset)
         )
+    own = config.eos_token_id
+    ids = [] if own is None else own if isinstance(own, list) else [own]
+    if not all(isinstance(token, int) and 0 <= token < model.config.get_text_config().vocab_size for token in ids):
+        raise ModelError(f"{name}: eos_token_id in generation_config.json is {own!r}, which are no tokens. Correct it.")
     config.eos_token_id = stop_tokens(tokenizer, config.eos_token_id)
     try:
         config.validate(strict=True)

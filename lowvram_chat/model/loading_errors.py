@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TypeVar
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 
 from lowvram_chat.errors import LowVramError, ModelError, NotFoundError
@@ -18,6 +19,11 @@ from lowvram_chat.hub import explain
 log = logging.getLogger(__name__)
 
 Built = TypeVar("Built")
+
+LOADING_ERRORS = (
+    *(RuntimeError, SafetensorError, ValueError, KeyError, ImportError),
+    *(TypeError, AttributeError, AssertionError, StrictDataclassError),  # settings of a wrong type
+)
 
 LOADING = threading.RLock()
 """Held while a model loads: transformers patches torch meanwhile, and two threads that load at once break each other."""
@@ -56,7 +62,7 @@ def errors_explained(name: str, path: str, loader: str, *, attention: str = "") 
         raise
     except OSError as error:
         raise _file_error(error, name, path) from None
-    except (RuntimeError, SafetensorError, ValueError, KeyError, ImportError) as error:
+    except LOADING_ERRORS as error:
         raise _load_error(error, name, loader, attention) from None
 
 

@@ -12,6 +12,7 @@ from lowvram_chat.errors import ModelError
 
 if TYPE_CHECKING:
     from torch import nn
+    from transformers import PreTrainedModel
 
 BUFFERS = re.compile(r"(attn\.(masked_)?bias|attention\.(masked_)?bias|rotary_emb\.inv_freq|position_ids)$")
 """Tensors of older files that hold constants, which models now compute."""
@@ -54,8 +55,37 @@ def check_finite(model: nn.Module, name: str) -> None:
     Raises:
         ModelError: with the name of the weight.
     """
-    for weight, parameter in model.named_parameters():
+    for weight, parameter in (*model.named_parameters(), *persistent_buffers(model)):
         # A sum is finite only if every term is; a finite tensor whose sum overflows is looked at in full.
         is_finite = not parameter.is_floating_point() or parameter.is_meta or bool(parameter.sum().isfinite())
         if not is_finite and not bool(parameter.isfinite().all()):
             raise ModelError(f"{name}: the weight {weight} holds values that are not finite. Download the model again.")
+
+
+def persistent_buffers(model: nn.Module) -> list[tuple[str, torch.Tensor]]:
+    """Return the name and the tensor of each buffer that is saved with the weights."""
+    saved = model.state_dict().keys()
+    return [(name, buffer) for name, buffer in model.named_buffers() if name in saved]
+
+
+def check_tied_head(model: PreTrainedModel, name: str) -> None:
+    """Refuse a model whose file holds another head than the embeddings, though its configuration ties them.
+
+    transformers 5 keeps the two apart; transformers 4 and other programs drop the head of the file.
+
+    Raises:
+        ModelError: the head is not the embeddings.
+    """
+    head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
+    is_tied = getattr(model.config.get_text_config(), "tie_word_embeddings", False)
+    if not is_tied or head is None or head.weight is embeddings.weight or head.weight.shape != embeddings.weight.shape:
+        return
+    if not _is_equal(head.weight, embeddings.weight):
+        raise ModelError(
+            f"{name}: config.json ties the head to the embeddings, but the weights have a head of their own. Set "
+            "tie_word_embeddings to false in config.json."
+        )
+
+
+def _is_equal(one: object, other: object) -> bool:
+    return isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor) and torch.equal(one, other)

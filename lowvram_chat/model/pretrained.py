@@ -12,8 +12,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAn
 
 from lowvram_chat.errors import ModelError, NotFoundError, did_you_mean
 from lowvram_chat.model.loading_errors import errors_explained, with_supported_attention
-from lowvram_chat.model.loading_report import LoadingReport, check_finite, check_loading_report
-from lowvram_chat.model.saved_form import read_marked_template
+from lowvram_chat.model.loading_report import LoadingReport, check_finite, check_loading_report, check_tied_head
+from lowvram_chat.model.saved_form import with_marks
 from lowvram_chat.model.substitutions import fuse_gelu, set_dropout
 from lowvram_chat.recipe.schema import Model
 
@@ -25,6 +25,10 @@ log = logging.getLogger(__name__)
 
 BUILTIN_MODELS = {"builtin:tiny-gpt2": Path(__file__).parent.parent / "assets" / "tiny-gpt2"}
 """Name -> folder of the models that come with the package."""
+
+
+VOCABULARY_FILES = ("tokenizer.json", "vocab.json", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
+"""Files of which a tokenizer's folder has at least one."""
 
 
 def resolve(name: str, marker: str = "config.json") -> str:
@@ -52,6 +56,16 @@ def resolve(name: str, marker: str = "config.json") -> str:
     return name
 
 
+def absolute_name(name: str) -> str:
+    """Return a hub id, or the absolute path of a folder or a built-in model.
+
+    Raises:
+        NotFoundError: as `resolve`.
+    """
+    path = Path(resolve(name))
+    return str(path.absolute()) if path.is_dir() else name
+
+
 def load_config(name: str, revision: str | None = None) -> PreTrainedConfig:
     """Return a model's configuration, without its weights.
 
@@ -60,6 +74,8 @@ def load_config(name: str, revision: str | None = None) -> PreTrainedConfig:
         ModelError: transformers does not know this kind of model.
     """
     path = resolve(name)
+    if revision is not None and Path(path).is_dir():
+        raise ModelError(f"model.revision: {revision}, but {name} is a folder, which has no revisions. Leave it out.")
     with errors_explained(name, path, "AutoConfig"):
         config: PreTrainedConfig = AutoConfig.from_pretrained(
             path, revision=revision or "main", trust_remote_code=False
@@ -75,6 +91,10 @@ def load_tokenizer(name: str, revision: str | None = None) -> PreTrainedTokenize
         ModelError: the tokenizer cannot be loaded, or it is not a fast one.
     """
     path = resolve(name, "tokenizer_config.json")
+    if Path(path).is_dir() and not any((Path(path) / file).is_file() for file in VOCABULARY_FILES):
+        raise ModelError(  # transformers would make a tokenizer without words
+            f"{name}: this folder has no vocabulary ({', '.join(VOCABULARY_FILES)}). Copy the tokenizer's files again."
+        )
     with errors_explained(name, path, "AutoTokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(path, revision=revision or "main", trust_remote_code=False)
     if not tokenizer.is_fast:
@@ -84,7 +104,7 @@ def load_tokenizer(name: str, revision: str | None = None) -> PreTrainedTokenize
         )
     tokenizer.backend_tokenizer.no_truncation()  # a tokenizer.json may say to cut every text
     tokenizer.backend_tokenizer.no_padding()
-    tokenizer.chat_template = read_marked_template(Path(path)) or tokenizer.chat_template
+    tokenizer.chat_template = with_marks(Path(path), tokenizer.chat_template)
     return tokenizer
 
 
@@ -99,6 +119,11 @@ def load_model(settings: Model, *, device: torch.device | None = None) -> PreTra
             as `load_config`.
     """
     config = load_config(settings.name, settings.revision)
+    if getattr(config, "quantization_config", None) is not None:
+        raise ModelError(
+            f"{settings.name}: these weights are quantised already. Name the base in full precision, and set model.load_in=4bit "
+            "for QLoRA."
+        )
     if settings.dropout is not None:
         set_dropout(config, settings.dropout)
     four_bit = _four_bit_settings(settings, device) if settings.load_in == "4bit" else {}
@@ -123,6 +148,7 @@ def load_model(settings: Model, *, device: torch.device | None = None) -> PreTra
 
     model = with_supported_attention(load, settings.attention, settings.name)
     check_finite(model, settings.name)
+    check_tied_head(model, settings.name)
     if four_bit:
         _keep_trainable_layout(model)
     if settings.fused_gelu:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lowvram_chat.errors import NotFoundError
+from lowvram_chat.errors import ModelError, NotFoundError
 from lowvram_chat.model.adapters import ChatModel, load_adapter
 from lowvram_chat.model.device import move_to_device
 from lowvram_chat.model.pretrained import check_vocabulary, load_model, load_tokenizer, positions_of
@@ -53,7 +53,7 @@ def open_model(name: str) -> OpenedModel:
     source = name if folder is None else str(folder)
     model: ChatModel
     if folder is not None and (folder / ADAPTER_FILE).is_file():
-        base = _base_settings(folder).model_copy(update={"dtype": dtype})
+        base = base_of_adapter(folder).model_copy(update={"dtype": dtype})
         has_tokenizer = (folder / "tokenizer_config.json").is_file()
         tokenizer = load_tokenizer(source) if has_tokenizer else load_tokenizer(base.name, base.revision)
         model = load_adapter(load_model(base), folder, base)
@@ -86,11 +86,25 @@ def _locate(name: str) -> tuple[Path | None, Recipe | None]:
     return folder, recipe
 
 
-def _base_settings(adapter: Path) -> Model:
-    """Return the base model of an adapter, from the recipe of its run or else from the adapter's own configuration."""
+def base_of_adapter(adapter: Path) -> Model:
+    """Return the base model of an adapter: as its run names it, or else as the adapter's own configuration does.
+
+    A run may name a folder relative to the directory that it was started in; the adapter has its absolute path.
+
+    Raises:
+        ModelError: the adapter's configuration is damaged.
+    """
+    try:
+        config = json.loads((adapter / ADAPTER_FILE).read_text(encoding="utf-8"))
+        saved = Model(name=config["base_model_name_or_path"], revision=config.get("revision"))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ModelError(
+            f"{adapter}: {ADAPTER_FILE} is damaged ({type(error).__name__}). Copy the adapter folder again."
+        ) from None
     recipe_file = adapter.parent / "recipe.yaml"
-    if recipe_file.is_file():
-        model = load_recipe(recipe_file).model
-        return Model(name=model.name, revision=model.revision, attention=model.attention)
-    config = json.loads((adapter / ADAPTER_FILE).read_text(encoding="utf-8"))
-    return Model(name=config["base_model_name_or_path"], revision=config.get("revision"))
+    if not recipe_file.is_file():
+        return saved
+    model = load_recipe(recipe_file).model
+    is_there = model.name.startswith("builtin:") or Path(model.name).is_dir()
+    name = model.name if is_there or not Path(saved.name).is_dir() else saved.name
+    return Model(name=name, revision=model.revision, attention=model.attention)

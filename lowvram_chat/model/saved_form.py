@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -20,6 +21,8 @@ from lowvram_chat.files import write_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+log = logging.getLogger(__name__)
 
 MARKED_TEMPLATE_FILE = "chat_template_training.jinja"
 """File with the chat template that marks the assistant's words; other programs do not read it."""
@@ -66,10 +69,19 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     )
 
 
-def read_marked_template(folder: Path) -> str | None:
-    """Return the chat template with marks of a saved model; None if it has none."""
+def with_marks(folder: Path, template: object) -> object:
+    """Return the chat template with marks of a saved model, if it is the model's `template` but for its marks.
+
+    Someone may have changed the template since; then the marked one is out of date, and the log says so.
+    """
     file = folder / MARKED_TEMPLATE_FILE
-    return file.read_text(encoding="utf-8") if file.is_file() else None
+    if not file.is_file():
+        return template
+    marked = file.read_text(encoding="utf-8")
+    if without_marks(marked).strip() == str(template).strip():
+        return marked
+    log.warning("%s: is not the template beside it, so it is not used. Delete it, or write it anew.", file)
+    return template
 
 
 def complete_config(folder: Path) -> None:

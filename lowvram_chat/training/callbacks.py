@@ -60,7 +60,10 @@ class MetricsCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
-        """Start the clock and the display."""
+        """Start the clock and the display; a resumed run takes its intervals from the recipe, not from the checkpoint."""
+        for name in ("logging_steps", "eval_steps", "save_steps"):
+            if getattr(args, name) is not None:
+                setattr(state, name, getattr(args, name))
         self.started = self.logged_at = time.monotonic()
         self.display.start(state.global_step, state.max_steps)
 

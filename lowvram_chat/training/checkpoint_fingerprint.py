@@ -23,7 +23,7 @@ FILE = "lowvram_chat_fingerprint.json"
 """File in each checkpoint."""
 
 WHAT_CHANGED = {
-    "base": "the weights of the base model",
+    "base": "the weights or the configuration of the base model",
     "tokenizer": "the tokenizer",
     "template": "the chat template",
     "rows": "the training rows",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,8 +16,9 @@ from lowvram_chat.model.compilation import compile_blocks
 from lowvram_chat.model.fingerprint import Fingerprint, fingerprint
 from lowvram_chat.model.isolation import check_causal, isolate_documents
 from lowvram_chat.model.loss import attach_loss
-from lowvram_chat.model.pretrained import check_gradient_checkpointing, load_config, load_model
+from lowvram_chat.model.pretrained import absolute_name, check_gradient_checkpointing, load_config, load_model
 from lowvram_chat.model.saved_form import complete_config, save_tokenizer
+from lowvram_chat.model.substitutions import DROPOUT_SETTINGS
 from lowvram_chat.recipe.schema import Recipe
 
 if TYPE_CHECKING:
@@ -25,8 +27,8 @@ if TYPE_CHECKING:
 TrainedModel = PreTrainedModel | PeftModel
 
 
-CHANGED_BY_TRAINER = ("use_cache", "router_aux_loss_coef")
-"""Settings of a model's config that the Trainer or SFTTrainer sets for training."""
+CHANGED_FOR_TRAINING = ("use_cache", "router_aux_loss_coef", *DROPOUT_SETTINGS)
+"""Settings of a model's config that the Trainer, SFTTrainer or `model.dropout` set for training."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,10 @@ class BuiltModel:
 
     model: TrainedModel
     base: Fingerprint
+    base_name: str
+    """Hub id, or the absolute path of the base's folder, which may be gone at the end of the run."""
+    original_config: Mapping[str, object]
+    """Settings of the base's config that training changes."""
 
 
 def build_model(recipe: Recipe, device: torch.device, *, on_cpu: bool = False) -> BuiltModel:
@@ -51,7 +57,13 @@ def build_model(recipe: Recipe, device: torch.device, *, on_cpu: bool = False) -
     if recipe.train.gradient_checkpointing:
         check_gradient_checkpointing(model)
     attach_loss(model, fused=settings.fused_loss, pad_vocabulary=settings.pad_vocabulary, on_cpu=on_cpu)
-    return BuiltModel(model if recipe.adapter is None else add_adapter(model, recipe.adapter, on_cpu=on_cpu), base)
+    original = load_config(settings.name, settings.revision)
+    return BuiltModel(
+        model if recipe.adapter is None else add_adapter(model, recipe.adapter, on_cpu=on_cpu),
+        base,
+        absolute_name(settings.name),
+        {name: getattr(original, name) for name in CHANGED_FOR_TRAINING if hasattr(original, name)},
+    )
 
 
 def build_checked_model(recipe: Recipe, device: torch.device, *, compiled: bool) -> BuiltModel:
@@ -72,29 +84,27 @@ def build_checked_model(recipe: Recipe, device: torch.device, *, compiled: bool)
     return built
 
 
-def save_model(built: BuiltModel, tokenizer: PreTrainedTokenizerBase, folder: Path, recipe: Recipe) -> None:
+def save_model(built: BuiltModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """Write the adapter or the model, with its tokenizer and chat template."""
     if isinstance(built.model, PeftModel):
-        save_adapter_of(built, folder, recipe)
+        save_adapter_of(built, folder)
     else:
-        restore_config(built.model, recipe)
+        restore_config(built)
         built.model.save_pretrained(str(folder))
         complete_config(folder)
     save_tokenizer(tokenizer, folder)
 
 
-def restore_config(model: PreTrainedModel, recipe: Recipe) -> None:
-    """Put back the settings that the Trainer changes in a model's config."""
-    original = load_config(recipe.model.name, recipe.model.revision)
-    for name in CHANGED_BY_TRAINER:
-        if hasattr(original, name):
-            setattr(model.config, name, getattr(original, name))
+def restore_config(built: BuiltModel) -> None:
+    """Put back the settings that a run changes in a model's config."""
+    for name, value in built.original_config.items():
+        setattr(built.model.config, name, value)
 
 
-def save_adapter_of(built: BuiltModel, folder: Path, recipe: Recipe) -> None:
+def save_adapter_of(built: BuiltModel, folder: Path) -> None:
     """Write the adapter of a model."""
     assert isinstance(built.model, PeftModel)
-    save_adapter(built.model, folder, recipe.model.name, built.base)
+    save_adapter(built.model, folder, built.base_name, built.base)
 
 
 def save_without_weights(model: PreTrainedModel, folder: Path) -> None:

@@ -11,6 +11,7 @@ import json
 import os
 import platform
 import shutil
+import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import metadata
@@ -100,20 +101,75 @@ class RunDir:
         complete = [folder for folder in self.checkpoints.glob("checkpoint-*") if step_of(folder) is not None]
         return max(complete, key=lambda folder: step_of(folder) or 0, default=None)
 
+    def damaged_checkpoints(self) -> list[Path]:
+        """Return the checkpoints that are newer than the last complete one, and not complete."""
+        last = self.last_checkpoint()
+        newest = 0 if last is None else int(last.name.rpartition("-")[2])
+        numbered = [
+            folder for folder in self.checkpoints.glob("checkpoint-*") if folder.name.rpartition("-")[2].isdigit()
+        ]
+        return sorted(folder for folder in numbered if int(folder.name.rpartition("-")[2]) > newest)
+
+
+TORCH_FILES = ("optimizer.pt", "scheduler.pt")
+"""Files of a checkpoint without which training would go on with a fresh optimizer or schedule."""
+WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json", "adapter_model.safetensors")
+
 
 def step_of(checkpoint: Path) -> int | None:
-    """Return the optimizer step of a checkpoint; None if the checkpoint is not complete."""
-    if not (checkpoint / COUNTS_FILE).is_file():
-        return None
+    """Return the optimizer step of a checkpoint; None if a file of it is missing, empty or cut off."""
     try:
-        return int(json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))["global_step"])
+        json.loads((checkpoint / COUNTS_FILE).read_text(encoding="utf-8"))
+        step = int(json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))["global_step"])
     except (OSError, ValueError, KeyError, TypeError):
         return None
+    random_states = [*checkpoint.glob("rng_state*.pth")]
+    torch_files = [*(checkpoint / name for name in TORCH_FILES), *(random_states or [checkpoint / "rng_state.pth"])]
+    weights = [path for name in WEIGHT_FILES if (path := checkpoint / name).is_file()]
+    are_whole = all(map(zipfile.is_zipfile, torch_files)) and weights and all(map(_is_whole, weights))
+    return step if are_whole else None
+
+
+def _is_whole(weights: Path) -> bool:
+    """Return whether a safetensors file has the length that its header says."""
+    if weights.suffix == ".json":
+        return True
+    with weights.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        try:
+            header = json.loads(file.read(length)) if length < MAX_HEADER_BYTES else {}
+            end = max(entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__")
+        except (ValueError, KeyError, TypeError, AttributeError):
+            return False
+    return weights.stat().st_size == 8 + length + int(end)
+
+
+MAX_HEADER_BYTES = 100_000_000
+"""Longest header of a safetensors file. Source: the format's description."""
 
 
 def is_main_process() -> bool:
     """Return whether this process writes files: the only process, or rank 0 under torchrun."""
     return os.environ.get("RANK", "0") == "0"
+
+
+def check_sources_outside(recipe: Recipe) -> None:
+    """Refuse to replace a run folder that holds something which the run is made from.
+
+    Raises:
+        UsageError: the base, the data or the template is in the run folder.
+    """
+    run, data = RunDir.of(recipe).path.resolve(), recipe.data
+    sources = {"model.name": recipe.model.name, "data.chat_template": data.chat_template}
+    for name, value in (("data.source", data.source), ("data.eval_source", data.eval_source)):
+        sources |= {name: value} if isinstance(value, str) else {f"{name} {one}": one for one in value or ()}
+    for name, value in sources.items():
+        path = Path(value).expanduser()
+        if path.exists() and path.resolve().is_relative_to(run):
+            raise UsageError(
+                f"output.dir: {RunDir.of(recipe).path} holds {value} ({name.split()[0]}), so it is not replaced. Set "
+                "output.dir to another folder."
+            )
 
 
 def check_new(path: Path, *, overwrite: bool, resume: bool) -> None:
@@ -170,7 +226,19 @@ def created(recipe: Recipe, *, resume: bool) -> Iterator[RunDir]:
 
 @contextlib.contextmanager
 def _replaced(folder: Path) -> Iterator[None]:
-    """Set a folder aside and create it anew; with an error in the context, put it back, or leave nothing."""
+    """Set a folder aside and create it anew; with an error in the context, put it back, or leave nothing.
+
+    An empty folder is used as it is: it may be a mount point, or a link to another disk.
+    """
+    folder = folder.resolve() if folder.is_symlink() else folder
+    if folder.is_dir() and not any(folder.iterdir()):
+        try:
+            yield
+        except BaseException:
+            for path in folder.iterdir():
+                shutil.rmtree(path, ignore_errors=True)
+            raise
+        return
     earlier = folder.with_name(f"{folder.name}.earlier-{os.getpid()}")
     had_one = folder.exists()
     missing = [parent for parent in folder.absolute().parents if not parent.exists()]
@@ -213,10 +281,19 @@ def open_run(path: str | Path) -> RunDir:
 
 
 def read_result(run: RunDir) -> Result:
-    """Return what `result.json` holds; empty if the run has not finished."""
+    """Return what `result.json` holds; empty if the run has not finished.
+
+    Raises:
+        UsageError: the file is damaged.
+    """
     if not run.result_file.is_file():
         return {}
-    result: Result = json.loads(run.result_file.read_text(encoding="utf-8"))
+    try:
+        result = json.loads(run.result_file.read_text(encoding="utf-8"))
+    except ValueError:
+        result = None
+    if not isinstance(result, dict):
+        raise UsageError(f"{run.result_file}: is damaged. Delete it; sft --resume writes it again.")
     return result
 
 

@@ -37,7 +37,7 @@ def rehearse_saving(built: BuiltModel, tokenizer: PreTrainedTokenizerBase, run: 
     try:
         folder.mkdir()
         if isinstance(built.model, PeftModel):
-            save_adapter_of(built, folder, recipe)
+            save_adapter_of(built, folder)
         else:
             save_without_weights(built.model, folder)
         save_tokenizer(tokenizer, folder)

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
+import os
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -16,6 +18,7 @@ import torch
 from lowvram_chat.data.dataset import PreparedRows, load_rows
 from lowvram_chat.data.rows import Collator
 from lowvram_chat.data.template import set_template
+from lowvram_chat.errors import UsageError
 from lowvram_chat.files import write_json
 from lowvram_chat.model.adapters import base_model_of
 from lowvram_chat.model.compilation import should_compile
@@ -31,7 +34,7 @@ from lowvram_chat.training.metrics_file import drop_later_lines, last_loss
 from lowvram_chat.training.model_setup import build_checked_model, save_model
 from lowvram_chat.training.preflight import check_before_training, try_longest_batch
 from lowvram_chat.training.resume import log_changes
-from lowvram_chat.training.run_dir import RunDir, created, is_main_process
+from lowvram_chat.training.run_dir import RunDir, created, is_main_process, step_of
 from lowvram_chat.training.samples import SampleGenerator, take_samples
 from lowvram_chat.training.trackers import check_trackers
 
@@ -100,6 +103,9 @@ class Session:
         checkpoint = RunDir.of(self.recipe).last_checkpoint() if resume else None
         if checkpoint is not None:
             fingerprint.check(checkpoint)
+            self._check_length(step_of(checkpoint) or 0)
+            for damaged in RunDir.of(self.recipe).damaged_checkpoints():
+                log.warning("%s: is not complete, so it is not used", damaged)
             log_changes(RunDir.of(self.recipe), self.recipe)
         counts = TokenCounts() if checkpoint is None else TokenCounts.of_checkpoint(checkpoint)
         with created(self.recipe, resume=resume) as run:
@@ -121,6 +127,24 @@ class Session:
             _log_interrupted(run)
             raise
         return self._finish(run, trainer, before, self._held_out_loss(trainer))
+
+    def _check_length(self, step: int) -> None:
+        """Refuse to resume a run from a step after its last one.
+
+        Raises:
+            UsageError: `train.num_train_epochs` ends before that step.
+        """
+        train = self.recipe.train
+        if train.max_steps is None:
+            processes = int(os.environ.get("WORLD_SIZE", "1"))
+            steps = math.ceil(
+                train.num_train_epochs * math.ceil(len(self.rows.train) / (processes * train.effective_batch_size))
+            )
+            if step > steps:
+                raise UsageError(
+                    f"train.num_train_epochs: {train.num_train_epochs:g} are {steps} steps, but the last checkpoint is from step "
+                    f"{step}. Set more epochs."
+                )
 
     def run_steps(self, run: RunDir, callback: TrainerCallback) -> None:
         """Train and save nothing, for a measurement that `callback` takes."""
@@ -194,7 +218,7 @@ class Session:
             "adapter" if self.recipe.adapter else "model": folder.as_posix(),
         }
         if trainer.is_world_process_zero():
-            save_model(self.built, self.tokenizer, folder, self.recipe)
+            save_model(self.built, self.tokenizer, folder)
             write_json(run.result_file, result)
             self._take_samples(run, "after")
         return result

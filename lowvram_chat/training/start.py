@@ -7,7 +7,7 @@ from typing import Any
 
 from lowvram_chat.recipe.schema import Recipe
 from lowvram_chat.training.resume import changed_settings, check_resumed, is_same
-from lowvram_chat.training.run_dir import RunDir, check_new, is_main_process, read_result
+from lowvram_chat.training.run_dir import RunDir, check_new, check_sources_outside, is_main_process, read_result
 from lowvram_chat.units import count
 
 log = logging.getLogger(__name__)
@@ -23,6 +23,8 @@ def check_start(recipe: Recipe, *, resume: bool, overwrite: bool) -> RunDir:
     run = RunDir.of(recipe)
     if is_main_process():
         check_new(run.path, overwrite=overwrite, resume=resume)
+        if not resume:
+            check_sources_outside(recipe)
         if resume:
             check_resumed(run, recipe)
     return run

@@ -139,7 +139,7 @@ def other_tokenizer(bench: Bench) -> None:
 
 CHANGES: dict[str, tuple[Callable[[Bench], None], str]] = {
     "rows": (fewer_rows, "the training rows changed since"),
-    "base": (other_base, "the weights of the base model changed"),
+    "base": (other_base, "the weights or the configuration of the base model changed"),
     "template": (other_template, "the chat template and the training rows changed since"),
     "tokenizer": (other_tokenizer, "the tokenizer"),
 }

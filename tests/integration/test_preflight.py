@@ -20,6 +20,7 @@ from lowvram_chat.training import gradient_check, preflight
 from lowvram_chat.training.session import Session
 from lowvram_chat.training.trainer import ChatTrainer
 from tests.runs import Bench, result
+from tests.samples import write_jsonl
 
 LORA = {"kind": "lora", "r": 4}
 KINDS: dict[str, dict[str, Any]] = {
@@ -181,3 +182,54 @@ def test_a_nan_is_no_small_difference(bench: Bench, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(gradient_check, "_relative_difference", lambda *_: float("nan"))
     with pytest.raises(SubstitutionError):
         api.train(bench.recipe("r", model__fused_loss=False))
+
+
+def test_rounding_of_a_model_that_knows_its_rows_by_heart_is_no_wrong_gradient(bench: Bench) -> None:
+    row = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]}
+    rows = write_jsonl(bench.folder / "rows.jsonl", [row] * 10)
+    data = {"source": str(rows), "max_length": 64}
+    learned = bench.run("learned", data=data, train__max_steps=120)
+    bench.run("again", model__name=str(learned / "model"), data=data, train__max_steps=2, train__precision="bf16")
+
+
+def test_a_run_that_holds_its_own_base_or_data_is_not_replaced(
+    bench: Bench, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = bench.run("r", train__max_steps=1)
+    before = sorted(run.rglob("*"))
+    (run / "rows.jsonl").write_text(bench.train_file.read_text(encoding="utf-8"), encoding="utf-8")
+    for setting in (f"model.name={run / 'model'}", f"data.source={run / 'rows.jsonl'}"):
+        assert sft.main([str(bench.file("r")), setting, "--overwrite"]) == 2
+        assert "so it is not replaced" in capsys.readouterr().err
+    (run / "rows.jsonl").unlink()
+    assert sorted(run.rglob("*")) == before
+
+
+@pytest.mark.parametrize("adapter", [None, LORA], ids=["full", "lora"])
+def test_a_base_that_disappears_during_the_run_loses_nothing(
+    adapter: dict[str, Any] | None, bench: Bench, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = bench.folder / "base"
+    shutil.copytree(tiny, base)
+    train = ChatTrainer.train
+
+    def without_base(self: ChatTrainer, *args: Any, **kwargs: Any) -> Any:
+        shutil.rmtree(base)
+        return train(self, *args, **kwargs)
+
+    monkeypatch.setattr(ChatTrainer, "train", without_base)
+    run = bench.run("r", model__name=str(base), adapter=adapter, train__max_steps=2)
+    assert list(run.glob("*/*.safetensors"))
+
+
+def test_a_linked_run_folder_stays_a_link(bench: Bench) -> None:
+    disk = bench.folder / "other disk"
+    disk.mkdir()
+    link = bench.folder / "r"
+    link.symlink_to(disk)
+    bench.run("r", train__max_steps=1)
+    assert link.is_symlink()
+    api.train(bench.recipe("r", train__max_steps=2), overwrite=True)
+    assert link.is_symlink()
+    assert result(disk)["steps"] == 2
+    assert not list(bench.folder.glob("*.earlier-*"))

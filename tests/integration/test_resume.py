@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from lowvram_chat import api, sft
 from lowvram_chat.errors import NotFoundError, UsageError
@@ -121,6 +121,9 @@ def test_the_newest_checkpoint_is_the_one_of_the_highest_step(tmp_path: Path) ->
         folder.mkdir(parents=True)
         for name in ("trainer_state.json", "token_counts.json"):
             (folder / name).write_text(f'{{"global_step": {step}}}', encoding="utf-8")
+        for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
+            torch.save({}, folder / name)
+        save_file({"weight": torch.zeros(2)}, folder / "model.safetensors")
     newest = RunDir(tmp_path).last_checkpoint()
     assert newest is not None
     assert newest.name == "checkpoint-100"
@@ -230,3 +233,48 @@ def test_a_run_without_a_checkpoint_is_to_be_overwritten(bench: Bench) -> None:
         api.train(recipe)
     with pytest.raises(NotFoundError, match="Start the run with --overwrite"):
         api.train(recipe, resume=True)
+
+
+@pytest.mark.parametrize(
+    "name", ["optimizer.pt", "scheduler.pt", "rng_state.pth", "token_counts.json", "model.safetensors"]
+)
+@pytest.mark.parametrize("damage", ["missing", "empty", "cut"])
+def test_a_run_resumes_from_the_newest_checkpoint_that_is_whole_and_says_so(
+    name: str, damage: str, bench: Bench, caplog: pytest.LogCaptureFixture
+) -> None:
+    settings: dict[str, Any] = {"train__save_steps": 3, "train__max_steps": 8, "train__save_total_limit": 9}
+    run = bench.run("r", **settings)
+    expected = weights(run)
+    shutil.rmtree(run / "model")
+    shutil.rmtree(run / "checkpoints" / "checkpoint-8")
+    (run / "result.json").unlink()
+    file = run / "checkpoints" / "checkpoint-6" / name
+    data = file.read_bytes()
+    if damage == "missing":
+        file.unlink()
+    else:
+        file.write_bytes(b"" if damage == "empty" else data[: len(data) // 2])
+    api.train(bench.recipe("r", **settings), resume=True)
+    assert "checkpoint-6: is not complete, so it is not used" in caplog.text
+    assert all(torch.equal(weights(run)[key], value) for key, value in expected.items())
+
+
+def test_a_resumed_run_takes_its_intervals_from_the_recipe(bench: Bench) -> None:
+    bench.run("r", train__save_steps=4, train__max_steps=4)
+    new = {"train__save_steps": 3, "train__logging_steps": 4, "train__eval_steps": 2, "train__max_steps": 8}
+    api.train(bench.recipe("r", train__save_total_limit=9, **new), resume=True)
+    run = bench.folder / "r"
+    assert sorted(path.name for path in run.glob("checkpoints/*")) == [f"checkpoint-{step}" for step in (4, 6, 8)]
+    lines = [line for line in metrics(run) if line["step"] > 4]
+    assert [line["step"] for line in lines if "loss" in line] == [8]
+    assert [line["step"] for line in lines if "eval_loss" in line] == [6, 8]
+
+
+def test_fewer_epochs_than_are_done_are_refused(bench: Bench) -> None:
+    bench.run("r", train__max_steps=None, train__num_train_epochs=1, train__save_steps=8)
+    with pytest.raises(
+        UsageError, match=r"train\.num_train_epochs: 0\.5 are 8 steps, but the last checkpoint is from step 16"
+    ):
+        api.train(
+            bench.recipe("r", train__max_steps=None, train__num_train_epochs=0.5, train__save_steps=8), resume=True
+        )
