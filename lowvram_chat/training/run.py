@@ -44,7 +44,8 @@ def train(recipe: Recipe, *, device: torch.device, resume: bool, force: bool = F
             if recipe.memory.on_oom == "stop" or smaller is None:
                 raise OutOfMemory(advice(recipe, error)) from None
             log.warning("out of memory: continuing with %s", micro_batch_overrides(smaller))
-            resume = RunDir.of(recipe).last_checkpoint() is not None
+            # Before its start, the checkpoints in the folder are those of the run that it continues or replaces.
+            resume = RunDir.of(recipe).last_checkpoint() is not None if session.started else resume
         # Outside the handler, because the error keeps the failed step's tensors alive.
         rows, substituted, recipe = session.rows, recipe.train == smaller.train, smaller
         del session

@@ -48,7 +48,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
+@dataclass
 class Session:
     """What a run needs, loaded and checked."""
 
@@ -61,6 +61,8 @@ class Session:
     """The run's memory plan, if it was planned."""
     compiled: bool = False
     """Whether the model is compiled, which needs batches of one shape."""
+    started: bool = False
+    """Whether the run folder is this run's; before, it is as an earlier run left it."""
 
     @property
     def model(self) -> TrainedModel:
@@ -112,6 +114,7 @@ class Session:
             metrics = MetricsCallback(run, counts, fingerprint, allocator_limit(self.plan))
             trainer = self._trainer(run, counts, metrics)
             check_before_training(self.built, self.tokenizer, trainer, run.path, self.recipe)
+        self.started = True
         if checkpoint is not None:
             drop_later_lines(run, checkpoint)
             log.info("resuming from %s", checkpoint)

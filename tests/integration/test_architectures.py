@@ -6,6 +6,7 @@ pytest -m architectures     all families, some minutes; without it the few of `A
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +108,16 @@ def check_loss(folder: Path) -> None:
     assert torch.allclose(mine, others, rtol=1e-3, atol=1e-5 * others.abs().max().item())
 
 
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Compute on one thread: experts sum over tokens in an order that several threads change."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("name", NAMES)
 def test_a_family_works_or_is_refused(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     family = Family(name, tmp_path, capsys)

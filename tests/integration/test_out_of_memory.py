@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from lowvram_chat import sft
+from lowvram_chat.training import preflight
 from lowvram_chat.training import trainer as trainer_module
 from lowvram_chat.training.oom import halve
 from tests.runs import Bench
@@ -85,3 +86,23 @@ def test_halving_keeps_the_effective_batch(bench: Bench) -> None:
         train = recipe.train
         assert train.per_device_train_batch_size * train.gradient_accumulation_steps == 18
     assert recipe.train.per_device_train_batch_size == 1
+
+
+def test_a_device_that_is_full_before_the_first_step_does_not_continue_the_run_that_is_replaced(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings: dict[str, Any] = {"train__save_steps": 2, "memory": {"on_oom": "halve"}, "train__max_steps": 4}
+    expected = losses(bench.run("expected", **settings))
+    bench.run("r", **settings | {"train__learning_rate": 1e-4, "train__seed": 7})
+    original, calls = preflight.run_longest_batch, iter(range(9))
+
+    def full_once(*args: Any, **kwargs: Any) -> int:
+        if next(calls) == 0:
+            raise FULL[0]
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(preflight, "run_longest_batch", full_once)
+    assert sft.main([str(bench.file("r", **settings)), "--overwrite"]) == 0
+    halved = losses(bench.folder / "r")
+    assert halved.keys() == expected.keys()
+    assert max(abs(halved[step] - expected[step]) for step in expected) < 1e-4
