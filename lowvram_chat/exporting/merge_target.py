@@ -26,13 +26,13 @@ def check_merge(run_path: str | Path, out: Path | None, *, base: str | None, ove
         raise ModelError(f"{run_path}: has no adapter to merge. {advice}")
     if out.exists() and not overwrite:
         raise UsageError(f"{out}: exists. Add --overwrite to replace an earlier merge, or --out for another folder.")
+    base_folder = Path(base or run.recipe().model.name).expanduser().resolve()
+    if out.exists() and base_folder.is_relative_to(out.resolve()):
+        raise UsageError(f"{out}: holds the base model, so it is not replaced. Give another folder with --out.")
     if out.exists() and not _is_earlier_merge(out):
         raise UsageError(
             f"{out}: exists and is not an earlier merge, so it is left alone. Give another folder with --out."
         )
-    base_folder = Path(base or run.recipe().model.name).expanduser().resolve()
-    if out.exists() and base_folder.is_relative_to(out.resolve()):
-        raise UsageError(f"{out}: holds the base model, so it is not replaced. Give another folder with --out.")
     return run, out
 
 

@@ -40,9 +40,12 @@ def prepare_generation_config(model: PreTrainedModel, tokenizer: PreTrainedToken
         )
     own = config.eos_token_id
     ids = [] if own is None else own if isinstance(own, list) else [own]
-    if not all(isinstance(token, int) and 0 <= token < model.config.get_text_config().vocab_size for token in ids):
+    if not all(isinstance(token, int) for token in ids):
         raise ModelError(f"{name}: eos_token_id in generation_config.json is {own!r}, which are no tokens. Correct it.")
-    config.eos_token_id = stop_tokens(tokenizer, config.eos_token_id)
+    own = [token for token in ids if 0 <= token < model.config.get_text_config().vocab_size]
+    if len(own) < len(ids):
+        log.info("%s: its generation config stops at tokens that its vocabulary does not have; they are left out", name)
+    config.eos_token_id = stop_tokens(tokenizer, own)
     try:
         config.validate(strict=True)
     except ValueError as error:

@@ -54,18 +54,28 @@ def check_before_training(
 def try_longest_batch(trainer: ChatTrainer) -> int:
     """Run the longest batch of a trainer's rows and return its row length.
 
-    On a CPU, which has memory to spare and takes long, the batch is the longest row alone.
+    On a CPU, which has memory to spare and takes long, it is the forward pass of the longest row.
     """
     args = trainer.args
-    count = 1 if args.device.type == "cpu" else args.per_device_train_batch_size
+    on_cpu = args.device.type == "cpu"
+    count = 1 if on_cpu else args.per_device_train_batch_size
     collate = cast("Collator", trainer.data_collator)
-    return run_longest_batch(trainer.trained_model, trainer.train_dataset, collate, count, trainer.precision)
+    model, rows = trainer.trained_model, trainer.train_dataset
+    return run_longest_batch(model, rows, collate, count, trainer.precision, backward=not on_cpu)
 
 
 def run_longest_batch(
-    model: nn.Module, rows: datasets.Dataset, collate: Collator, batch_size: int, precision: str
+    model: nn.Module,
+    rows: datasets.Dataset,
+    collate: Collator,
+    batch_size: int,
+    precision: str,
+    *,
+    backward: bool = True,
 ) -> int:
     """Run forward and backward on the batch of the longest rows, free its gradients, and return its row length.
+
+    `backward=False` runs the forward pass alone, without keeping anything for a backward pass.
 
     Weights, gradients and random states are as before.
 
@@ -80,9 +90,10 @@ def run_longest_batch(
     model.train()
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         inputs = {name: batch[name].to(device) for name in MODEL_INPUTS if name in batch}
-        with autocast(device.type, precision):
+        with torch.set_grad_enabled(backward), autocast(device.type, precision):
             loss = model(**inputs)["loss"]
-        (loss / inputs["loss_positions"].numel()).backward()
+        if backward:
+            (loss / inputs["loss_positions"].numel()).backward()
     model.zero_grad(set_to_none=True)
     model.train(was_training)
     return int(inputs["input_ids"].size(1))

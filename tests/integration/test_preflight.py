@@ -130,7 +130,7 @@ def test_a_base_whose_generation_config_contradicts_itself_can_be_trained_and_sa
 ) -> None:
     folder = bench.folder / "model"
     shutil.copytree(tiny, folder)
-    config = {"do_sample": False, "temperature": 0.6, "top_p": 0.9, "eos_token_id": [3, 5]}
+    config = {"do_sample": False, "temperature": 0.6, "top_p": 0.9, "eos_token_id": [3, 5, 999_999]}
     (folder / "generation_config.json").write_text(json.dumps(config), encoding="utf-8")
     run = bench.run("r", model__name=str(folder), train__max_steps=2, train__save_steps=1)
     assert "its generation config does not use temperature, top_p" in caplog.text

@@ -134,7 +134,6 @@ def test_a_head_of_its_own_under_tied_embeddings_is_refused(tiny: Path, tmp_path
         ("config.json", {"layer_norm_epsilon": None}, "AutoConfig cannot load it"),
         ("config.json", {"quantization_config": {"quant_method": "gptq", "bits": 4}}, "are quantised already"),
         ("generation_config.json", {"eos_token_id": "</s>"}, "eos_token_id in generation_config.json is '</s>'"),
-        ("generation_config.json", {"eos_token_id": [0, 999999]}, "which are no tokens"),
     ],
 )
 def test_a_configuration_that_makes_no_sense_is_refused(
