@@ -68,7 +68,7 @@ def _render(
             **tokenizer.special_tokens_map,
         )
     except TemplateError as error:  # raise_exception in a template, its syntax errors and its security errors
-        raise ValueError(f"the chat template refuses it: {str(error) or type(error).__name__}") from None
+        raise ValueError(f"the chat template refuses it: {str(error).rstrip('.') or type(error).__name__}") from None
     except (RecursionError, MemoryError):
         raise ValueError("the chat template calls itself without end, or makes a text without end") from None
     except (ArithmeticError, LookupError, TypeError, ValueError, AttributeError) as error:
