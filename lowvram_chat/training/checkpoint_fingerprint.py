@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
     from lowvram_chat.data.dataset import PreparedRows
     from lowvram_chat.model.fingerprint import Fingerprint
     from lowvram_chat.recipe.schema import Recipe
+
+log = logging.getLogger(__name__)
 
 FILE = "lowvram_chat_fingerprint.json"
 """File in each checkpoint."""
@@ -64,10 +67,14 @@ class CheckpointFingerprint:
         """Refuse a checkpoint of other things than these.
 
         Raises:
-            UsageError: with what has changed. A checkpoint without a fingerprint is accepted.
+            UsageError: with what has changed. A checkpoint of an earlier version, which has no fingerprint, is accepted with a
+                warning.
         """
         file = checkpoint / FILE
         if not file.is_file():
+            log.warning(
+                "%s: has no %s, so it is not checked that base, tokenizer and rows are the same", checkpoint, FILE
+            )
             return
         try:
             saved: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))

@@ -6,11 +6,12 @@ recipe.yaml  environment.json  metrics.jsonl  samples.json  result.json  report.
 from __future__ import annotations
 
 import contextlib
+import glob
 import importlib.util
 import json
+import logging
 import os
 import platform
-import shutil
 import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -24,8 +25,15 @@ from lowvram_chat.files import discard, write_json, write_text
 from lowvram_chat.recipe.schema import Recipe
 from lowvram_chat.recipe.yaml_file import dump_recipe, load_recipe
 
+log = logging.getLogger(__name__)
+
 COUNTS_FILE = "token_counts.json"
 """File in each checkpoint with what the run had processed when it was written."""
+
+REHEARSAL = "rehearsal"
+"""Folder in the run folder in which saving is tried before the first step."""
+WRITTEN_BY_CHECKS = ("checkpoints", REHEARSAL)
+"""What a run folder holds when the checks before the first step end."""
 
 LIBRARIES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate", "datasets", "tokenizers")
 
@@ -164,8 +172,8 @@ def check_sources_outside(recipe: Recipe) -> None:
     for name, value in (("data.source", data.source), ("data.eval_source", data.eval_source)):
         sources |= {name: value} if isinstance(value, str) else {f"{name} {one}": one for one in value or ()}
     for name, value in sources.items():
-        path = Path(value).expanduser()
-        if path.exists() and path.resolve().is_relative_to(run):
+        paths = map(Path, [value, *glob.glob(value, recursive=True)])
+        if any(path.exists() and path.resolve().is_relative_to(run) for path in paths):
             raise UsageError(
                 f"output.dir: {RunDir.of(recipe).path} holds {value} ({name.split()[0]}), so it is not replaced. Set "
                 "output.dir to another folder."
@@ -228,42 +236,58 @@ def created(recipe: Recipe, *, resume: bool) -> Iterator[RunDir]:
 def _replaced(folder: Path) -> Iterator[None]:
     """Set a folder aside and create it anew; with an error in the context, put it back, or leave nothing.
 
-    An empty folder is used as it is: it may be a mount point, or a link to another disk.
+    An empty folder is used as it is: it may be a mount point, or a link to another disk. Only what the checks of a run write is
+    deleted, never another file.
     """
     folder = folder.resolve() if folder.is_symlink() else folder
-    if folder.is_dir() and not any(folder.iterdir()):
-        try:
-            yield
-        except BaseException:
-            for path in folder.iterdir():
-                shutil.rmtree(path, ignore_errors=True)
-            raise
-        return
-    earlier = folder.with_name(f"{folder.name}.earlier-{os.getpid()}")
-    had_one = folder.exists()
-    missing = [parent for parent in folder.absolute().parents if not parent.exists()]
+    is_empty = folder.is_dir() and not any(folder.iterdir())
+    created_folders: list[Path] = []
+    earlier = None
+    if not is_empty:
+        created_folders = [folder, *(parent for parent in folder.absolute().parents if not parent.exists())]
+        earlier = _set_aside(folder)
     try:
-        if had_one:
+        yield
+    except BaseException:
+        for name in WRITTEN_BY_CHECKS:
+            discard(folder / name)
+        _put_back(earlier, folder, created_folders)
+        raise
+    if earlier is not None:
+        discard(earlier)
+
+
+def _set_aside(folder: Path) -> Path | None:
+    """Create a folder anew, and return where an earlier one of its name is now; None if there was none.
+
+    Raises:
+        UsageError: the folder cannot be created, or the earlier one cannot be moved; it is as it was.
+    """
+    earlier = folder.with_name(f"{folder.name}.earlier-{os.getpid()}") if folder.exists() else None
+    try:
+        if earlier is not None:
             folder.rename(earlier)
         folder.mkdir(parents=True)
     except OSError as error:
-        if earlier.exists():
+        if earlier is not None and earlier.exists():
             earlier.rename(folder)
         raise UsageError(
             f"output.dir: {folder} cannot be created ({error.strerror}). Set output.dir to another folder, or close the programs "
             "that use it."
         ) from None
+    return earlier
+
+
+def _put_back(earlier: Path | None, folder: Path, created_folders: list[Path]) -> None:
+    """Remove the empty folders that were created, and move an earlier run back; log where it is if that is not possible."""
     try:
-        yield
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        if had_one:
+        for path in created_folders:
+            path.rmdir()
+        if earlier is not None:
             earlier.rename(folder)
-        for parent in missing:
-            parent.rmdir()
-        raise
-    if had_one:
-        discard(earlier)
+    except OSError as error:
+        where = f" The earlier run is in {earlier}." if earlier is not None else ""
+        log.warning("%s: could not be put back as it was (%s).%s", folder, error.strerror, where)
 
 
 def open_run(path: str | Path) -> RunDir:

@@ -10,9 +10,11 @@ from peft import PeftModel
 from torch import nn
 
 from lowvram_chat.errors import ModelError, UsageError
+from lowvram_chat.files import delete_unfinished, discard
 from lowvram_chat.model.saved_form import save_tokenizer
 from lowvram_chat.recipe.optimizers import OPTIMIZERS
 from lowvram_chat.training.model_setup import BuiltModel, save_adapter_of, save_without_weights
+from lowvram_chat.training.run_dir import REHEARSAL
 from lowvram_chat.units import format_mib
 
 if TYPE_CHECKING:
@@ -20,8 +22,6 @@ if TYPE_CHECKING:
 
     from lowvram_chat.recipe.schema import Recipe
 
-REHEARSAL = "rehearsal"
-"""Folder in the run folder in which saving is tried."""
 SPARE_BYTES = 64 << 20
 """Disk space for everything but weights and optimizer states."""
 
@@ -34,6 +34,7 @@ def rehearse_saving(built: BuiltModel, tokenizer: PreTrainedTokenizerBase, run: 
         UsageError: the folder cannot be written, or the disk has too little space for the run's files.
     """
     folder = run / REHEARSAL
+    delete_unfinished(folder)  # of a run that was killed in it, and is resumed
     try:
         folder.mkdir()
         if isinstance(built.model, PeftModel):
@@ -53,7 +54,7 @@ def rehearse_saving(built: BuiltModel, tokenizer: PreTrainedTokenizerBase, run: 
             "generation_config.json."
         ) from None
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        discard(folder)
     _check_space(built.model, run, recipe)
 
 

@@ -233,3 +233,50 @@ def test_a_linked_run_folder_stays_a_link(bench: Bench) -> None:
     assert link.is_symlink()
     assert result(disk)["steps"] == 2
     assert not list(bench.folder.glob("*.earlier-*"))
+
+
+def test_a_rehearsal_that_was_killed_does_not_stop_a_resumed_run(bench: Bench) -> None:
+    run = bench.run("r", train__max_steps=2, train__save_steps=2)
+    (run / "rehearsal").mkdir()
+    (run / "rehearsal" / "config.json").write_text("{", encoding="utf-8")
+    api.train(bench.recipe("r", train__max_steps=3, train__save_steps=2), resume=True)
+    assert result(run)["steps"] == 3
+    assert not (run / "rehearsal").exists()
+
+
+def test_a_file_that_appears_during_the_checks_is_not_deleted(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = bench.folder / "r"
+
+    def write_and_fail(_: object) -> None:
+        (folder / "mine.txt").write_text("mine", encoding="utf-8")
+        raise UsageError("no")
+
+    monkeypatch.setattr(preflight, "check_gradients", write_and_fail)
+    with pytest.raises(UsageError, match=r"^no$"):
+        api.train(bench.recipe("r"))
+    assert [path.name for path in folder.iterdir()] == ["mine.txt"]
+
+
+def test_an_earlier_run_that_cannot_be_put_back_is_named(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = bench.run("r", train__max_steps=1)
+
+    def write_and_fail(_: object) -> None:
+        (folder / "mine.txt").write_text("mine", encoding="utf-8")
+        raise UsageError("no")
+
+    monkeypatch.setattr(preflight, "check_gradients", write_and_fail)
+    with pytest.raises(UsageError, match=r"^no$"):
+        api.train(bench.recipe("r"), overwrite=True)
+    [earlier] = bench.folder.glob("r.earlier-*")
+    assert f"The earlier run is in {earlier}" in caplog.text
+    assert (earlier / "result.json").is_file()
+
+
+def test_a_run_that_holds_data_under_a_pattern_is_not_replaced(bench: Bench) -> None:
+    run = bench.run("r", train__max_steps=1)
+    shutil.copy(bench.train_file, run / "rows.jsonl")
+    with pytest.raises(UsageError, match="so it is not replaced"):
+        api.train(bench.recipe("r", data__source=str(run / "*.jsonl")), overwrite=True)
+    assert (run / "rows.jsonl").is_file()
