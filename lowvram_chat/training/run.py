@@ -31,7 +31,9 @@ def train(recipe: Recipe, *, device: torch.device, resume: bool, force: bool = F
     while True:
         session = Session.prepare(recipe, device=device, rows=rows, plan=plan)
         try:
-            return session.run(resume=resume)
+            result = session.run(resume=resume)
+            leave_process_group()
+            return result
         except SubstitutionError as error:
             smaller = without_substitutions(recipe)
             if smaller is None:
@@ -55,6 +57,12 @@ def train(recipe: Recipe, *, device: torch.device, resume: bool, force: bool = F
         if substituted:
             log.warning("continuing with the model's own loss and PEFT's own adapters, which need more memory and time")
             recipe, plan = plan_within_budget(recipe, device, force=force)
+
+
+def leave_process_group() -> None:
+    """End the connection of a distributed run's processes: left to the interpreter's exit, a process may abort after its work."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def without_substitutions(recipe: Recipe) -> Recipe | None:
