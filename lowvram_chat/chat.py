@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from lowvram_chat import api
 from lowvram_chat.cli import guarded, parser
 from lowvram_chat.errors import UsageError
-from lowvram_chat.terminal import printable
+from lowvram_chat.terminal import printable, read_utf8
 
 if TYPE_CHECKING:
     from lowvram_chat.model.chat_session import ChatSession
@@ -56,7 +56,12 @@ def _chat(args: argparse.Namespace) -> int:
 
 
 def converse(session: ChatSession) -> int:
-    """Read turns from stdin until /exit, Ctrl-D or Ctrl-C."""
+    """Read turns from stdin until /exit, Ctrl-D or Ctrl-C.
+
+    Raises:
+        UsageError: stdin is a pipe or a file that is not UTF-8.
+    """
+    read_utf8()
     interactive = sys.stdin.isatty()
     if interactive:
         print("Type a message; /reset to start again, /exit to end.", file=sys.stderr)
@@ -66,6 +71,8 @@ def converse(session: ChatSession) -> int:
         except (EOFError, KeyboardInterrupt):
             print(file=sys.stderr)
             return 0
+        except UnicodeDecodeError as error:
+            raise UsageError(f"stdin: is not UTF-8 ({error.reason}). Save the messages as UTF-8.") from None
         if text == "/exit":
             return 0
         if text == "/reset":

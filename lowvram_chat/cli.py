@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import json
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -16,8 +15,9 @@ from typing import NoReturn
 
 from lowvram_chat import __version__
 from lowvram_chat.errors import DoesNotFit, LowVramError, ProofError, did_you_mean
+from lowvram_chat.files import json_text
 from lowvram_chat.quiet import quiet_libraries
-from lowvram_chat.terminal import UNPRINTABLE, printable
+from lowvram_chat.terminal import UNPRINTABLE, printable, use_utf8
 
 COMMANDS: Mapping[str, str] = {
     "preview": "show the rows that would be trained, and what a data source holds",
@@ -42,7 +42,8 @@ class Parser(argparse.ArgumentParser):
 
 
 def parser(command: str, doc: str | None) -> Parser:
-    """Return the argument parser of a command; `doc` is the docstring of its module."""
+    """Return the argument parser of a command, which prepares the output; `doc` is the docstring of its module."""
+    use_utf8()
     return Parser(
         prog=f"python -m lowvram_chat.{command}", description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -78,11 +79,12 @@ def guarded(work: Callable[[], int]) -> int:
 
 def print_json(document: Mapping[str, object]) -> None:
     """Print a JSON document as the last line of stdout."""
-    print(UNPRINTABLE.sub(lambda match: f"\\u{ord(match[0]):04x}", json.dumps(document, ensure_ascii=False)))
+    print(UNPRINTABLE.sub(lambda match: f"\\u{ord(match[0]):04x}", json_text(document)))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `lowvram-chat <command> ...` and return its exit code."""
+    use_utf8()
     words = list(sys.argv[1:] if argv is None else argv)
     if not words or words[0] in ("-h", "--help"):
         print("usage: lowvram-chat <command> ...\n")

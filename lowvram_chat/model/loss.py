@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
@@ -44,10 +44,13 @@ def summed_loss(
     if transform.scale != 1:
         states = states * transform.scale  # as good as the logits' own scale, and much smaller
     targets = labels.flatten().index_select(0, loss_positions + 1)
+    weight = cast("torch.Tensor", head.weight)
     bias = getattr(head, "bias", None)
+    if not torch.is_grad_enabled():  # an autograd function is asked for gradients under `no_grad` too
+        weight, bias = weight.detach(), None if bias is None else bias.detach()
     if bias is not None and transform.scale != 1:
         bias = bias * transform.scale
-    return tiled_cross_entropy(states, head.weight, bias, targets, tiling, transform.cap, compiled)
+    return tiled_cross_entropy(states, weight, bias, targets, tiling, transform.cap, compiled)
 
 
 class LossForward:

@@ -21,12 +21,12 @@ from lowvram_chat.data.packing import pack_rows
 from lowvram_chat.errors import NotFoundError
 from lowvram_chat.model.configs import config_for
 from lowvram_chat.model.device import check_device
+from lowvram_chat.model.out_of_memory import is_out_of_memory
 from lowvram_chat.model.pretrained import load_tokenizer
 from lowvram_chat.recipe.schema import Recipe
 from lowvram_chat.results.record import Status
 from lowvram_chat.training import budget, run_dir
 from lowvram_chat.training.callbacks import peak_memory
-from lowvram_chat.training.oom import is_out_of_memory
 from lowvram_chat.training.session import Session
 
 log = logging.getLogger(__name__)

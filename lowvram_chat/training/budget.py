@@ -14,7 +14,7 @@ from lowvram_chat.planning.plan import Plan
 from lowvram_chat.planning.search import advise, planned_micro_batch, too_large
 from lowvram_chat.recipe.schema import Recipe
 from lowvram_chat.timing.planner import PLANNER
-from lowvram_chat.training.oom import micro_batch_overrides
+from lowvram_chat.training.halving import micro_batch_overrides
 from lowvram_chat.units import MIB, format_mib
 
 log = logging.getLogger(__name__)

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from lowvram_chat.files import write_json
+from lowvram_chat.files import json_text, write_json
 from lowvram_chat.training.checkpoint_fingerprint import CheckpointFingerprint
 from lowvram_chat.training.display import Display
 from lowvram_chat.training.process_memory import peak_resident_bytes
@@ -91,7 +91,7 @@ class MetricsCallback(TrainerCallback):
         if "loss" in logs:
             line |= self._rates() | peak_memory()
         with self.run.metrics_file.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+            file.write(json_text(line) + "\n")
         self.display.show(line)
 
     def _rates(self) -> dict[str, float]:

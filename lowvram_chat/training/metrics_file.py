@@ -10,9 +10,9 @@ from lowvram_chat.training.run_dir import RunDir, step_of
 
 
 def last_loss(run: RunDir) -> float | None:
-    """Return the training loss that was logged last."""
+    """Return the training loss that was logged last; None if it was not finite."""
     lines = run.metrics_file.read_text(encoding="utf-8").splitlines() if run.metrics_file.is_file() else []
-    losses: list[float] = [entry["loss"] for entry in map(json.loads, lines) if "loss" in entry]
+    losses: list[float | None] = [entry["loss"] for entry in map(json.loads, lines) if "loss" in entry]
     return losses[-1] if losses else None
 
 

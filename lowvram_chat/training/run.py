@@ -9,9 +9,11 @@ from typing import Any
 import torch
 
 from lowvram_chat.errors import OutOfMemory, SubstitutionError
+from lowvram_chat.model.out_of_memory import is_out_of_memory, phase_of
 from lowvram_chat.recipe.schema import Recipe
+from lowvram_chat.training.bitsandbytes_states import forget_earlier_optimizers
 from lowvram_chat.training.budget import plan_within_budget
-from lowvram_chat.training.oom import advice, halve, is_out_of_memory, micro_batch_overrides
+from lowvram_chat.training.halving import HALVED_PHASES, advice, halve, micro_batch_overrides
 from lowvram_chat.training.run_dir import RunDir
 from lowvram_chat.training.session import Session
 
@@ -29,34 +31,43 @@ def train(recipe: Recipe, *, device: torch.device, resume: bool, force: bool = F
     recipe, plan = plan_within_budget(recipe, device, force=force)
     rows = None
     while True:
-        session = Session.prepare(recipe, device=device, rows=rows, plan=plan)
+        session = None
         try:
+            session = Session.prepare(recipe, device=device, rows=rows, plan=plan)
             result = session.run(resume=resume)
             leave_process_group()
+            forget_earlier_optimizers()
             return result
         except SubstitutionError as error:
-            smaller = without_substitutions(recipe)
-            if smaller is None:
+            changed = without_substitutions(recipe)
+            if changed is None:
                 raise
             log.warning("%s", error)
-        except RuntimeError as error:
-            if not is_out_of_memory(error):
-                raise
-            smaller = halve(recipe)
-            if recipe.memory.on_oom == "stop" or smaller is None:
-                raise OutOfMemory(advice(recipe, error)) from None
-            log.warning("out of memory: continuing with %s", micro_batch_overrides(smaller))
-            # Before its start, the checkpoints in the folder are those of the run that it continues or replaces.
-            resume = RunDir.of(recipe).last_checkpoint() is not None if session.started else resume
-        # Outside the handler, because the error keeps the failed step's tensors alive.
-        rows, substituted, recipe = session.rows, recipe.train == smaller.train, smaller
-        del session
-        gc.collect()
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
-        if substituted:
             log.warning("continuing with the model's own loss and PEFT's own adapters, which need more memory and time")
-            recipe, plan = plan_within_budget(recipe, device, force=force)
+        except Exception as error:
+            if not is_out_of_memory(error) or isinstance(error, OutOfMemory):
+                raise
+            changed = halve(recipe) if phase_of(error) in HALVED_PHASES else None
+            if recipe.memory.on_oom == "stop" or changed is None:
+                raise OutOfMemory(advice(recipe, error)) from None
+            log.warning("out of memory: continuing with %s", micro_batch_overrides(changed))
+            force = True  # a run that has begun goes on, whatever the new plan says
+            # Before its start, the checkpoints in the folder are those of the run that it continues or replaces.
+            resume = RunDir.of(recipe).last_checkpoint() is not None if session and session.started else resume
+        # Outside the handler, because the error keeps the failed step's tensors alive.
+        rows, recipe = rows if session is None else session.rows, changed
+        del session
+        release_memory(device)
+        recipe, plan = plan_within_budget(recipe, device, force=force)
+
+
+def release_memory(device: torch.device) -> None:
+    """Free what a session that is over held on its device, and start its peaks again, so that they are the next session's."""
+    forget_earlier_optimizers()
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
 
 
 def leave_process_group() -> None:

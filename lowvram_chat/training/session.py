@@ -24,12 +24,14 @@ from lowvram_chat.model.adapters import base_model_of
 from lowvram_chat.model.compilation import should_compile
 from lowvram_chat.model.device import keep_freed_pages, set_fp16_accumulation
 from lowvram_chat.model.generation_settings import prepare_generation_config
+from lowvram_chat.model.out_of_memory import first_line, phase
 from lowvram_chat.model.pretrained import check_positions, check_vocabulary, load_config, load_tokenizer
 from lowvram_chat.model.scoring import score
 from lowvram_chat.recipe.schema import Recipe
 from lowvram_chat.training.budget import allocator_limit, compare_with_plan
 from lowvram_chat.training.callbacks import MetricsCallback, TokenCounts, peak_memory
 from lowvram_chat.training.checkpoint_fingerprint import CheckpointFingerprint
+from lowvram_chat.training.halving import CHECKS, EVALUATION, LOADING, SAVING
 from lowvram_chat.training.metrics_file import drop_later_lines, last_loss
 from lowvram_chat.training.model_setup import build_checked_model, save_model
 from lowvram_chat.training.preflight import check_before_training, try_longest_batch
@@ -90,7 +92,8 @@ class Session:
         keep_freed_pages(device)
         rows = rows or load_rows(recipe.data, tokenizer, recipe.train.seed)
         torch.manual_seed(recipe.train.seed)  # for the adapter's random initial weights
-        built = build_checked_model(recipe, device, compiled=compiled)
+        with phase(LOADING):
+            built = build_checked_model(recipe, device, compiled=compiled)
         prepare_generation_config(base_model_of(built.model), tokenizer, base.name)
         return cls(recipe, tokenizer, rows, built, plan, compiled)
 
@@ -98,7 +101,7 @@ class Session:
         """Train, save, and return what `result.json` holds.
 
         Raises:
-            RuntimeError: the device ran out of memory (`oom.is_out_of_memory`); the run folder is as at its last checkpoint.
+            RuntimeError: the device ran out of memory (`is_out_of_memory`); the run folder is as at its last checkpoint.
             LowVramError: a check before the first step failed; what was in the run folder is still there.
         """
         fingerprint = CheckpointFingerprint.of(self.built.base, self.tokenizer, self.rows, self.recipe)
@@ -112,8 +115,9 @@ class Session:
         counts = TokenCounts() if checkpoint is None else TokenCounts.of_checkpoint(checkpoint)
         with created(self.recipe, resume=resume) as run:
             metrics = MetricsCallback(run, counts, fingerprint, allocator_limit(self.plan))
-            trainer = self._trainer(run, counts, metrics)
-            check_before_training(self.built, self.tokenizer, trainer, run.path, self.recipe)
+            with phase(CHECKS):
+                trainer = self._trainer(run, counts, metrics)
+                check_before_training(self.built, self.tokenizer, trainer, run.path, self.recipe)
         self.started = True
         if checkpoint is not None:
             drop_later_lines(run, checkpoint)
@@ -193,14 +197,19 @@ class Session:
             return
         try:
             take_samples(run, when, prompts, SampleGenerator(self.model, self.tokenizer, self.recipe.train.precision))
-        except RuntimeError as error:  # a model whose loss is NaN cannot choose a token; the run continues
-            log.warning("output.sample_prompts: no answers %s the run (%s)", when, str(error).splitlines()[0])
+        except (
+            RuntimeError
+        ) as error:  # no memory, or a loss that is NaN, with which no token can be chosen; the run continues
+            log.warning("output.sample_prompts: no answers %s the run (%s)", when, first_line(error))
 
     def _held_out_loss(self, trainer: ChatTrainer) -> float | None:
         if self.rows.held_out is None:
             return None
         batch_size, precision = self.recipe.train.per_device_eval_batch_size, self.recipe.train.precision
-        return score(trainer.trained_model, self.rows.held_out, trainer.held_out_collator, batch_size, precision).loss
+        with phase(EVALUATION):
+            return score(
+                trainer.trained_model, self.rows.held_out, trainer.held_out_collator, batch_size, precision
+            ).loss
 
     def _finish(self, run: RunDir, trainer: ChatTrainer, before: float | None, after: float | None) -> dict[str, Any]:
         """Save the adapter or model, and the result."""
@@ -221,7 +230,8 @@ class Session:
             "adapter" if self.recipe.adapter else "model": folder.as_posix(),
         }
         if trainer.is_world_process_zero():
-            save_model(self.built, self.tokenizer, folder)
+            with phase(SAVING):
+                save_model(self.built, self.tokenizer, folder)
             write_json(run.result_file, result)
             self._take_samples(run, "after")
         return result

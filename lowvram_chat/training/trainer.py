@@ -20,9 +20,12 @@ from trl import SFTConfig, SFTTrainer
 from lowvram_chat.data.rows import Collator
 from lowvram_chat.errors import DeviceError
 from lowvram_chat.model.adapters import check_adapter_tensors
+from lowvram_chat.model.out_of_memory import phase
 from lowvram_chat.model.pretrained import load_weights
 from lowvram_chat.model.scoring import row_lengths, score
 from lowvram_chat.private_names import check_private_names
+from lowvram_chat.training.bitsandbytes_states import forget_earlier_optimizers, states_stay_paged
+from lowvram_chat.training.halving import EVALUATION
 from lowvram_chat.training.loss_check import check_trainer_loss
 
 if TYPE_CHECKING:
@@ -39,6 +42,7 @@ check_private_names(
     "transformers.Trainer._get_train_sampler",
     "transformers.Trainer._load_from_checkpoint",
     "transformers.Trainer._load_optimizer_and_scheduler",
+    "transformers.Trainer._load_scaler",
 )
 
 
@@ -82,6 +86,7 @@ class ChatTrainer(SFTTrainer):
             SubstitutionError: the loss is not what the model's logits give.
             DeviceError: accelerate is set to another precision.
         """
+        forget_earlier_optimizers()
         self.grouped = grouped
         self.held_out_collator = held_out_collator
         super().__init__(*args, **kwargs)
@@ -152,7 +157,8 @@ class ChatTrainer(SFTTrainer):
         The loaded rate is that of the schedule that the checkpoint was written under. After the last step of a run it is 0,
         and a longer run would take its first step at that rate.
         """
-        super()._load_optimizer_and_scheduler(checkpoint)
+        with states_stay_paged(self._own_optimizer()):
+            super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is None or self.optimizer is None:
             return
         schedule = getattr(self.lr_scheduler, "scheduler", self.lr_scheduler)  # accelerate wraps it
@@ -171,6 +177,15 @@ class ChatTrainer(SFTTrainer):
                 before,
             )
 
+    def _own_optimizer(self) -> object:
+        """Return the optimizer that accelerate wraps."""
+        return getattr(self.optimizer, "optimizer", self.optimizer)
+
+    def _load_scaler(self, checkpoint: str | None) -> None:
+        """Load the gradient scaler of an fp16 checkpoint, unless the run goes on in another precision, which has none."""
+        if self.accelerator.scaler is not None:
+            super()._load_scaler(checkpoint)
+
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         """Train an epoch, unless the last step is done already: a checkpoint of the last step would get one more."""
         if self.state.global_step < self.state.max_steps:
@@ -183,7 +198,10 @@ class ChatTrainer(SFTTrainer):
     ) -> dict[str, float]:
         """Return and log the held-out loss of `eval_dataset` (default: the trainer's)."""
         rows = self.eval_dataset if eval_dataset is None else eval_dataset
-        held_out = score(self.trained_model, rows, self.held_out_collator, self.args.eval_batch_size, self.precision)
+        with phase(EVALUATION):
+            held_out = score(
+                self.trained_model, rows, self.held_out_collator, self.args.eval_batch_size, self.precision
+            )
         metrics = {f"{metric_key_prefix}_loss": held_out.loss}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)

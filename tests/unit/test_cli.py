@@ -8,11 +8,13 @@ import subprocess
 import sys
 import time
 import warnings
+from pathlib import Path
 
 import pytest
 
 from lowvram_chat import __version__, cli, doctor
 from lowvram_chat.errors import DoesNotFit, LowVramError, OutOfMemory, ProofError, RecipeError
+from lowvram_chat.files import json_text
 from lowvram_chat.quiet import quiet_libraries
 from tests.samples import ROOT
 
@@ -178,3 +180,33 @@ def test_help_and_a_wrong_recipe_answer_in_under_a_second_without_torch(words: l
     assert "lowvram_chat" in imported
     assert not imported & {"torch", "transformers", "datasets", "numpy", "peft", "trl"}
     assert seconds < 1.0
+
+
+@pytest.mark.parametrize("encoding", ["cp1252", "ascii"])
+def test_a_pipe_takes_every_character_whatever_the_code_page(encoding: str, tmp_path: Path) -> None:
+    text = "\u4f60\u597d \u2013 \u00e9t\u00e9 \U0001f600"
+    file = tmp_path / "chats.jsonl"
+    turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": text}]
+    file.write_text(json.dumps({"messages": turns}) + "\n", encoding="utf-8")
+    command = [sys.executable, "-m", "lowvram_chat.preview", str(file), "--json"]
+    done = subprocess.run(command, capture_output=True, check=False, env=os.environ | {"PYTHONIOENCODING": encoding})
+    assert done.returncode == 0, done.stderr
+    shown = done.stdout.decode("utf-8")
+    assert text in shown.splitlines()[0] + "".join(shown.splitlines()[1:-1])
+    assert text in json.dumps(json.loads(shown.splitlines()[-1]), ensure_ascii=False)
+
+
+def test_piped_messages_are_read_as_utf8(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "lowvram_chat.chat", "builtin:tiny-gpt2", "--max-new-tokens", "2"]
+    environment = os.environ | {"PYTHONIOENCODING": "cp1252"}
+    done = subprocess.run(
+        command, input="\ufeff\u4f60\u597d?\n".encode(), capture_output=True, check=False, env=environment
+    )
+    assert done.returncode == 0, done.stderr
+    wrong = subprocess.run(command, input=b"caf\xe9?\n", capture_output=True, check=False, env=environment)
+    assert wrong.returncode == 2
+    assert b"stdin: is not UTF-8" in wrong.stderr
+
+
+def test_json_has_no_nan() -> None:
+    assert json_text({"a": [float("nan"), 1.5], "b": {"c": float("inf")}}) == '{"a": [null, 1.5], "b": {"c": null}}'

@@ -324,3 +324,16 @@ def test_a_model_with_its_loss_attached_can_be_pickled(tiny: Path, tmp_path: Pat
     assert loaded(**inputs)["loss"].item() == model(**inputs)["loss"].item()
     assert loaded.forward.model is loaded
     assert loaded(inputs["input_ids"]).logits.shape == (4, 37, 8192)
+
+
+def test_without_gradients_no_gradient_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def product(*_: object) -> None:
+        raise AssertionError("the gradient of the head: a product, and as much memory as the head")
+
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=64, n_embd=16, n_layer=1, n_head=2, n_positions=64)).eval()
+    attach_loss(model)
+    inputs = batch(64)
+    expected = model(**inputs)["loss"]
+    monkeypatch.setattr(tiled_cross_entropy, "_add_product", product)
+    with torch.no_grad():
+        assert torch.equal(model(**inputs)["loss"], expected)
