@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from lowvram_chat.arguments import as_list, check_path, checked_recipe, look_for_hub
+from lowvram_chat.arguments import as_list, check_device_name, check_path, checked_recipe, look_for_hub
 
 if TYPE_CHECKING:
     from lowvram_chat.data.preview import Preview
@@ -197,15 +197,18 @@ def merge(
     base: str | None = None,
     dtype: str = "float32",
     overwrite: bool = False,
+    device: str = "auto",
 ) -> Merged:
     """Merge a run's adapter into its base model; return the model's folder and the proof that it is the same function.
 
     `out` is the target folder (default: `merged` in the run folder), `base` another place of the same base model, `dtype`
-    the type to save in, and `overwrite` replaces an earlier merge.
+    the type to save in, and `overwrite` replaces an earlier merge. `device` "auto" is the CPU, unless only the graphics card has
+    room for the model.
 
     Raises:
         NotFoundError, ModelError, UsageError: no run, no adapter, another base, or a target in use.
         ProofError: the logits differ; nothing is kept.
+        OutOfMemory: the model does not fit the device; nothing is kept.
     """
     from lowvram_chat.errors import UsageError
     from lowvram_chat.exporting.merge_target import check_merge
@@ -213,6 +216,7 @@ def merge(
 
     if dtype not in SAVED_DTYPES:
         raise UsageError(f"merge: the type {dtype!r} is not known. Give one of {', '.join(SAVED_DTYPES)}.")
+    check_device_name(device)
     check_path("run", run)
     if out is not None:
         check_path("out", out)
@@ -222,7 +226,7 @@ def merge(
 
     from lowvram_chat.exporting.merge import merge_run
 
-    return merge_run(folder, target, base=base, dtype=dtype)
+    return merge_run(folder, target, base=base, dtype=dtype, device=device)
 
 
 def evaluate(
@@ -235,22 +239,25 @@ def evaluate(
     max_length: int | None = None,
     max_bad_rows: float = 0,
     batch_size: int = 8,
+    device: str = "auto",
 ) -> dict[str, Score]:
     """Return the held-out loss of a run or model under "assistant" and "all"; data without roles has "all" only.
 
     `data` names files, globs or a hub dataset (default: what the run held out), `split` a hub dataset's split, `format` the
     row format (default: detected), `limit` the conversations to use, `max_length` the tokens per row, `max_bad_rows` the
-    unusable rows to skip or their share, and `batch_size` the rows per batch.
+    unusable rows to skip or their share, `batch_size` the rows per batch, and `device` one of `DEVICES`.
 
     Raises:
         UsageError: there is nothing to score on, or a setting is wrong.
         NotFoundError, ModelError, DataError: the model or the data cannot be loaded.
+        OutOfMemory: a single row does not fit the device.
     """
     from lowvram_chat.errors import UsageError
     from lowvram_chat.quiet import quiet_transformers
     from lowvram_chat.training.evaluation_data import evaluation_data
 
     names = as_list(data)
+    check_device_name(device)
     check_path("model", model)
     if not isinstance(batch_size, int) or batch_size < 1:
         raise UsageError(f"batch_size: {batch_size!r} is not a whole number above 0. Give the rows per batch.")
@@ -262,7 +269,7 @@ def evaluate(
 
     from lowvram_chat.training.evaluation import evaluate_model
 
-    return evaluate_model(str(model), section, batch_size=batch_size, fit_length=fit_length)
+    return evaluate_model(str(model), section, batch_size=batch_size, fit_length=fit_length, device=device)
 
 
 def open_chat(
@@ -273,15 +280,18 @@ def open_chat(
     top_p: float = 0.9,
     max_new_tokens: int = 200,
     seed: int | None = None,
+    device: str = "auto",
 ) -> ChatSession:
     """Return a conversation with a run, a model folder, a hub model or `builtin:tiny-gpt2`.
 
     `ChatSession.ask` returns an answer and `ChatSession.reset` starts again. `system` is a system message. `temperature` 0
-    is greedy decoding, `top_p` is nucleus sampling, `max_new_tokens` limits an answer, and `seed` makes answers repeatable.
+    is greedy decoding, `top_p` is nucleus sampling, `max_new_tokens` limits an answer, `seed` makes answers repeatable, and
+    `device` is one of `DEVICES`.
 
     Raises:
         UsageError: a sampling setting is out of range.
         NotFoundError, ModelError: the model cannot be loaded.
+        OutOfMemory: the model does not fit the device.
     """
     from lowvram_chat.errors import UsageError
     from lowvram_chat.model.sampling import Sampling, check_seed
@@ -290,6 +300,7 @@ def open_chat(
     if not (system is None or isinstance(system, str)):
         raise UsageError(f"system: {system!r} is not a text. Give the system message.")
     check_seed(seed)
+    check_device_name(device)
     check_path("model", model)
     sampling = Sampling(temperature=temperature, top_p=top_p, max_new_tokens=max_new_tokens)
     look_for_hub(str(model))
@@ -297,4 +308,4 @@ def open_chat(
 
     from lowvram_chat.model.chat_session import ChatSession, open_for_chat
 
-    return ChatSession(open_for_chat(str(model)), system=system, sampling=sampling, seed=seed)
+    return ChatSession(open_for_chat(str(model), device), system=system, sampling=sampling, seed=seed)

@@ -14,6 +14,10 @@ if TYPE_CHECKING:
     from lowvram_chat.recipe.schema import Recipe
 
 
+DEVICES = ("auto", "cpu", "cuda")
+"""Devices that a model can be opened on. auto: the graphics card, if it has enough free memory."""
+
+
 def checked_recipe(recipe: Recipe) -> Recipe:
     """Return the recipe.
 
@@ -41,6 +45,16 @@ def check_path(name: str, path: str | Path) -> None:
         Path(path).expanduser().exists()
     except (OSError, RuntimeError, ValueError) as error:  # a name that is too long, an unknown user, a null character
         raise UsageError(f"{name}: {shorten(str(path))} is no usable path ({error}). Give another path.") from None
+
+
+def check_device_name(name: str) -> None:
+    """Refuse a name that is none of `DEVICES`.
+
+    Raises:
+        UsageError: with the known names.
+    """
+    if name not in DEVICES:
+        raise UsageError(f"device: {name!r} is not known. Give one of {', '.join(DEVICES)}.")
 
 
 def as_list(names: str | Path | Sequence[str | Path] | None) -> list[str]:

@@ -14,8 +14,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from lowvram_chat import api
-from lowvram_chat.cli import guarded, parser
-from lowvram_chat.errors import UsageError
+from lowvram_chat.cli import add_device, guarded, parser
+from lowvram_chat.errors import OutOfMemory, UsageError
 from lowvram_chat.terminal import printable, read_utf8
 
 if TYPE_CHECKING:
@@ -31,6 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments.add_argument("--temperature", type=float, default=0.7, help="0 is greedy decoding (default: 0.7)")
     arguments.add_argument("--top-p", type=float, default=0.9, help="nucleus sampling (default: 0.9)")
     arguments.add_argument("--max-new-tokens", type=int, default=200, help="maximum length of an answer (default: 200)")
+    add_device(arguments, auto="the graphics card, if it has enough free memory")
     arguments.add_argument("--seed", type=int, help="make the answers repeatable")
     args = arguments.parse_args(argv)
     return guarded(lambda: _chat(args))
@@ -47,6 +48,7 @@ def _chat(args: argparse.Namespace) -> int:
         top_p=args.top_p,
         max_new_tokens=args.max_new_tokens,
         seed=args.seed,
+        device=args.device,
     )
     if args.prompt is None:
         return converse(session)
@@ -91,7 +93,7 @@ def _answer(session: ChatSession, text: str) -> None:
         print()
     except KeyboardInterrupt:
         print(" (stopped)")
-    except UsageError as error:
+    except (UsageError, OutOfMemory) as error:
         print(printable(f"({error})"), file=sys.stderr)
 
 

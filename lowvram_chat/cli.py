@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import NoReturn
 
 from lowvram_chat import __version__
+from lowvram_chat.arguments import DEVICES
 from lowvram_chat.errors import DoesNotFit, LowVramError, ProofError, did_you_mean
 from lowvram_chat.files import json_text
 from lowvram_chat.quiet import quiet_libraries
@@ -47,6 +48,11 @@ def parser(command: str, doc: str | None) -> Parser:
     return Parser(
         prog=f"python -m lowvram_chat.{command}", description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+
+
+def add_device(arguments: argparse.ArgumentParser, *, auto: str) -> None:
+    """Add the option --device; `auto` says what the default chooses."""
+    arguments.add_argument("--device", choices=DEVICES, default="auto", help=f"auto (the default): {auto}")
 
 
 def guarded(work: Callable[[], int]) -> int:

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Sequence
 
 from lowvram_chat import api
-from lowvram_chat.cli import guarded, parser, print_json
+from lowvram_chat.cli import add_device, guarded, parser, print_json
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -32,6 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="unusable rows to skip at most, or their share (default: 0)",
     )
     arguments.add_argument("--batch-size", type=int, default=8, help="rows per batch (default: 8)")
+    add_device(arguments, auto="the graphics card, if it has enough free memory")
     arguments.add_argument("--json", action="store_true", help="print the scores as JSON on the last line")
     args = arguments.parse_args(argv)
     return guarded(lambda: _evaluate(args))
@@ -52,6 +53,7 @@ def _evaluate(args: argparse.Namespace) -> int:
         max_length=args.max_length,
         max_bad_rows=args.max_bad_rows,
         batch_size=args.batch_size,
+        device=args.device,
     )
     print(f"{'loss on':<12}{'loss':>10}{'perplexity':>14}{'tokens':>12}")
     for kind, score in scores.items():

@@ -15,7 +15,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from lowvram_chat import api
-from lowvram_chat.cli import guarded, parser, print_json
+from lowvram_chat.cli import add_device, guarded, parser, print_json
 from lowvram_chat.terminal import printable
 
 
@@ -26,6 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments.add_argument("--out", type=Path, metavar="FOLDER", help="output folder (default: RUN/merged)")
     arguments.add_argument("--base", metavar="MODEL", help="where the base model is now, if it moved")
     arguments.add_argument("--dtype", choices=api.SAVED_DTYPES, default="float32", help="type to save in")
+    add_device(arguments, auto="the CPU, unless only the graphics card has room for the model")
     arguments.add_argument("--overwrite", action="store_true", help="replace an earlier result")
     arguments.add_argument("--json", action="store_true", help="print the proof as JSON on the last line")
     args = arguments.parse_args(argv)
@@ -33,7 +34,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _merge(args: argparse.Namespace) -> int:
-    merged = api.merge(args.run, out=args.out, base=args.base, dtype=args.dtype, overwrite=args.overwrite)
+    merged = api.merge(
+        args.run, out=args.out, base=args.base, dtype=args.dtype, overwrite=args.overwrite, device=args.device
+    )
     proof = merged.proof
     print(f"largest difference in logits, base + adapter to merged:             {proof.adapter_to_merged:.2e}")
     print(f"largest difference in logits, base + adapter to saved and reloaded: {proof.adapter_to_reloaded:.2e}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 import torch
 from transformers import AutoModelForCausalLM
 
@@ -13,12 +14,17 @@ from lowvram_chat.exporting.model_card import model_card
 from lowvram_chat.exporting.proof import MAX_LOGIT_DIFFERENCE, Proof
 from lowvram_chat.files import delete_unfinished, discard, replace_folder
 from lowvram_chat.model.adapters import load_adapter, probe_logits
+from lowvram_chat.model.device import choose_device, move_to_device
 from lowvram_chat.model.generation_settings import prepare_generation_config
+from lowvram_chat.model.out_of_memory import advised
 from lowvram_chat.model.pretrained import load_model, load_tokenizer
-from lowvram_chat.model.saved import base_of_adapter
+from lowvram_chat.model.saved import DEVICE_ADVICE, base_of_adapter, float32_bytes
 from lowvram_chat.model.saved_form import complete_config, save_tokenizer
 from lowvram_chat.recipe.schema import Model
 from lowvram_chat.training.run_dir import RunDir, read_result
+
+COPIES = 2.5
+"""Memory that a merge needs, in multiples of the model in float32: the base, and the saved model that is compared with it."""
 
 
 @dataclass(frozen=True)
@@ -29,24 +35,42 @@ class Merged:
     proof: Proof
 
 
-def merge_run(run: RunDir, out: Path, *, base: str | None = None, dtype: str = "float32") -> Merged:
+def merge_run(
+    run: RunDir, out: Path, *, base: str | None = None, dtype: str = "float32", device: str = "auto"
+) -> Merged:
     """Merge the run's adapter into its base model, or into another copy of it named by `base`.
 
     Raises:
         NotFoundError, ModelError: the base cannot be loaded, or is not the one that the adapter was trained on.
         ProofError: the logits differ by more than `MAX_LOGIT_DIFFERENCE`; nothing is kept.
         UsageError: `out` cannot be replaced; an earlier merge is kept.
+        OutOfMemory: the model does not fit the device; nothing is kept.
     """
     recipe = run.recipe()
     settings = Model(name=base, attention=recipe.model.attention) if base else base_of_adapter(run.adapter)
     model = settings.model_copy(update={"fused_gelu": False})
     card = model_card(recipe, read_result(run), merged=True)
-    return Merged(out, _merge(run.adapter, model, out, dtype, card))
+    place = device_for_merge(device, model)
+    with advised(str(run.path), DEVICE_ADVICE[place.type]):
+        return Merged(out, _merge(run.adapter, model, out, dtype, card, place))
 
 
-def _merge(adapter: Path, settings: Model, out: Path, dtype: str, card: str) -> Proof:
+def device_for_merge(wanted: str, base: Model) -> torch.device:
+    """Return the device to merge on: "auto" is the CPU, unless the machine's memory is short and the card's is not."""
+    if wanted != "auto":
+        return choose_device(wanted, lambda: 0)
+    needed = int(COPIES * float32_bytes(base))
+    if not torch.cuda.is_available() or psutil.virtual_memory().available >= needed:
+        return torch.device("cpu")
+    return choose_device("auto", lambda: needed)
+
+
+def _merge(  # noqa: PLR0917
+    adapter: Path, settings: Model, out: Path, dtype: str, card: str, device: torch.device
+) -> Proof:
     """Merge, save next to the final place, prove what was saved, and move it there."""
     base = load_model(settings)
+    move_to_device(base, device)
     vocabulary = base.config.get_text_config().vocab_size
     original = probe_logits(base, vocabulary)
     adapted = load_adapter(base, adapter, settings)

@@ -123,7 +123,9 @@ def load_adapter(base: PreTrainedModel, folder: Path, settings: Model) -> PeftMo
         raise ModelError(f"{folder}: has no {ADAPTER_WEIGHTS}. Copy the adapter folder again, or train it again.")
     _check_fingerprint(base, folder, settings)
     try:
-        adapted = PeftModel.from_pretrained(base, str(folder))
+        adapted = PeftModel.from_pretrained(base, str(folder), torch_device=str(base.device))
+    except torch.OutOfMemoryError:
+        raise
     except SafetensorError as error:
         raise ModelError(
             f"{folder}: the adapter's weights are damaged ({error}). Copy the adapter folder again."

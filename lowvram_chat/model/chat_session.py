@@ -13,19 +13,20 @@ from transformers import TextStreamer
 from lowvram_chat.data.template import read_template
 from lowvram_chat.errors import UsageError
 from lowvram_chat.model.generation import Messages, encode_messages, generate, stop_token_ids
+from lowvram_chat.model.out_of_memory import advised
 from lowvram_chat.model.sampling import Sampling
-from lowvram_chat.model.saved import OpenedModel, open_model
+from lowvram_chat.model.saved import DEVICE_ADVICE, OpenedModel, open_model
 
 log = logging.getLogger(__name__)
 
 
-def open_for_chat(name: str) -> OpenedModel:
+def open_for_chat(name: str, device: str = "auto") -> OpenedModel:
     """Return a model by name; one without a chat template gets the plain one.
 
     Raises:
         NotFoundError, ModelError: as `open_model`.
     """
-    opened = open_model(name)
+    opened = open_model(name, device)
     if not opened.tokenizer.chat_template:
         log.info("%s has no chat template: using the plain one (user: ... / assistant: ...)", name)
         opened.tokenizer.chat_template = read_template("plain")
@@ -63,6 +64,7 @@ class ChatSession:
 
         Raises:
             UsageError: the message is empty, or does not fit the model's positions by itself.
+            OutOfMemory: the answer does not fit the device.
         """
         if not isinstance(text, str) or not text.strip():
             raise UsageError("The message is empty or not a text. Give a question.")
@@ -72,7 +74,7 @@ class ChatSession:
         sampling = dataclasses.replace(self.sampling, max_new_tokens=room)
         prompt = torch.tensor([tokens], device=opened.model.device)
         streamer = None if on_text is None else _CallbackStreamer(opened, on_text)
-        with self._random_state(prompt.device):
+        with advised("The answer", DEVICE_ADVICE[prompt.device.type]), self._random_state(prompt.device):
             answer = generate(opened.model, opened.tokenizer, prompt, sampling, streamer)
         self.answers += 1
         self.messages = [*kept, {"role": "assistant", "content": answer}]

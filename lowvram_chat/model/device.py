@@ -8,12 +8,14 @@ import logging
 import os
 import platform
 import timeit
+from collections.abc import Callable
 
 import torch
 
 from lowvram_chat.errors import DeviceError
 from lowvram_chat.recipe.optimizers import OPTIMIZERS
 from lowvram_chat.recipe.schema import Recipe
+from lowvram_chat.units import format_mib
 
 log = logging.getLogger(__name__)
 
@@ -31,6 +33,32 @@ def check_device(recipe: Recipe) -> torch.device:
     if OPTIMIZERS[recipe.optimizer.name].paged and not cuda:
         log.info("optimizer.name: %s pages its states only on CUDA; here they stay in memory", recipe.optimizer.name)
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if cuda else torch.device("cpu")
+
+
+def choose_device(wanted: str, needed_bytes: Callable[[], int]) -> torch.device:
+    """Return the device to open a model on; `needed_bytes` returns what the model needs on a graphics card.
+
+    Raises:
+        DeviceError: CUDA is asked for, and no graphics card is usable.
+    """
+    cuda = torch.cuda.is_available()
+    if wanted == "cuda" and not cuda:
+        raise DeviceError(
+            "--device: no CUDA graphics card is usable here. Give --device cpu, or see python -m lowvram_chat.doctor."
+        )
+    if wanted == "cpu" or not cuda:
+        return torch.device("cpu")
+    if wanted == "auto":
+        needed, free = needed_bytes(), torch.cuda.mem_get_info()[0]
+        if needed > free:
+            log.info(
+                "the graphics card has %s MiB free and the model needs about %s MiB, so it runs on the CPU (--device cuda tries "
+                "the card)",
+                format_mib(free),
+                format_mib(needed),
+            )
+            return torch.device("cpu")
+    return torch.device("cuda")
 
 
 def _check_precision(precision: str, *, cuda: bool) -> None:

@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from transformers import AutoModelForCausalLM
 
 from lowvram_chat.errors import ModelError, NotFoundError
 from lowvram_chat.model.adapters import ChatModel, load_adapter
-from lowvram_chat.model.device import move_to_device
-from lowvram_chat.model.pretrained import check_vocabulary, load_model, load_tokenizer, positions_of
+from lowvram_chat.model.device import choose_device, move_to_device
+from lowvram_chat.model.out_of_memory import advised
+from lowvram_chat.model.pretrained import check_vocabulary, load_config, load_model, load_tokenizer, positions_of
 from lowvram_chat.recipe.schema import Model, Recipe
 from lowvram_chat.recipe.yaml_file import load_recipe
 
@@ -21,6 +23,13 @@ if TYPE_CHECKING:
 
 ADAPTER_FILE = "adapter_config.json"
 """File that marks an adapter folder."""
+ROOM_BYTES = 768 << 20
+"""Memory on a card beside the weights, for the CUDA context, a tile of logits and the activations of a batch. Our estimate."""
+DEVICE_ADVICE = {
+    "cuda": "Add --device cpu, or close other programs that use the card.",
+    "cpu": "Close other programs, or use a smaller model.",
+}
+"""Device -> what to do when its memory runs out."""
 DEFAULT_POSITIONS = 1024
 """Number of tokens given at once to a model that has no limit."""
 
@@ -40,20 +49,42 @@ class OpenedModel:
         return positions_of(self.model.config) or DEFAULT_POSITIONS
 
 
-def open_model(name: str) -> OpenedModel:
-    """Return the model of this name, in float32 on a CPU and in float16 on CUDA.
+def open_model(name: str, device: str = "auto") -> OpenedModel:
+    """Return the model of this name, in float32 on a CPU and in float16 on CUDA; `device` is one of `DEVICES`.
 
     Raises:
         NotFoundError: as `load_model`, or the run has not finished.
         ModelError: as `load_model` and `load_adapter`.
+        DeviceError: as `choose_device`.
+        OutOfMemory: the model does not fit the device.
     """
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = "float16" if device.type == "cuda" else "float32"
     folder, recipe = _locate(name)
+    is_adapter = folder is not None and (folder / ADAPTER_FILE).is_file()
+    base = base_of_adapter(folder) if folder is not None and is_adapter else Model(name=str(folder or name))
+    chosen = choose_device(device, lambda: _needed_bytes(base))
+    with advised(name, DEVICE_ADVICE[chosen.type]):
+        return _open(name, folder, recipe, base, chosen)
+
+
+def float32_bytes(model: Model) -> int:
+    """Return the size of a model's weights in float32, from its configuration alone."""
+    with torch.device("meta"):
+        built = AutoModelForCausalLM.from_config(load_config(model.name, model.revision))
+    return sum(4 * int(parameter.numel()) for parameter in built.parameters())
+
+
+def _needed_bytes(model: Model) -> int:
+    """Return about what a model needs on a card to answer and to be scored: its weights in fp16, and room for one batch."""
+    return int(1.1 * float32_bytes(model) / 2) + ROOM_BYTES
+
+
+def _open(name: str, folder: Path | None, recipe: Recipe | None, base: Model, device: torch.device) -> OpenedModel:
+    """Return a model on its device; `base` is the base of an adapter, or the model itself."""
+    dtype = "float16" if device.type == "cuda" else "float32"
     source = name if folder is None else str(folder)
     model: ChatModel
     if folder is not None and (folder / ADAPTER_FILE).is_file():
-        base = base_of_adapter(folder).model_copy(update={"dtype": dtype})
+        base = base.model_copy(update={"dtype": dtype})
         has_tokenizer = (folder / "tokenizer_config.json").is_file()
         tokenizer = load_tokenizer(source) if has_tokenizer else load_tokenizer(base.name, base.revision)
         model = load_adapter(load_model(base), folder, base)

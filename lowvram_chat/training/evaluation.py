@@ -11,8 +11,9 @@ from lowvram_chat.data.sources import BadRow
 from lowvram_chat.data.template import set_template
 from lowvram_chat.model.adapters import base_model_of
 from lowvram_chat.model.loss import attach_loss
+from lowvram_chat.model.out_of_memory import advised
 from lowvram_chat.model.pretrained import check_positions
-from lowvram_chat.model.saved import open_model
+from lowvram_chat.model.saved import DEVICE_ADVICE, open_model
 from lowvram_chat.model.scoring import Score, score
 from lowvram_chat.recipe.formats import FORMATS
 from lowvram_chat.recipe.schema import Data
@@ -22,15 +23,17 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-def evaluate_model(model: str, data: Data, *, batch_size: int, fit_length: bool) -> dict[str, Score]:
+def evaluate_model(
+    model: str, data: Data, *, batch_size: int, fit_length: bool, device: str = "auto"
+) -> dict[str, Score]:
     """Return the scores under "assistant" and "all"; data without roles has "all" only.
 
     `fit_length`: shorten the rows to the model's positions instead of refusing rows that are longer.
 
     Raises:
-        LowVramError: the model or the data cannot be loaded.
+        LowVramError: the model or the data cannot be loaded, or a row does not fit the device.
     """
-    opened = open_model(model)
+    opened = open_model(model, device)
     if fit_length:
         data = data.model_copy(update={"max_length": min(data.max_length, opened.positions)})
     check_positions(opened.model.config, data.max_length, model)
@@ -42,7 +45,8 @@ def evaluate_model(model: str, data: Data, *, batch_size: int, fit_length: bool)
     scores = {}
     for loss_on in ["assistant", "all"] if _has_roles(data) else ["all"]:
         rows = held_out_rows(data.model_copy(update={"loss_on": loss_on}), tokenizer, seed)
-        scores[loss_on] = score(opened.model, rows, collate, batch_size)
+        with advised(model, DEVICE_ADVICE[opened.model.device.type]):
+            scores[loss_on] = score(opened.model, rows, collate, batch_size)
     return scores
 
 

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import gc
+import io
 import weakref
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from lowvram_chat import sft
+from lowvram_chat import api, chat, evaluate, merge, sft
+from lowvram_chat.model.device import choose_device
 from lowvram_chat.recipe.optimizers import OPTIMIZERS
 from lowvram_chat.training import run as run_module
 from lowvram_chat.training.trainer import ChatTrainer
@@ -141,3 +144,56 @@ def test_the_plan_of_a_halved_run_is_that_of_the_smaller_micro_batch(
     small = {"train__per_device_train_batch_size": 2, "train__gradient_accumulation_steps": 2, "train__max_steps": 2}
     expected = result(bench.run("small", memory={"on_oom": "halve"}, **small))
     assert halved["memory_plan"] == expected["memory_plan"]
+
+
+def small_card(monkeypatch: pytest.MonkeyPatch, free_mib: int) -> None:
+    """Pretend a graphics card with so much free memory."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *_: (free_mib << 20, 4096 << 20))
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+
+
+def test_a_model_that_does_not_fit_the_card_is_opened_on_the_cpu(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    small_card(monkeypatch, 100)
+    caplog.set_level("INFO")
+    assert api.open_chat(tiny).opened.model.device.type == "cpu"
+    assert "the graphics card has 100 MiB free and the model needs about" in caplog.text
+    assert choose_device("auto", lambda: 99 << 20).type == "cuda"
+    assert choose_device("cpu", lambda: 0).type == "cpu"
+
+
+def test_cuda_without_a_card_is_refused(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert chat.main([str(tiny), "--prompt", "Hi", "--device", "cuda"]) == 2
+    assert "--device: no CUDA graphics card is usable here" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["chat", "evaluate", "merge"])
+def test_a_full_device_is_advice_in_every_command(
+    command: str, lora_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = {"chat": ["--prompt", "Hi"], "evaluate": ["--batch-size", "1"], "merge": ["--out", str(tmp_path / "m")]}
+    main = {"chat": chat.main, "evaluate": evaluate.main, "merge": merge.main}[command]
+    for moment in {
+        "chat": ["lowvram_chat.model.saved.load_model", "lowvram_chat.model.chat_session.generate"],
+        "evaluate": ["lowvram_chat.model.saved.load_model", "lowvram_chat.model.loss.summed_loss"],
+        "merge": ["lowvram_chat.exporting.merge.load_model", "lowvram_chat.exporting.merge.probe_logits"],
+    }[command]:
+        with monkeypatch.context() as patch:
+            patch.setattr(moment, full)
+            assert main([str(lora_run), *words[command]]) == 2
+        told = capsys.readouterr().err
+        assert "Traceback" not in told
+        assert "out of memory (CUDA out of memory. Tried to allocate 2.00 GiB)." in told
+        assert "Close other programs" in told
+    assert not list(tmp_path.glob("m*"))
+
+
+def test_a_conversation_goes_on_after_an_answer_that_did_not_fit(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO("Hello\n/exit\n"))
+    monkeypatch.setattr("lowvram_chat.model.chat_session.generate", full)
+    assert chat.main([str(tiny)]) == 0
+    assert "(The answer: out of memory" in capsys.readouterr().err
