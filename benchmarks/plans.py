@@ -75,11 +75,12 @@ def _hide_gpus() -> None:
 
 
 def _largest_micro_batches(name: str) -> dict[str, int]:
-    from lowvram_chat.planning.prediction import card_limits, make_plan
+    from lowvram_chat.planning.prediction import make_plan
     from lowvram_chat.planning.search import largest_micro_batch
+    from lowvram_chat.recipe.card import limits_of
 
     recipe = load_recipe(RECIPES[name])
-    return {system: largest_micro_batch(recipe, system, make_plan) for system in card_limits(recipe)}
+    return {system: largest_micro_batch(recipe, system, make_plan) for system in limits_of(recipe.memory)}
 
 
 def planned(name: str, overrides: tuple[str, ...] = ()) -> Planned:
@@ -111,7 +112,7 @@ def plan_of(recipe: Recipe) -> Planned:
     }
     for system, limit in plan.limits.items():
         memory[f"limit_{system}"] = limit / MIB - CONTEXT_MIB
-        memory[f"spare_{system}"] = (limit - plan.on_card_bytes) / MIB
+        memory[f"spare_{system}"] = (limit - plan.on_card_bytes_on(system)) / MIB
         memory[f"fits_{system}"] = float(plan.fits_on[system])
     speed = {}
     for predicted in speeds_by_power_limit(recipe, plan.work):

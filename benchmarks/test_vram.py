@@ -5,14 +5,12 @@ A case that runs out of memory is a result too: its record says so, and its test
 
 from __future__ import annotations
 
-import sys
-
 import pytest
 
 from benchmarks.plans import Plans, metrics
 from benchmarks.suite import RECIPES, Keeper
-from lowvram_chat.gpus import CONTEXT_MIB
-from lowvram_chat.planning.prediction import card_limits
+from lowvram_chat.gpus import CONTEXT_MIB, this_system
+from lowvram_chat.recipe.card import limits_of
 from lowvram_chat.recipe.yaml_file import load_recipe
 from lowvram_chat.results import own_run
 from lowvram_chat.results.record import Metric, Record
@@ -74,7 +72,7 @@ def test_a_recipe_that_is_too_large_fails_its_case(plans: Plans, keeper: Keeper)
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_a_recipe_measured_on_this_card_stays_within_its_limit(recipe: str, keeper: Keeper) -> None:
     settings = load_recipe(RECIPES[recipe])
-    limit_mib = card_limits(settings)["windows" if sys.platform == "win32" else "linux"] // MIB
+    limit_mib = limits_of(settings.memory)[this_system()] // MIB
     limited = settings.model_copy(update={"memory": settings.memory.model_copy(update={"limit_mib": limit_mib})})
     record = own_run.measure_recipe(limited, recipe, STEPS)
     ran_out = record.status == "out_of_memory"

@@ -101,6 +101,8 @@ def preview(source: str | Path | Sequence[str | Path], recipe: Recipe | None = N
 def plan(recipe: Recipe) -> Plan:
     """Return the predicted peak GPU memory of a recipe, without GPU, weights or data. It takes seconds.
 
+    `memory.gpu: auto` is the card of this machine with what is free on it now, or an RTX 3050 Laptop 4 GB if there is none.
+
     `Plan.fits` is the verdict for this operating system, `Plan.on_card_bytes` the peak; a notebook shows a plan as HTML.
     Where the recipe says `train.micro_batch: planned`, the plan is that of the micro-batch decided on.
 
@@ -112,10 +114,12 @@ def plan(recipe: Recipe) -> Plan:
     recipe = checked_recipe(recipe)
     quiet_transformers()
 
+    from lowvram_chat.model.present_card import for_this_machine
     from lowvram_chat.planning.changes import apply_change
     from lowvram_chat.planning.prediction import make_plan
     from lowvram_chat.planning.search import planned_micro_batch
 
+    recipe = for_this_machine(recipe)
     return make_plan(apply_change(recipe, planned_micro_batch(recipe, make_plan)))
 
 
@@ -138,10 +142,12 @@ def search(recipe: Recipe, *, goal: Literal["fit", "speed"] = "fit") -> list[Sug
         raise UsageError(f"search: the goal {goal!r} is not known. Give 'fit' or 'speed'.")
     quiet_transformers()
 
+    from lowvram_chat.model.present_card import for_this_machine
     from lowvram_chat.planning.changes import apply_change
     from lowvram_chat.planning.search import advise, fastest, planned_micro_batch
     from lowvram_chat.timing.planner import PLANNER
 
+    recipe = for_this_machine(recipe)
     recipe = apply_change(recipe, planned_micro_batch(recipe, PLANNER.plan))
     return advise(recipe, PLANNER) if goal == "fit" else fastest(recipe, PLANNER)
 

@@ -9,6 +9,8 @@ single one (except 45 W), and the FP16 rate of the T600 (twice its FP32 rate).
 
 from __future__ import annotations
 
+import re
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -32,7 +34,8 @@ class Gpu:
     usable_windows_mib: int
     """The same on Windows, where the desktop and WDDM use a part, MiB."""
     fp16_tflops: Mapping[int, float]
-    """Power limit (W) -> FP16 rate with fp32 accumulation (TFLOPS), of the tensor cores or, without them, of the shaders."""
+    """Power limit (W) -> FP16 rate with fp32 accumulation (TFLOPS), of the tensor cores or, without them, of the shaders. Empty
+    for a card whose rates are not known, of which no speed is predicted."""
     fp32_tflops: Mapping[int, float]
     """Power limit (W) -> FP32 rate (TFLOPS)."""
     gb_per_second: float
@@ -41,6 +44,15 @@ class Gpu:
     """Whether the card has tensor cores; otherwise `fp16_tflops` is the rate of its shaders."""
     fp16_accumulation_gain: float = 1.0
     """Speed of fp16 products with fp16 accumulation relative to fp32 accumulation: 2 on GeForce RTX, which halves the latter."""
+
+    def usable_mib(self, system: str) -> int:
+        """Return the memory that a process can use on "linux" or "windows", MiB."""
+        return self.usable_windows_mib if system == "windows" else self.usable_linux_mib
+
+    def nearest_limit(self, watts: float | None) -> int:
+        """Return the power limit of the table that is closest to `watts`; the highest if it is not known."""
+        limits = self.fp16_tflops
+        return max(limits) if watts is None else min(limits, key=lambda limit: abs(limit - watts))
 
 
 def _four_gb(
@@ -119,3 +131,38 @@ GPUS: Mapping[str, Gpu] = {
     ),
 }
 """Name in a recipe -> card."""
+
+USABLE_SHARES = {"linux": 0.97, "windows": 0.95}
+"""Share of a card without a row in the table that a process may use. Our estimate."""
+
+
+def this_system() -> str:
+    """Return "windows" or "linux", which also stands for every other system."""
+    return "windows" if sys.platform == "win32" else "linux"
+
+
+DEFAULT_GPU = "rtx-3050-laptop-4gb"
+"""The card that is planned for where none is named and none is present."""
+NO_PART_OF_A_NAME = {
+    *("nvidia", "geforce", "tesla", "quadro", "gpu", "with", "max", "q", "design"),
+    *("sxm", "sxm2", "sxm4", "pcie", "hbm3"),
+}
+"""Words of a driver's name that our names leave out. A Max-Q card is the same chip with a lower power limit."""
+MEMORY_TOLERANCE = 0.1
+"""Largest relative difference between the memory that a driver reports and the table's."""
+
+
+def known_gpu(card: str, mib: int) -> str | None:
+    """Return the row of the table for the name and the memory that a driver reports; None if no row matches.
+
+    "NVIDIA GeForce RTX 3050 Laptop GPU" with 4,096 MiB is rtx-3050-laptop-4gb. Drivers leave out "Laptop" for chips that only
+    laptops have, and for some laptop cards of the GTX generation.
+    """
+    words = {word for word in card.lower().replace("-", " ").split() if not re.fullmatch(r"\d+gb", word)}
+    words -= NO_PART_OF_A_NAME
+    for wanted in (words, words | {"laptop"}):
+        for name, gpu in GPUS.items():
+            is_same_size = abs(mib - gpu.total_mib) < mib * MEMORY_TOLERANCE
+            if {*name.split("-")[:-1]} == wanted and is_same_size:
+                return name
+    return None

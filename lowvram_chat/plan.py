@@ -65,6 +65,7 @@ def _run(args: argparse.Namespace) -> int:
 def _plan(args: argparse.Namespace) -> int:
     recipe = api.load_recipe(args.recipe, *args.overrides)
     _import_planner()
+    recipe = _for_this_machine(recipe)
     from lowvram_chat.reporting.memory_plot import check_plot_file, draw_memory
     from lowvram_chat.reporting.plan_json import plan_document, suggestion_document
     from lowvram_chat.reporting.plan_tables import show_advice, show_fastest, show_plan
@@ -100,13 +101,23 @@ def _compare(paths: Sequence[str], *, as_json: bool) -> int:
     from lowvram_chat.reporting.plan_json import plan_document
     from lowvram_chat.reporting.plan_tables import show_side_by_side
 
-    recipes = [_with_micro_batch(recipe) for recipe in recipes]
+    recipes = [_with_micro_batch(_for_this_machine(recipe)) for recipe in recipes]
     plans = [api.plan(recipe) for recipe in recipes]
     show_side_by_side(paths, recipes, plans)
     if as_json:
         rows = zip(paths, recipes, plans, strict=True)
         print_json({"plans": [{"recipe": path, **plan_document(recipe, plan)} for path, recipe, plan in rows]})
     return 0 if all(plan.fits for plan in plans) else 1
+
+
+def _for_this_machine(recipe: Recipe) -> Recipe:
+    """Return the recipe with `memory.gpu: auto` resolved, and print which card it is planned for."""
+    from lowvram_chat.model.present_card import describe, for_this_machine
+
+    resolved = for_this_machine(recipe)
+    if recipe.memory.gpu == "auto" and recipe.memory.card is None:
+        print(describe(resolved), file=sys.stderr)
+    return resolved
 
 
 def _with_micro_batch(recipe: Recipe) -> Recipe:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
+from lowvram_chat.gpus import this_system
+from lowvram_chat.recipe.optimizers import OPTIMIZERS
 from lowvram_chat.recipe.schema import Adapter, Recipe
 
 Change = Mapping[str, str | int | bool]
@@ -51,8 +53,10 @@ def free_savings(recipe: Recipe) -> Change:
 
 
 def lighter_optimizers(recipe: Recipe) -> list[Change]:
-    """Return the optimizers with smaller states that take the same kind of step."""
-    return [{"optimizer.name": name} for name in LIGHTER_OPTIMIZERS.get(recipe.optimizer.name, ())]
+    """Return the optimizers with smaller states that take the same kind of step; on Windows, where nothing is paged, no paged."""
+    names = LIGHTER_OPTIMIZERS.get(recipe.optimizer.name, ())
+    pages = this_system() != "windows"
+    return [{"optimizer.name": name} for name in names if pages or not OPTIMIZERS[name].paged]
 
 
 def _override_value(value: object) -> str:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from lowvram_chat.gpus import this_system
 from lowvram_chat.planning.plan_html import plan_html
 from lowvram_chat.tracing.operations import Work
 from lowvram_chat.units import format_mib
@@ -40,6 +40,9 @@ class Plan:
     """The same for a run in which every row has the maximum length."""
     context_bytes: int
     """The CUDA context, which lies outside the allocator."""
+    paged_bytes: int
+    """Paged optimizer states, outside the allocator too. Linux moves them to the main memory; on Windows, where unified memory
+    does not page, they stay on the card. Source: CUDA C++ Programming Guide, "Unified memory on Windows"."""
     categories: Mapping[str, int]
     """Category -> bytes at the peak; they add up to `on_card_bytes`."""
     phase: str
@@ -51,7 +54,8 @@ class Plan:
     trained: int
     """Parameters that are trained."""
     limits: Mapping[str, int]
-    """"linux", "windows" -> bytes of the card that this process may use, context included."""
+    """"linux", "windows" -> bytes of the card that this process may use, context included; this system alone, if the card is this
+    machine's."""
     fits_on: Mapping[str, bool]
     """"linux", "windows" -> whether the run fits there."""
     work: Work = field(repr=False)
@@ -60,13 +64,21 @@ class Plan:
 
     @property
     def on_card_bytes(self) -> int:
-        """Peak memory on the card, context included."""
-        return self.peak_reserved_bytes + self.context_bytes
+        """Peak memory on the card on this operating system, context included."""
+        return self.on_card_bytes_on(self.system)
+
+    def on_card_bytes_on(self, system: str) -> int:
+        """Return the peak memory on the card on "linux" or "windows", context included."""
+        return self.peak_reserved_bytes + self.outside_allocator_bytes(system)
+
+    def outside_allocator_bytes(self, system: str) -> int:
+        """Return the memory on the card that torch's allocator does not hold."""
+        return self.context_bytes + (self.paged_bytes if system == "windows" else 0)
 
     @property
     def system(self) -> str:
         """Operating system that `fits` refers to: the one this process runs on."""
-        return "windows" if sys.platform == "win32" else "linux"
+        return this_system()
 
     @property
     def fits(self) -> bool:
@@ -92,16 +104,16 @@ class Plan:
                 f"{fits} in {LIMIT_SETTING} = {format_mib(self.limit_bytes)} MiB: {self._spare_in_words(self.system)}"
             )
         return "\n".join(
-            f"{self._fits_in_words(system)} on {self.budget}, {title} ({format_mib(self.limits[system])} MiB usable): "
+            f"{self._fits_in_words(system)} on {self.budget}, {SYSTEM_TITLES[system]} ({format_mib(limit)} MiB usable): "
             f"{self._spare_in_words(system)}"
-            for system, title in SYSTEM_TITLES.items()
+            for system, limit in self.limits.items()
         )
 
     def _fits_in_words(self, system: str) -> str:
         return "fits" if self.fits_on[system] else "DOES NOT FIT"
 
     def _spare_in_words(self, system: str) -> str:
-        spare = self.limits[system] - self.on_card_bytes
+        spare = self.limits[system] - self.on_card_bytes_on(system)
         if spare >= 0:
             return f"{format_mib(spare)} MiB to spare"
         if self.fits_on[system]:

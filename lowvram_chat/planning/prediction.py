@@ -18,10 +18,11 @@ from functools import lru_cache
 from pathlib import Path
 
 from lowvram_chat.errors import LowVramError, ModelError
-from lowvram_chat.gpus import CONTEXT_MIB, GPUS
+from lowvram_chat.gpus import CONTEXT_MIB, this_system
 from lowvram_chat.planning.plan import LIMIT_SETTING, Plan, TensorGroup
 from lowvram_chat.planning.replay import Replay, live_storages_at, replay
 from lowvram_chat.planning.runs import composed_runs, traced_steps
+from lowvram_chat.recipe.card import card_of, limits_of
 from lowvram_chat.recipe.schema import Recipe
 from lowvram_chat.tracing.cuda_rules import CudaRules
 from lowvram_chat.tracing.recorder import Event, Storage
@@ -90,19 +91,11 @@ def longest_rows_run(recipe: Recipe) -> list[Event]:
         return next(composed_runs(_cached_trace(_cache_key(recipe))))
 
 
-def card_limits(recipe: Recipe) -> dict[str, int]:
-    """Return, for "linux" and "windows", the bytes of the card that the run may use, context included."""
-    gpu, limit_mib = GPUS[recipe.memory.gpu], recipe.memory.limit_mib
-    return {
-        "linux": MIB * (gpu.usable_linux_mib if limit_mib is None else limit_mib),
-        "windows": MIB * (gpu.usable_windows_mib if limit_mib is None else limit_mib),
-    }
-
-
 def card_rules(recipe: Recipe) -> CudaRules:
     """Return the tracing rules of the recipe's card."""
-    capability = GPUS[recipe.memory.gpu].compute_capability
-    return CudaRules(capability, cublas_workspace_bytes=CUBLAS_WORKSPACE_BYTES, plain_rows=True)
+    return CudaRules(
+        card_of(recipe.memory).compute_capability, cublas_workspace_bytes=CUBLAS_WORKSPACE_BYTES, plain_rows=True
+    )
 
 
 def plan_category(storage: Storage) -> str:
@@ -141,20 +134,23 @@ def _cached_plan(key: _CacheKey) -> Plan:
     replays = [replay(events) for events in runs]
     worst = max(range(len(runs)), key=lambda number: replays[number].peak_reserved_bytes)
     events, peak = runs[worst], replays[worst]
-    limits, context = card_limits(recipe), CONTEXT_MIB * MIB
+    limits, context = limits_of(recipe.memory), CONTEXT_MIB * MIB
+    outside = {"linux": context, "windows": context + traced.paged_bytes}
+    paged = {"paged optimizer state": traced.paged_bytes} if traced.paged_bytes and this_system() == "windows" else {}
     return Plan(
-        budget=GPUS[recipe.memory.gpu].title if recipe.memory.limit_mib is None else LIMIT_SETTING,
+        budget=card_of(recipe.memory).title if recipe.memory.limit_mib is None else LIMIT_SETTING,
         peak_allocated_bytes=max(result.peak_allocated_bytes for result in replays),
         peak_reserved_bytes=peak.peak_reserved_bytes,
         longest_reserved_bytes=replays[0].peak_reserved_bytes,
         context_bytes=context,
-        categories=_categories(events, peak) | {"context": context},
+        paged_bytes=traced.paged_bytes,
+        categories=_categories(events, peak) | {"context": context} | paged,
         phase=events[peak.peak_at].storage.phase,
         largest=_largest_tensors(live_storages_at(events, peak.peak_at)),
         parameters=traced.parameters,
         trained=traced.trained,
         limits=limits,
-        fits_on={system: _fits(runs, replays, limit - context) for system, limit in limits.items()},
+        fits_on={system: _fits(runs, replays, limit - outside[system]) for system, limit in limits.items()},
         work=traced.work,
     )
 
@@ -178,7 +174,7 @@ def _memory_settings(recipe: Recipe) -> Recipe:
                 gradient_accumulation_steps=min(2, train.gradient_accumulation_steps),
                 per_device_eval_batch_size=train.per_device_eval_batch_size if evaluates else 1,
             ),
-            "memory": type(recipe.memory)(gpu=recipe.memory.gpu, limit_mib=recipe.memory.limit_mib),
+            "memory": recipe.memory.model_copy(update={"on_oom": "stop"}),
             "output": type(recipe.output)(),
         }
     )

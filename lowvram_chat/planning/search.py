@@ -112,7 +112,7 @@ def largest_micro_batch(recipe: Recipe, system: str, plan: Callable[[Recipe], Pl
 
 def too_large(recipe: Recipe, plan: Plan) -> str:
     """Return the message for a model that does not fit with any settings."""
-    remedy = "raise memory.limit_mib" if plan.budget == LIMIT_SETTING else "set memory.gpu to a larger card"
+    remedy = "raise memory.limit_mib" if plan.budget == LIMIT_SETTING else "plan for a larger card with memory.gpu"
     return (
         f"model.name: {recipe.model.name} does not fit in {format_mib(plan.limit_bytes)} MiB with any settings, not even "
         f"with LoRA and one short row at a time (its weights take {format_mib(plan.categories['weights'])} MiB, the CUDA "

@@ -39,7 +39,10 @@ def _one_of(known: Iterable[str], descriptions: Iterable[str] = ()) -> tuple[Aft
 
 OptimizerName = Annotated[str, *_one_of(OPTIMIZERS)]
 AdapterKind = Annotated[str, *_one_of(ADAPTERS)]
-GpuName = Annotated[str, *_one_of(GPUS, (gpu.title for gpu in GPUS.values()))]
+AUTO = "auto"
+"""`memory.gpu`: the card of this machine."""
+GpuName = Annotated[str, *_one_of([AUTO, *GPUS], ["the card of this machine", *(gpu.title for gpu in GPUS.values())])]
 FormatName = Annotated[str, *_one_of(FORMATS, (kind.description for kind in FORMATS.values()))]
 Positive = Annotated[int, Field(gt=0, le=10**9)]
+Rate = Annotated[float, Field(gt=0, le=10**6)]
 Share = Annotated[float, Field(ge=0, lt=1)]

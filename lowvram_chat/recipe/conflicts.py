@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from lowvram_chat.recipe.choices import AUTO
 from lowvram_chat.recipe.optimizers import OPTIMIZERS
-from lowvram_chat.recipe.sections import Adapter, Data, Model, OptimizerSection, Train
+from lowvram_chat.recipe.sections import Adapter, Data, Memory, Model, OptimizerSection, Train
 
 
 def find_conflicts(model: Model, adapter: Adapter | None, data: Data) -> Iterator[str]:
@@ -40,6 +41,12 @@ def _data_conflicts(data: Data) -> Iterator[str]:
             "data.attention_mask: packed conversations are told apart by their positions, which a mask would override. "
             "Leave it out."
         )
+
+
+def find_card_conflicts(memory: Memory) -> Iterator[str]:
+    """Yield a message for a card that is both named and described."""
+    if memory.card is not None and memory.gpu != AUTO:
+        yield "memory: gpu and card exclude each other. Keep one."
 
 
 def find_train_conflicts(train: Train, optimizer: OptimizerSection) -> Iterator[str]:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from pydantic import model_validator
 
-from lowvram_chat.recipe.conflicts import find_conflicts, find_train_conflicts
+from lowvram_chat.recipe.conflicts import find_card_conflicts, find_conflicts, find_train_conflicts
 from lowvram_chat.recipe.sections import (
     POSITIONS_OF_GPT2,
     Adapter,
+    Card,
     Data,
     Memory,
     Model,
@@ -20,6 +21,7 @@ from lowvram_chat.recipe.sections import (
 __all__ = [
     "POSITIONS_OF_GPT2",
     "Adapter",
+    "Card",
     "Data",
     "Memory",
     "Model",
@@ -46,6 +48,7 @@ class Recipe(Section):
     def _check_across_sections(self) -> Recipe:
         problems = [
             *find_conflicts(self.model, self.adapter, self.data),
+            *find_card_conflicts(self.memory),
             *find_train_conflicts(self.train, self.optimizer),
         ]
         if problems:

@@ -11,7 +11,7 @@ from typing import Annotated, Literal, get_args
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
 from lowvram_chat.recipe.adapters import REFUSED_TARGETS
-from lowvram_chat.recipe.choices import AdapterKind, FormatName, GpuName, OptimizerName, Positive, Share
+from lowvram_chat.recipe.choices import AdapterKind, FormatName, GpuName, OptimizerName, Positive, Rate, Share
 from lowvram_chat.terminal import UNPRINTABLE
 
 POSITIONS_OF_GPT2 = 1024
@@ -220,11 +220,39 @@ class OptimizerSection(Section):
     """Momentum (SGD)."""
 
 
+class Card(Section):
+    """A graphics card that the table does not have."""
+
+    memory_mib: Positive
+    """Memory of the card, in MiB, as nvidia-smi prints it."""
+    compute_capability: Annotated[float, Field(ge=5, lt=20)]
+    """CUDA compute capability, such as 7.5."""
+    name: str = "the described card"
+    """Name of the card, for messages."""
+    usable_mib: Positive | None = None
+    """Memory that a process can use, in MiB; null: 97 % of the card's on Linux, 95 % on Windows."""
+    fp16_tflops: Rate | None = None
+    """FP16 rate with fp32 accumulation, in TFLOPS; null: not known, so that no speed is predicted."""
+    fp32_tflops: Rate | None = None
+    """FP32 rate, in TFLOPS; null: half of `fp16_tflops`."""
+    gb_per_second: Rate | None = None
+    """Memory bandwidth, in 10^9 bytes per second; null: not known, so that no speed is predicted."""
+    watts: Positive | None = None
+    """Power limit at which the card has these rates."""
+    tensor_cores: bool | None = None
+    """Whether the card has tensor cores; null: from compute capability 7.0 on."""
+    fp16_accumulation_gain: Rate = 1.0
+    """Speed of fp16 products with fp16 accumulation relative to fp32 accumulation: 2 on GeForce RTX."""
+
+
 class Memory(Section):
     """The graphics card that the run must fit."""
 
-    gpu: GpuName = "rtx-3050-laptop-4gb"
-    """Graphics card to plan for."""
+    gpu: GpuName = "auto"
+    """Graphics card to plan for. auto: this machine's, with the memory that is free on it now; without one, an RTX 3050 Laptop
+    4 GB."""
+    card: Card | None = None
+    """A card that the table does not have, in place of `gpu`."""
     limit_mib: Positive | None = None
     """Memory that this process may use on the device, in MiB; CUDA enforces it. null: all of the card's usable memory."""
     on_oom: Literal["stop", "halve"] = "stop"

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lowvram_chat.errors import DeviceError, UsageError
-from lowvram_chat.gpus import CONTEXT_MIB, GPUS
+from lowvram_chat.gpus import CONTEXT_MIB
 from lowvram_chat.planning.allocator import CachingAllocator
-from lowvram_chat.planning.prediction import card_limits, longest_rows_run, plan_category
+from lowvram_chat.planning.prediction import longest_rows_run, plan_category
+from lowvram_chat.recipe.card import card_of, limits_of
 from lowvram_chat.recipe.schema import Recipe
 from lowvram_chat.reporting.output_file import check_output_file
 from lowvram_chat.units import MIB
@@ -105,8 +106,8 @@ def _title(recipe: Recipe) -> str:
 
 def _draw_limits(axes: Axes, recipe: Recipe) -> None:
     """Draw a line at the bytes that the allocator can reserve: the usable memory of the card without the CUDA context."""
-    title = GPUS[recipe.memory.gpu].title if recipe.memory.limit_mib is None else "memory.limit_mib"
-    for system, nbytes in card_limits(recipe).items():
+    title = card_of(recipe.memory).title if recipe.memory.limit_mib is None else "memory.limit_mib"
+    for system, nbytes in limits_of(recipe.memory).items():
         style = "--" if system == "linux" else ":"
         label = f"{title}, {system}, without context"
         axes.axhline(nbytes / MIB - CONTEXT_MIB, color="red", linestyle=style, label=label)

@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.table import Column, Table
 
-from lowvram_chat.gpus import GPUS
 from lowvram_chat.planning.changes import apply_change, as_overrides
 from lowvram_chat.planning.plan import SYSTEM_TITLES, Plan
 from lowvram_chat.planning.search import Suggestion
+from lowvram_chat.recipe.card import card_of
 from lowvram_chat.recipe.schema import Recipe
-from lowvram_chat.timing.speed import predict_speed, speeds_by_power_limit
+from lowvram_chat.timing.speed import Speed, predict_speed, speeds_by_power_limit
 from lowvram_chat.units import MIB, format_mib
 
 FITTED_ERROR_PERCENT, OTHER_ERROR_PERCENT = 6, 17
@@ -49,16 +49,25 @@ def show_plan(recipe: Recipe, plan: Plan) -> None:
 
 def speed_lines(recipe: Recipe, plan: Plan) -> str:
     """Return the predicted speed at each power limit of the card."""
+    card = card_of(recipe.memory)
+    if not card.fp16_tflops:
+        return (
+            f"no speed is predicted for {card.title}, whose rates are not known: lowvram-chat doctor --selftest measures them, "
+            "and memory.card takes them"
+        )
     lines = [
-        f"predicted speed on {GPUS[recipe.memory.gpu].title}, for rows of data.max_length tokens (median error "
+        f"predicted speed on {card.title}, for rows of data.max_length tokens (median error "
         f"{FITTED_ERROR_PERCENT} % on the published speeds it was fitted to, {OTHER_ERROR_PERCENT} % on others):"
     ]
-    lines += [
-        f"  {speed.watts} W: {speed.tokens_per_second:,.0f} tokens/s, {1000 * speed.seconds_per_step:,.0f} ms per step, "
+    return "\n".join([*lines, *map(_speed_line, speeds_by_power_limit(recipe, plan.work))])
+
+
+def _speed_line(speed: Speed) -> str:
+    watts = f"{speed.watts} W: " if speed.watts else ""
+    return (
+        f"  {watts}{speed.tokens_per_second:,.0f} tokens/s, {1000 * speed.seconds_per_step:,.0f} ms per step, "
         f"{speed.utilisation:.0%} of the peak rate"
-        for speed in speeds_by_power_limit(recipe, plan.work)
-    ]
-    return "\n".join(lines)
+    )
 
 
 def show_advice(suggestions: Sequence[Suggestion]) -> None:
@@ -97,10 +106,14 @@ def show_side_by_side(names: Sequence[str], recipes: Sequence[Recipe], plans: Se
     totals = [plan.on_card_bytes for plan in plans]
     table.add_section()
     table.add_row("on the card", *map(format_mib, totals), _signed_mib(totals[1] - totals[0]))
-    for system, title in SYSTEM_TITLES.items():
-        table.add_row(f"fits, {title}", *("yes" if plan.fits_on[system] else "no" for plan in plans), "")
-    rates = [predict_speed(recipe, plan.work).tokens_per_second for recipe, plan in zip(recipes, plans, strict=True)]
-    table.add_row("tokens/s, predicted", *(f"{rate:,.0f}" for rate in rates), f"{rates[1] / rates[0] - 1:+.0%}")
+    for system in plans[0].limits.keys() & plans[1].limits.keys():
+        table.add_row(
+            f"fits, {SYSTEM_TITLES[system]}", *("yes" if plan.fits_on[system] else "no" for plan in plans), ""
+        )
+    if all(card_of(recipe.memory).fp16_tflops for recipe in recipes):
+        pairs = zip(recipes, plans, strict=True)
+        rates = [predict_speed(recipe, plan.work).tokens_per_second for recipe, plan in pairs]
+        table.add_row("tokens/s, predicted", *(f"{rate:,.0f}" for rate in rates), f"{rates[1] / rates[0] - 1:+.0%}")
     Console(highlight=False, soft_wrap=True).print(table)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
-from lowvram_chat.recipe.schema import Memory
+from lowvram_chat.gpus import DEFAULT_GPU
 from lowvram_chat.reporting.charts import Bar, areas, bars
 from lowvram_chat.reporting.html import fill_legend, folded, page, paragraph, table
 from lowvram_chat.results.baseline import BASELINE_SECONDS, BASELINE_TOKENS_PER_SECOND
@@ -56,7 +56,7 @@ def _plans_table(plans: Mapping[str, Record]) -> str:
 
 
 def _fit_cells(record: Record) -> list[str]:
-    cells = [str((record.recipe or {}).get("memory", {}).get("gpu", Memory().gpu)), _value_text(record, "on_card")]
+    cells = [str((record.recipe or {}).get("memory", {}).get("gpu", DEFAULT_GPU)), _value_text(record, "on_card")]
     for system in SYSTEMS:
         spare_mib = record.value(f"spare_{system}")
         if spare_mib is None:

@@ -9,6 +9,7 @@ import subprocess
 from datetime import UTC, datetime
 from pathlib import Path
 
+from lowvram_chat import nvidia_smi
 from lowvram_chat.errors import UsageError
 from lowvram_chat.results.processes import run_in_new_process
 from lowvram_chat.results.record import Machine, slug
@@ -84,14 +85,8 @@ def _machine_name(card: str | None, watts: float | None, processor: str, system:
 
 def _power_limit() -> float | None:
     """Return the card's power limit in watts; None if the driver does not report it, as on many laptops."""
-    command = ["nvidia-smi", "--query-gpu=enforced.power.limit", "--format=csv,noheader,nounits"]
-    if shutil.which(command[0]) is None:
-        return None
-    try:
-        process = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
-        return float(process.stdout.split()[0])
-    except (IndexError, ValueError, OSError, subprocess.TimeoutExpired):
-        return None
+    card = nvidia_smi.visible_card()
+    return None if card is None else card.watts
 
 
 def _processor_model() -> str | None:

@@ -6,9 +6,9 @@ from concurrent.futures.process import BrokenProcessPool
 from typing import TYPE_CHECKING, Literal
 
 from lowvram_chat import __version__
-from lowvram_chat.gpus import GPUS
+from lowvram_chat.gpus import GPUS, known_gpu
 from lowvram_chat.quiet import quiet_libraries, quiet_transformers
-from lowvram_chat.recipe.schema import Memory, Recipe
+from lowvram_chat.recipe.schema import Recipe
 from lowvram_chat.results import machine
 from lowvram_chat.results.baseline import BASELINE_TOKENS_PER_SECOND
 from lowvram_chat.results.processes import run_in_new_process
@@ -20,12 +20,6 @@ if TYPE_CHECKING:
     from lowvram_chat.results.measure import Measurement, Pass
 
 BENCHMARK = "run"
-GPU_VARIANT_SUFFIXES = {"ti", "super", "max", "ada"}
-"""Suffixes that denote another GPU."""
-SHARED_WITH_DESKTOP = {"3050"}
-"""Model numbers that a different desktop card has too. Drivers call the laptop card "laptop"."""
-MEMORY_TOLERANCE_OF_CARD = 0.1
-"""Largest relative difference between the memory that a driver reports and the card table's."""
 RATE_NOISE, MEMORY_NOISE = 0.05, 0.02
 """Relative change that counts as noise, of a rate and of a memory peak."""
 MEMORY_METRICS: dict[
@@ -48,7 +42,7 @@ def measure_recipe(recipe: Recipe, name: str, steps: int) -> Record:
         LowVramError: as in a run with this recipe.
     """
     here = machine.this_machine()
-    recipe = run_in_new_process(_resolved, recipe, here)
+    recipe = run_in_new_process(_resolved, recipe)
     memory, speed = _measure_pass(recipe, steps, "memory"), _measure_pass(recipe, steps, "speed")
     failed = next((measurement for measurement in (memory, speed) if measurement["status"] != "passed"), None)
     measured = memory_metrics(memory) | speed_metrics(speed) if failed is None else {}
@@ -71,24 +65,6 @@ def summary_sentence(record: Record) -> str:
     if record.status != "passed":
         return f"{record.case}: {record.status.replace('_', ' ')} ({record.reason})"
     return f"{record.case}: {_speed_words(record)}; {_memory_words(record)}"
-
-
-def known_gpu(card: str, mib: int) -> str | None:
-    """Return the row of the card table for the name and the memory that a driver reports; None if no row matches.
-
-    "NVIDIA GeForce RTX 3050 Laptop GPU" with 4,096 MiB is rtx-3050-laptop-4gb. A row matches if the driver's name has all
-    words of the row's name and no suffix that denotes another GPU, and if the memory differs by less than a tenth. The word
-    "laptop" is implied, because drivers omit it for most laptop cards; `SHARED_WITH_DESKTOP` lists the exceptions.
-    """
-    words = {*card.lower().replace("-", " ").split()}
-    if not SHARED_WITH_DESKTOP & words:
-        words.add("laptop")
-    for name, gpu in GPUS.items():
-        row_words = {*name.split("-")[:-1]}
-        is_same_chip = row_words <= words and not (GPU_VARIANT_SUFFIXES & words) - row_words
-        if is_same_chip and abs(mib - gpu.total_mib) < mib * MEMORY_TOLERANCE_OF_CARD:
-            return name
-    return None
 
 
 def memory_metrics(measurement: Measurement) -> dict[str, Metric]:
@@ -140,17 +116,14 @@ def _prediction_words(measured: Metric, predicted: Metric | None, unit: str) -> 
     return f", predicted {predicted.value:,.0f} {unit} ({predicted.value / measured.value - 1:+.1%})"
 
 
-def _resolved(recipe: Recipe, here: Machine) -> Recipe:
-    """Return the recipe with the choices that this machine decides: its card, the micro-batch, whether to compile."""
+def _resolved(recipe: Recipe) -> Recipe:
+    """Return the recipe with the choices that this machine decides: the micro-batch, and whether to compile."""
     quiet_libraries()
     from lowvram_chat.model.compilation import should_compile
     from lowvram_chat.model.device import check_device
     from lowvram_chat.training.budget import with_planned_micro_batch
 
     device = check_device(recipe)
-    gpu = _gpu_of(here)
-    if gpu is not None and "gpu" not in recipe.memory.model_fields_set:
-        recipe = recipe.model_copy(update={"memory": Memory(**recipe.memory.model_dump() | {"gpu": gpu})})
     recipe = with_planned_micro_batch(recipe, device)
     train = recipe.train.model_copy(update={"compile": should_compile(recipe.train, device)})
     return recipe.model_copy(update={"train": train})
@@ -183,7 +156,7 @@ def _predicted_metrics(recipe: Recipe, here: Machine) -> dict[str, Metric]:
 
     gpu = _gpu_of(here)
     if gpu is not None:
-        recipe = recipe.model_copy(update={"memory": recipe.memory.model_copy(update={"gpu": gpu})})
+        recipe = recipe.model_copy(update={"memory": recipe.memory.model_copy(update={"gpu": gpu, "card": None})})
     plan = make_plan(recipe)
     reserved = Metric(value=round(plan.peak_reserved_bytes / MIB, 1), unit="MiB", kind="predicted")
     speed = {} if gpu is None else _predicted_speed_metrics(recipe, plan, gpu, here.power_limit_watts)
@@ -194,8 +167,7 @@ def _predicted_speed_metrics(recipe: Recipe, plan: Plan, gpu: str, watts: float 
     """Return the predicted speed at the power limit that is closest to the card's; at the highest if it is unknown."""
     from lowvram_chat.timing.speed import predict_speed
 
-    limits = GPUS[gpu].fp16_tflops
-    nearest = max(limits) if watts is None else min(limits, key=lambda limit: abs(limit - watts))
+    limits, nearest = GPUS[gpu].fp16_tflops, GPUS[gpu].nearest_limit(watts)
     rate = predict_speed(recipe, plan.work, gpu, nearest).tokens_per_second
     metrics = {"predicted_tokens_per_second": Metric(value=round(rate, 1), unit="tokens/s", kind="predicted")}
     if watts is None and len(limits) > 1:

@@ -8,10 +8,10 @@ the maximum length.
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
 
-from lowvram_chat.gpus import GPUS, Gpu
+from lowvram_chat.gpus import GPUS, Gpu, this_system
+from lowvram_chat.recipe.card import card_of, name_of
 from lowvram_chat.recipe.schema import Recipe
 from lowvram_chat.timing import roofline
 from lowvram_chat.timing.fusion import fuse
@@ -24,7 +24,7 @@ class Speed:
     """A predicted speed."""
 
     gpu: str
-    """Name of the card in the GPU table."""
+    """Name of the card: its row in the GPU table, or what a described card is called."""
     watts: int
     """Power limit of the card."""
     system: str
@@ -67,15 +67,15 @@ def predict_speed(
     """
     compiled = bool(recipe.train.compile) if compiled is None else compiled
     fp16_accumulation = recipe.train.fp16_accumulation if fp16_accumulation is None else fp16_accumulation
-    name = gpu or recipe.memory.gpu
-    watts = watts or max(GPUS[name].fp16_tflops)
-    system = system or ("windows" if sys.platform == "win32" else "linux")
-    rates = card_rates(GPUS[name], watts, fp16_accumulation=fp16_accumulation)
+    card = card_of(recipe.memory) if gpu is None else GPUS[gpu]
+    watts = card.nearest_limit(watts)
+    system = system or this_system()
+    rates = card_rates(card, watts, fp16_accumulation=fp16_accumulation)
     operations = fuse(work) if compiled else work
     train = recipe.train
     count = train.gradient_accumulation_steps
     return Speed(
-        gpu=name,
+        gpu=gpu or name_of(recipe.memory),
         watts=watts,
         system=system,
         seconds_per_step=roofline.seconds_per_step(operations, rates, count, system),
@@ -87,8 +87,8 @@ def predict_speed(
 
 
 def speeds_by_power_limit(recipe: Recipe, work: Work) -> list[Speed]:
-    """Return the predicted speed at each power limit of the recipe's card, the highest limit first."""
-    limits = sorted(GPUS[recipe.memory.gpu].fp16_tflops, reverse=True)
+    """Return the predicted speed at each power limit of the recipe's card, the highest first; none if its rates are unknown."""
+    limits = sorted(card_of(recipe.memory).fp16_tflops, reverse=True)
     return [predict_speed(recipe, work, watts=watts) for watts in limits]
 
 

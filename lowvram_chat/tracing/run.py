@@ -40,6 +40,8 @@ class RunTrace:
     """Number of parameters of the whole model (4-bit ones too)."""
     trained: int
     """Number of trained parameters."""
+    paged_bytes: int
+    """Optimizer states in CUDA unified memory, which no allocation of the trace stands for."""
     work: list[list[Operation]]
     """The operations of the step `LISTED_STEP`: a list for each micro-batch, and one for the optimizer's update."""
 
@@ -67,7 +69,10 @@ def _trace(recipe: Recipe, rules: DeviceRules, steps: Sequence[Sequence[MicroBat
         evaluation = run.evaluate()
         spans = run.train(steps)
         run.save()
-    return _without_host_storages(RunTrace(recorder.events, evaluation, spans, parameters, trained, run.work))
+    paged = {event.storage for event in recorder.events if event.storage.category == HOST_MEMORY}
+    paged_bytes = sum(storage.nbytes for storage in paged)
+    trace = RunTrace(recorder.events, evaluation, spans, parameters, trained, paged_bytes, run.work)
+    return _without_host_storages(trace)
 
 
 def _without_host_storages(trace: RunTrace) -> RunTrace:

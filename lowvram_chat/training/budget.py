@@ -3,24 +3,22 @@
 from __future__ import annotations
 
 import logging
-import sys
 
 import torch
 
 from lowvram_chat.errors import DoesNotFit, ModelError
-from lowvram_chat.gpus import CONTEXT_MIB, GPUS
-from lowvram_chat.planning.changes import apply_change, as_overrides
+from lowvram_chat.gpus import CONTEXT_MIB, this_system
+from lowvram_chat.model.present_card import for_this_run
+from lowvram_chat.planning.changes import Change, apply_change, as_overrides
 from lowvram_chat.planning.plan import Plan
 from lowvram_chat.planning.search import advise, planned_micro_batch, too_large
+from lowvram_chat.recipe.card import limits_of
 from lowvram_chat.recipe.schema import Recipe
 from lowvram_chat.timing.planner import PLANNER
 from lowvram_chat.training.halving import micro_batch_overrides
 from lowvram_chat.units import MIB, format_mib
 
 log = logging.getLogger(__name__)
-
-USABLE_SHARE = {"win32": 0.95}
-"""Share of a card without a row in the GPU table that this process may use; 0.97 on other systems."""
 
 
 def plan_within_budget(recipe: Recipe, device: torch.device, *, force: bool) -> tuple[Recipe, Plan | None]:
@@ -36,20 +34,22 @@ def plan_within_budget(recipe: Recipe, device: torch.device, *, force: bool) -> 
     """
     if device.type != "cuda" and not recipe.memory.model_fields_set and recipe.train.micro_batch == "given":
         return recipe, None
-    recipe = with_planned_micro_batch(recipe, device)
-    limited = _with_limit(recipe, device)
+    for_card = for_this_run(recipe, device)
     try:
-        plan = PLANNER.plan(limited)
+        change = planned_micro_batch(for_card, PLANNER.plan)
+        recipe, for_card = apply_change(recipe, change), apply_change(for_card, change)
+        _log_change(recipe, change)
+        plan = PLANNER.plan(for_card)
     except ModelError as error:
         if not force:
             raise
         log.warning("not planned: %s", error)
-        cap_process_memory(recipe, device)
+        _set_memory_cap(_allocator_bytes(for_card), device)
         return recipe, None
     log.info("predicted: %s", plan.verdict.replace("\n", "\n           "))
     if not plan.fits and not force:
-        raise DoesNotFit(_refusal(limited, plan))
-    _set_memory_cap(plan.limit_bytes, device)
+        raise DoesNotFit(_refusal(for_card, plan))
+    _set_memory_cap(plan.limit_bytes - plan.outside_allocator_bytes(plan.system), device)
     return recipe, plan
 
 
@@ -57,21 +57,30 @@ def with_planned_micro_batch(recipe: Recipe, device: torch.device) -> Recipe:
     """Return the recipe with `train.micro_batch: planned` decided for this device; other recipes are unchanged."""
     if recipe.train.micro_batch == "given":
         return recipe
-    recipe = apply_change(recipe, planned_micro_batch(_with_limit(recipe, device), PLANNER.plan))
-    checkpointed = ", with gradient checkpointing" if recipe.train.gradient_checkpointing else ""
-    log.info("planned: %s%s", micro_batch_overrides(recipe), checkpointed)
+    change = planned_micro_batch(for_this_run(recipe, device), PLANNER.plan)
+    recipe = apply_change(recipe, change)
+    _log_change(recipe, change)
     return recipe
+
+
+def _log_change(recipe: Recipe, change: Change) -> None:
+    """Log a micro-batch that was decided on."""
+    if change:
+        checkpointed = ", with gradient checkpointing" if recipe.train.gradient_checkpointing else ""
+        log.info("planned: %s%s", micro_batch_overrides(recipe), checkpointed)
 
 
 def cap_process_memory(recipe: Recipe, device: torch.device) -> None:
     """Cap the process to the recipe's budget on CUDA, whether the run was planned or not."""
     if device.type == "cuda":
-        _set_memory_cap(MIB * (_with_limit(recipe, device).memory.limit_mib or 0), device)
+        _set_memory_cap(_allocator_bytes(for_this_run(recipe, device)), device)
 
 
 def allocator_limit(plan: Plan | None) -> int | None:
     """Return the bytes that CUDA's allocator may reserve by the plan; None if there is no cap."""
-    return plan.limit_bytes - CONTEXT_MIB * MIB if plan is not None and torch.cuda.is_available() else None
+    if plan is None or not torch.cuda.is_available():
+        return None
+    return plan.limit_bytes - plan.outside_allocator_bytes(plan.system)
 
 
 def compare_with_plan(plan: Plan | None) -> dict[str, dict[str, float | None]]:
@@ -98,28 +107,16 @@ def compare_with_plan(plan: Plan | None) -> dict[str, dict[str, float | None]]:
     return {"memory_plan": figures}
 
 
-def _set_memory_cap(limit_bytes: int, device: torch.device) -> None:
-    """Let the allocator reserve what the limit leaves beside the CUDA context."""
+def _allocator_bytes(recipe: Recipe) -> int:
+    """Return what the limit of a recipe's card leaves to the allocator beside the CUDA context."""
+    return limits_of(recipe.memory)[this_system()] - CONTEXT_MIB * MIB
+
+
+def _set_memory_cap(allocator_bytes: int, device: torch.device) -> None:
+    """Let the allocator reserve so many bytes and no more."""
     if device.type == "cuda":
-        allowed = max(limit_bytes - CONTEXT_MIB * MIB, 0)
         total = torch.cuda.get_device_properties(device).total_memory
-        torch.cuda.set_per_process_memory_fraction(min(1.0, allowed / total), device)
-
-
-def _with_limit(recipe: Recipe, device: torch.device) -> Recipe:
-    """Return the recipe with `memory.limit_mib` set for this card: the recipe's own limit, its named card's, or the card's.
-
-    On a CPU the recipe is unchanged: it is planned for the card that it names.
-    """
-    if device.type != "cuda":
-        return recipe
-    memory, total_mib = recipe.memory, torch.cuda.get_device_properties(device).total_memory // MIB
-    usable = int(total_mib * USABLE_SHARE.get(sys.platform, 0.97))
-    named = GPUS[memory.gpu].usable_windows_mib if sys.platform == "win32" else GPUS[memory.gpu].usable_linux_mib
-    wanted = memory.limit_mib or (named if "gpu" in memory.model_fields_set else usable)
-    if wanted > usable:
-        log.info("this card has %d MiB: planning for %d MiB instead of %d MiB", total_mib, usable, wanted)
-    return recipe.model_copy(update={"memory": memory.model_copy(update={"limit_mib": min(wanted, usable)})})
+        torch.cuda.set_per_process_memory_fraction(min(1.0, max(allocator_bytes, 0) / total), device)
 
 
 def _refusal(recipe: Recipe, plan: Plan) -> str:

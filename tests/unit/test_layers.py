@@ -23,7 +23,19 @@ LAYERS = (
     "results",
     "reporting",
 )
-FOR_ALL = ("errors", "quiet", "hub", "gpus", "units", "files", "private_names", "terminal", "wording", "__version__")
+FOR_ALL = (
+    "errors",
+    "quiet",
+    "hub",
+    "gpus",
+    "nvidia_smi",
+    "units",
+    "files",
+    "private_names",
+    "terminal",
+    "wording",
+    "__version__",
+)
 FILES = sorted(path for path in PACKAGE.rglob("*.py"))
 
 
