@@ -52,6 +52,10 @@ class SubstitutionError(DeviceError):
     """A faster way to compute a loss or a gradient is not exact on this model and device."""
 
 
+class CompilationError(DeviceError):
+    """torch.compile fails on this machine, although what it needs is installed."""
+
+
 class OutOfMemory(LowVramError, MemoryError):
     """The device ran out of memory; the message says which settings would fit."""
 

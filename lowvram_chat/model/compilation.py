@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from lowvram_chat.errors import DeviceError
+from lowvram_chat.errors import CompilationError, DeviceError
+from lowvram_chat.model.out_of_memory import first_line, is_out_of_memory
 from lowvram_chat.private_names import check_private_names
 from lowvram_chat.recipe.schema import Train
 
@@ -85,6 +86,30 @@ def should_compile(train: Train, device: torch.device) -> bool:
     raise DeviceError(
         f"train.compile: this machine lacks {missing}. Install it, or add train.compile=if_possible to run uncompiled."
     )
+
+
+@contextlib.contextmanager
+def compilation_explained() -> Iterator[None]:
+    """Turn what fails in the first call of a compiled model into an error with the reason, except for a lack of memory.
+
+    There are many reasons beside a missing compiler: Visual Studio without cl.exe on the path, folders with long or non-ASCII
+    names, a Triton that does not know the card, a full temporary folder. Each raises another class of error.
+
+    Raises:
+        CompilationError: with the first line of the error.
+    """
+    try:
+        yield
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        reason: BaseException = error
+        while inner := getattr(reason, "inner_exception", None) or reason.__cause__:  # torch wraps a compiler's own error
+            reason = inner
+        raise CompilationError(
+            f"train.compile: torch.compile fails on this machine ({first_line(reason)}). Add train.compile=false, or "
+            "if_possible to run uncompiled where it fails."
+        ) from error
 
 
 def compile_blocks(model: ChatModel) -> None:

@@ -6,6 +6,7 @@ when the trainer is built. What is left are the gradients, the saving at the end
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, cast
 import torch
 
 from lowvram_chat.data.rows import MODEL_INPUTS, Collator
+from lowvram_chat.model.compilation import compilation_explained, is_compiled
 from lowvram_chat.model.scoring import autocast, row_lengths
 from lowvram_chat.training.gradient_check import check_gradients
 from lowvram_chat.training.run_dir import is_main_process
@@ -38,7 +40,7 @@ def check_before_training(
     """Check gradients, saving and the longest batch, and log a line.
 
     Raises:
-        SubstitutionError, ModelError, UsageError: a check failed.
+        SubstitutionError, CompilationError, ModelError, UsageError: a check failed.
         torch.OutOfMemoryError: the longest batch does not fit.
     """
     started = time.monotonic()
@@ -52,16 +54,22 @@ def check_before_training(
 
 
 def try_longest_batch(trainer: ChatTrainer) -> int:
-    """Run the longest batch of a trainer's rows and return its row length.
+    """Run the longest batch of a trainer's rows and return its row length. A compiled model is compiled by it.
 
-    On a CPU, which has memory to spare and takes long, it is the forward pass of the longest row.
+    On a CPU, which has memory to spare and takes long, it is the forward pass of the longest row, unless it compiles.
+
+    Raises:
+        CompilationError: torch.compile failed.
+        torch.OutOfMemoryError: the batch does not fit.
     """
     args = trainer.args
-    on_cpu = args.device.type == "cpu"
-    count = 1 if on_cpu else args.per_device_train_batch_size
     collate = cast("Collator", trainer.data_collator)
     model, rows = trainer.trained_model, trainer.train_dataset
-    return run_longest_batch(model, rows, collate, count, trainer.precision, backward=not on_cpu)
+    compiled = any(is_compiled(module) for module in model.modules())
+    whole = compiled or args.device.type != "cpu"
+    count = args.per_device_train_batch_size if whole else 1
+    with compilation_explained() if compiled else contextlib.nullcontext():
+        return run_longest_batch(model, rows, collate, count, trainer.precision, backward=whole)
 
 
 def run_longest_batch(

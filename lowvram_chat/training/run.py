@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from lowvram_chat.errors import OutOfMemory, SubstitutionError
+from lowvram_chat.errors import CompilationError, OutOfMemory, SubstitutionError
 from lowvram_chat.model.out_of_memory import is_out_of_memory, phase_of
 from lowvram_chat.recipe.schema import Recipe
 from lowvram_chat.training.bitsandbytes_states import forget_earlier_optimizers
@@ -44,6 +44,12 @@ def train(recipe: Recipe, *, device: torch.device, resume: bool, force: bool = F
                 raise
             log.warning("%s", error)
             log.warning("continuing with the model's own loss and PEFT's own adapters, which need more memory and time")
+        except CompilationError as error:
+            if recipe.train.compile != "if_possible":
+                raise
+            log.warning("%s", error)
+            log.warning("continuing uncompiled, which is slower")
+            changed = recipe.model_copy(update={"train": recipe.train.model_copy(update={"compile": False})})
         except Exception as error:
             if not is_out_of_memory(error) or isinstance(error, OutOfMemory):
                 raise
@@ -64,6 +70,7 @@ def train(recipe: Recipe, *, device: torch.device, resume: bool, force: bool = F
 def release_memory(device: torch.device) -> None:
     """Free what a session that is over held on its device, and start its peaks again, so that they are the next session's."""
     forget_earlier_optimizers()
+    torch.compiler.reset()
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
