@@ -7,7 +7,8 @@ import logging
 import math
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from lowvram_chat.errors import UsageError
@@ -16,10 +17,39 @@ log = logging.getLogger(__name__)
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a UTF-8 file under another name first, then move it into place."""
+    """Write a UTF-8 file under another name first, then move it into place.
+
+    Raises:
+        OSError: it cannot be written or moved. An earlier file is still in its place.
+    """
     partial = path.with_name(path.name + ".partial")
     partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
+    patiently(lambda: partial.replace(path))
+
+
+HELD_BY_ANOTHER = (5, 32, 33)
+"""Windows errors of a file or folder that another program has open. Source: winerror.h, ERROR_ACCESS_DENIED,
+ERROR_SHARING_VIOLATION, ERROR_LOCK_VIOLATION."""
+WAITING_SECONDS = (0.05, 0.1, 0.2, 0.4, 0.8, 1.5)
+"""Waits between the tries of a move: virus scanners and indexers hold new files for moments."""
+
+
+def patiently(move: Callable[[], object]) -> None:
+    """Move a file or folder; on Windows, try again for some seconds while another program has it open.
+
+    Raises:
+        OSError: it cannot be moved, and is where it was.
+    """
+    for seconds in WAITING_SECONDS:
+        try:
+            move()
+        except PermissionError as error:
+            if getattr(error, "winerror", None) not in HELD_BY_ANOTHER:
+                raise
+            time.sleep(seconds)
+        else:
+            return
+    move()
 
 
 def write_json(path: Path, content: Mapping[str, object] | Sequence[object]) -> None:
@@ -73,17 +103,17 @@ def replace_folder(new: Path, target: Path) -> None:
     earlier = target.with_name(f"{target.name}.replaced-{os.getpid()}")
     try:
         if target.exists():
-            target.rename(earlier)
+            patiently(lambda: target.rename(earlier))
         try:
-            new.rename(target)
+            patiently(lambda: new.rename(target))
         except OSError:
             if earlier.exists():
-                earlier.rename(target)
+                patiently(lambda: earlier.rename(target))
             raise
     except OSError as error:
         raise UsageError(
-            f"{target}: cannot be written ({error.strerror}). Close the programs that use it, and try again. An earlier folder "
-            f"of this name was kept."
+            f"{target}: cannot be written ({error.strerror}). Close the programs that use it. An earlier folder of this name was "
+            f"kept, and the new one is {new}."
         ) from error
     if earlier.exists():
         discard(earlier)

@@ -98,10 +98,10 @@ def _merge(  # noqa: PLR0917
                 f"most {MAX_LOGIT_DIFFERENCE:g} is allowed. Nothing was written. Was the adapter trained on this base?"
             )
         (partial / "README.md").write_text(card, encoding="utf-8")
-        replace_folder(partial, out)
     except BaseException:
         discard(partial)
         raise
+    replace_folder(partial, out)  # a merge that is proved is not thrown away where a folder cannot be moved
     return proof
 
 

@@ -7,15 +7,17 @@ import importlib.util
 import logging
 import os
 import platform
+import sys
 import timeit
 from collections.abc import Callable
 
+import psutil
 import torch
 
 from lowvram_chat.errors import DeviceError
 from lowvram_chat.recipe.optimizers import OPTIMIZERS
 from lowvram_chat.recipe.schema import Recipe
-from lowvram_chat.units import format_mib
+from lowvram_chat.units import MIB, format_mib
 
 log = logging.getLogger(__name__)
 
@@ -109,6 +111,32 @@ def set_fp16_accumulation(*, wanted: bool) -> None:
 def move_to_device(module: torch.nn.Module, device: torch.device) -> None:
     """Move a module's parameters and buffers to a device, in place."""
     module.to(device)
+
+
+SPAWNED_WORKER_MIB = 900
+"""Main memory of a worker process on Windows, where it is spawned and imports torch and transformers again. Our estimate: 500 MiB
+with a CPU build of torch on Linux, and a CUDA build's libraries."""
+SMALL_MACHINE_MIB = 12 * 1024
+"""Main memory below which Windows gets no worker process."""
+
+
+def default_workers(*, cuda: bool) -> int:
+    """Return the number of processes that prepare batches, where the recipe gives none: 2 on CUDA, none on a CPU.
+
+    Collating is little work, so a worker hides little. On Windows it is spawned and takes `SPAWNED_WORKER_MIB`: one there, and
+    none on a machine with 8 GB.
+    """
+    if not cuda:
+        return 0
+    if sys.platform != "win32":
+        return 2
+    workers = 0 if psutil.virtual_memory().total // MIB < SMALL_MACHINE_MIB else 1
+    log.info(
+        "train.dataloader_num_workers: %s prepares batches, because each would import torch again and take about %d MiB",
+        "one process" if workers else "no process of its own",
+        SPAWNED_WORKER_MIB,
+    )
+    return workers
 
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4

@@ -185,7 +185,8 @@ class Train(Section):
     """Accumulate fp16 matrix products in fp16: up to twice as fast on GeForce cards, but sums can overflow and are rounded more
     coarsely."""
     dataloader_num_workers: Annotated[int, Field(ge=0, le=64)] | None = None
-    """Number of processes that prepare batches; null: 2 on CUDA, 0 on a CPU."""
+    """Number of processes that prepare batches; null: 2 on CUDA (on Windows 1, or 0 with less than 12 GiB of main memory), 0 on a
+    CPU."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 42
     """Seed of shuffling, dropout, the adapter's initial weights and the choice of held-out conversations."""
     logging_steps: Positive = 10

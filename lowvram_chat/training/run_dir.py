@@ -21,7 +21,7 @@ from typing import Any
 
 from lowvram_chat import __version__
 from lowvram_chat.errors import NotFoundError, UsageError
-from lowvram_chat.files import discard, write_json, write_text
+from lowvram_chat.files import discard, patiently, write_json, write_text
 from lowvram_chat.recipe.schema import Recipe
 from lowvram_chat.recipe.yaml_file import dump_recipe, load_recipe
 
@@ -266,11 +266,11 @@ def _set_aside(folder: Path) -> Path | None:
     earlier = folder.with_name(f"{folder.name}.earlier-{os.getpid()}") if folder.exists() else None
     try:
         if earlier is not None:
-            folder.rename(earlier)
+            patiently(lambda: folder.rename(earlier))
         folder.mkdir(parents=True)
     except OSError as error:
         if earlier is not None and earlier.exists():
-            earlier.rename(folder)
+            patiently(lambda: earlier.rename(folder))
         raise UsageError(
             f"output.dir: {folder} cannot be created ({error.strerror}). Set output.dir to another folder, or close the programs "
             "that use it."
@@ -284,7 +284,7 @@ def _put_back(earlier: Path | None, folder: Path, created_folders: list[Path]) -
         for path in created_folders:
             path.rmdir()
         if earlier is not None:
-            earlier.rename(folder)
+            patiently(lambda: earlier.rename(folder))
     except OSError as error:
         where = f" The earlier run is in {earlier}." if earlier is not None else ""
         log.warning("%s: could not be put back as it was (%s).%s", folder, error.strerror, where)

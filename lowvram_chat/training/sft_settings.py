@@ -10,6 +10,7 @@ import torch
 from trl import SFTConfig
 
 from lowvram_chat.errors import DeviceError
+from lowvram_chat.model.device import default_workers
 from lowvram_chat.recipe.optimizers import OPTIMIZERS
 from lowvram_chat.recipe.schema import Recipe
 from lowvram_chat.training.run_dir import RunDir
@@ -74,7 +75,7 @@ def _loss_settings() -> dict[str, Any]:
 def _data_settings(recipe: Recipe) -> dict[str, Any]:
     """Return the settings of rows that come tokenised, and of their order."""
     train, cuda = recipe.train, torch.cuda.is_available()
-    workers = train.dataloader_num_workers if train.dataloader_num_workers is not None else 2 * cuda
+    workers = default_workers(cuda=cuda) if train.dataloader_num_workers is None else train.dataloader_num_workers
     return {
         "dataset_kwargs": {"skip_prepare_dataset": True},
         "remove_unused_columns": False,

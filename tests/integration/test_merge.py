@@ -169,9 +169,11 @@ def test_an_earlier_merge_survives_a_new_one_that_cannot_be_moved_into_its_place
 
     monkeypatch.setattr(Path, "rename", refuse)
     assert merge.main([str(lora_run), "--out", str(out), "--overwrite"]) == 2
-    assert "cannot be written (Permission denied)" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "cannot be written (Permission denied)" in told
+    assert f"the new one is {tmp_path / 'm.partial'}" in told
     assert (out / "mine.txt").read_text() == "kept"
-    assert [path.name for path in tmp_path.iterdir()] == ["m"]
+    assert (tmp_path / "m.partial" / "model.safetensors").is_file()  # proved, so it is not thrown away
 
 
 def test_what_an_interrupted_merge_left_is_not_mixed_with_a_new_one(

@@ -87,7 +87,9 @@ def test_a_change_is_noise_within_the_larger_of_two_tolerances(old: float, new: 
 @pytest.mark.parametrize("limit_mib", [3000, 1000])
 def test_the_process_cap_leaves_out_the_context(limit_mib: int, monkeypatch: pytest.MonkeyPatch) -> None:
     caps: list[float] = []
-    card = SimpleNamespace(total_memory=4096 * MIB)
+    card = SimpleNamespace(name="RTX 3050 Laptop", major=8, minor=6, total_memory=4096 * MIB)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (3800 * MIB, 4096 * MIB))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: 0)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: card)
     monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda share, _: caps.append(share))
     recipe = Recipe.model_validate({"memory": {"limit_mib": limit_mib}})
