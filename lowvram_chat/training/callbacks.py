@@ -15,6 +15,7 @@ from lowvram_chat.training.checkpoint_fingerprint import CheckpointFingerprint
 from lowvram_chat.training.display import Display
 from lowvram_chat.training.process_memory import peak_resident_bytes
 from lowvram_chat.training.run_dir import COUNTS_FILE, RunDir
+from lowvram_chat.training.spill import SpillWatch, look_for_spill
 
 LOGGED_KEYS = ("loss", "learning_rate", "grad_norm", "eval_loss")
 """Figures of the Trainer's logs that are written."""
@@ -56,6 +57,7 @@ class MetricsCallback(TrainerCallback):
         self.seconds_before = counts.seconds
         self.logged = TokenCounts(**asdict(counts))
         self.display = Display(limit_bytes)
+        self.spill = SpillWatch()
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
@@ -90,6 +92,7 @@ class MetricsCallback(TrainerCallback):
         line |= {name: logs[name] for name in LOGGED_KEYS if name in logs}
         if "loss" in logs:
             line |= self._rates() | peak_memory()
+            look_for_spill(self.spill, line["padded_tokens_per_second"])
         with self.run.metrics_file.open("a", encoding="utf-8") as file:
             file.write(json_text(line) + "\n")
         self.display.show(line)

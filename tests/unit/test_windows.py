@@ -17,6 +17,8 @@ from lowvram_chat.files import replace_folder, write_text
 from lowvram_chat.model import device as device_module
 from lowvram_chat.model.device import default_workers
 from lowvram_chat.recipe.yaml_file import load_recipe
+from lowvram_chat.training import spill
+from lowvram_chat.units import MIB
 from tests.runs import Bench, curve
 from tests.samples import ROOT
 
@@ -110,6 +112,42 @@ def test_windows_gets_few_workers_and_is_told_why(
     caplog.set_level("INFO")
     assert default_workers(cuda=True) == workers
     assert "import torch again" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("rates", "free_mib", "warned"),
+    [
+        ([50, 1000, 1010, 990, 1000, 100], 20, True),
+        ([50, 1000, 1010, 990, 1000, 100], 900, False),  # slow for another reason, such as a laptop that got hot
+        ([50, 1000, 1010, 990, 1000, 700], 20, False),
+        ([50, 1000, 100], 20, False),  # too early to say
+    ],
+)
+def test_a_run_that_spills_into_the_main_memory_is_told_once(
+    rates: list[float],
+    free_mib: int,
+    warned: bool,
+    bench: Bench,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(spill, "can_spill", lambda: True)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.mem_get_info", lambda: (free_mib * MIB, 4096 * MIB))
+    watch = spill.SpillWatch()
+    for rate in [*rates, rates[-1]]:
+        spill.look_for_spill(watch, rate)
+    assert caplog.text.count("CUDA - Sysmem Fallback Policy") == warned
+
+
+def test_linux_itself_does_not_spill(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(spill, "sys", SimpleNamespace(platform="linux"))
+    monkeypatch.setattr("platform.release", lambda: "6.8.0-generic")
+    assert not spill.can_spill()
+    monkeypatch.setattr("platform.release", lambda: "5.15.153.1-microsoft-standard-WSL2")
+    assert spill.can_spill()
+    monkeypatch.setattr(spill, "sys", SimpleNamespace(platform="win32"))
+    assert spill.can_spill()
 
 
 def test_elsewhere_two_workers_prepare_batches_on_cuda() -> None:
