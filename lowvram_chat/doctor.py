@@ -16,7 +16,9 @@ from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
 
+from lowvram_chat import nvidia_smi
 from lowvram_chat.cli import INSTALL_ADVICE, guarded, parser, print_json
+from lowvram_chat.cuda_wheels import TORCH, WHEELS, driver_major, install_command, needed_driver, wheel_for
 from lowvram_chat.hub import endpoint, offline, reachable
 
 
@@ -81,10 +83,10 @@ def torch_build() -> Finding:
     """Return the version of torch and its kind of build; a CPU build cannot use a graphics card."""
     import torch
 
-    cuda = torch.version.cuda
-    if cuda is None and shutil.which("nvidia-smi"):
-        advice = "There is an NVIDIA driver, but torch is a CPU build. Reinstall torch with CUDA: see pytorch.org, Get Started."
-        return Finding("torch build", f"{torch.__version__}, without CUDA", False, advice)
+    cuda, card = torch.version.cuda, nvidia_smi.visible_card()
+    if cuda is None and card is not None:
+        found = f"{torch.__version__}, without CUDA, although there is a {card.name} with driver {card.driver}"
+        return Finding("torch build", found, False, _build_advice(card))
     return Finding("torch build", f"{torch.__version__}, {f'CUDA {cuda}' if cuda else 'CPU only'}", True)
 
 
@@ -92,29 +94,49 @@ def gpu() -> Finding:
     """Return the graphics card, its driver and its free memory."""
     import torch
 
+    card = nvidia_smi.visible_card()
     if not torch.cuda.is_available():
-        advice = (
-            "Training runs on the CPU: use train.precision=fp32 and small models, or a machine with an NVIDIA card."
-        )
-        return Finding("GPU", "none usable by torch", False, advice)
+        return _unusable(card, torch.version.cuda)
     free, total = torch.cuda.mem_get_info()
     major, minor = torch.cuda.get_device_capability()
-    found = f"{torch.cuda.get_device_name()}, compute {major}.{minor}, driver {_driver()}, "
+    found = f"{torch.cuda.get_device_name()}, compute {major}.{minor}, driver {card.driver if card else 'unknown'}, "
     found += f"{free / 2**20:,.0f} of {total / 2**20:,.0f} MiB free"
-    advice = "Close programs that use the card (nvidia-smi lists them)." if free < 0.8 * total else ""
+    built_for = [int(name[3:]) for name in torch.cuda.get_arch_list() if name.startswith("sm_")]
+    if built_for and 10 * major + minor < min(built_for):
+        found += f", for which torch's CUDA {torch.version.cuda} build has no kernels"
+        return Finding("GPU", found, False, _build_advice(card) if card else "Install a build of torch for CUDA 12.6.")
+    programs = ", ".join(nvidia_smi.programs()) or "nvidia-smi lists them"
+    advice = f"Close programs that use the card ({programs})." if free < 0.8 * total else ""
     return Finding("GPU", found, True, advice)
 
 
-def _driver() -> str:
-    """Return the version of the NVIDIA driver, as nvidia-smi prints it."""
-    import subprocess
+def _unusable(card: nvidia_smi.SmiCard | None, cuda: str | None) -> Finding:
+    """Return why torch, built for this version of CUDA, has no card."""
+    if card is None:
+        advice = (
+            "Training runs on the CPU: use train.precision=fp32 and small models, or a machine with an NVIDIA card. If there is "
+            "one, install its driver."
+        )
+        return Finding("GPU", "none: nvidia-smi finds no card", False, advice)
+    found = f"{card.name} with driver {card.driver}, which torch cannot use"
+    needed = needed_driver(cuda) if cuda else None
+    installed = driver_major(card.driver)
+    if cuda is None:
+        return Finding("GPU", f"{found}: torch is a CPU build", False, _build_advice(card))
+    if needed is not None and installed is not None and installed < needed:
+        found += f": torch is built for CUDA {cuda}, which needs driver {needed} or newer"
+        return Finding("GPU", found, False, f"Update the driver to {needed} or newer, or: {_build_advice(card)}")
+    return Finding(
+        "GPU", found, False, "Restart the machine, since a driver may have been updated, and run doctor again."
+    )
 
-    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    try:
-        answer = subprocess.run(query, capture_output=True, text=True, timeout=10, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return "unknown"
-    return answer.stdout.splitlines()[0].strip() if answer.stdout else "unknown"
+
+def _build_advice(card: nvidia_smi.SmiCard) -> str:
+    """Return the command that installs the build of torch for a card and its driver."""
+    wheel = wheel_for(card.driver, card.compute_capability)
+    if wheel is None:
+        return f"Driver {card.driver} is too old for every build of torch {TORCH}. Update it to {WHEELS[0].driver} or newer."
+    return f"Run {install_command(wheel)}"
 
 
 def eight_bit() -> Finding:
