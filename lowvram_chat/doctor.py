@@ -1,6 +1,12 @@
 """Check what this machine offers for fine-tuning, and advise on what is missing.
 
-python -m lowvram_chat.doctor
+    python -m lowvram_chat.doctor
+    python -m lowvram_chat.doctor --selftest --out selftest.json
+
+The self-test takes some minutes. It tries on this machine's card, or on its processor, what a run relies on: exact losses and
+gradients, optimizers, fp16, a run that is killed and resumed, and each recipe's memory and speed against its prediction. What
+fails is switched off in later runs here, and plans use the measured rates. It writes one JSON file and one page, without names
+or paths, that you can send to others.
 """
 
 from __future__ import annotations
@@ -19,7 +25,9 @@ from pathlib import Path
 from lowvram_chat import nvidia_smi
 from lowvram_chat.cli import INSTALL_ADVICE, guarded, parser, print_json
 from lowvram_chat.cuda_wheels import TORCH, WHEELS, driver_major, install_command, needed_driver, wheel_for
+from lowvram_chat.files import write_text
 from lowvram_chat.hub import endpoint, offline, reachable
+from lowvram_chat.terminal import printable
 
 
 @dataclass(frozen=True)
@@ -38,9 +46,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Parse the command line, run all checks and print what they find."""
     arguments = parser("doctor", __doc__)
     arguments.add_argument("--json", action="store_true", help="print the findings as JSON, as the last line")
+    arguments.add_argument("--selftest", action="store_true", help="try out what a run relies on: some minutes")
+    arguments.add_argument(
+        "--out", type=Path, metavar="FILE.json", help="file for the self-test's result (default: selftest.json)"
+    )
     args = arguments.parse_args(argv)
+    if args.out is not None and not args.selftest:
+        arguments.error("--out is the file of a self-test: add --selftest")
 
     def work() -> int:
+        if args.selftest:
+            return _selftest(args.out or Path("selftest.json"), as_json=args.json)
         findings = [_run_check(check) for check in CHECKS]
         for finding in findings:
             print(f"{'ok ' if finding.good else '-- '} {finding.name:<14}{finding.found}")
@@ -51,6 +67,31 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
 
     return guarded(work)
+
+
+def _selftest(out: Path, *, as_json: bool) -> int:
+    """Run the self-test, print each result, and write the record and the page."""
+    from lowvram_chat.quiet import quiet_transformers
+    from lowvram_chat.reporting.output_file import check_output_file
+
+    check_output_file("--out", out)
+    quiet_transformers()
+    from lowvram_chat.reporting.selftest_page import result_line, selftest_page
+    from lowvram_chat.selftest.suite import run_selftest
+
+    print("testing this machine; on a graphics card this takes about five minutes ...", file=sys.stderr, flush=True)
+    found = run_selftest(lambda result: print(printable(result_line(result)), flush=True))
+    text = found.record.model_dump_json(indent=1, exclude_defaults=True)
+    write_text(out, text + "\n")
+    page = out.with_suffix(".html")
+    write_text(page, selftest_page(found.record))
+    print(f"\n{'everything that this machine can run works' if found.good else found.record.reason}")
+    for switch in found.calibration.failed:
+        print(f"later runs on this machine do without {switch.replace('_', ' ')}")
+    print(f"plans for this machine use the measured rates from now on. Written: {out}, {page}")
+    if as_json:
+        print_json(found.record.model_dump(mode="json", exclude_defaults=True))
+    return 0 if found.good else 1
 
 
 def _run_check(check: Callable[[], Finding]) -> Finding:

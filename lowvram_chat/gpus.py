@@ -18,6 +18,11 @@ CONTEXT_MIB = 300
 """Memory of a CUDA context, outside the allocator, in MiB: 300 MB with current drivers and libraries, 150 to 350 observed. No
 figure is published for the RTX 3050."""
 
+SHARE_OF_PEAK = 0.75
+"""Share of a GPU's peak rate that matrix products reach. From a first model made by hand, like the next constant."""
+SHARE_OF_BANDWIDTH = 0.80
+"""Share of the memory bandwidth that other operations reach."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Gpu:
@@ -44,6 +49,13 @@ class Gpu:
     """Whether the card has tensor cores; otherwise `fp16_tflops` is the rate of its shaders."""
     fp16_accumulation_gain: float = 1.0
     """Speed of fp16 products with fp16 accumulation relative to fp32 accumulation: 2 on GeForce RTX, which halves the latter."""
+
+    launch_seconds: float | None = None
+    """Time that the host needs for an operation, where the self-test measured it."""
+    context_mib: int = CONTEXT_MIB
+    """Memory of a CUDA context: the estimate, or what the self-test measured."""
+    is_calibrated: bool = False
+    """Whether the rates were measured by the self-test of this machine."""
 
     def usable_mib(self, system: str) -> int:
         """Return the memory that a process can use on "linux" or "windows", MiB."""

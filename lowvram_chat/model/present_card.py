@@ -11,7 +11,17 @@ import logging
 import torch
 
 from lowvram_chat import nvidia_smi
-from lowvram_chat.gpus import CONTEXT_MIB, DEFAULT_GPU, GPUS, USABLE_SHARES, known_gpu, this_system
+from lowvram_chat.gpus import (
+    CONTEXT_MIB,
+    DEFAULT_GPU,
+    GPUS,
+    SHARE_OF_BANDWIDTH,
+    SHARE_OF_PEAK,
+    USABLE_SHARES,
+    known_gpu,
+    this_system,
+)
+from lowvram_chat.model.calibration import Calibration, load, processor_name
 from lowvram_chat.nvidia_smi import SmiCard
 from lowvram_chat.recipe.card import card_of
 from lowvram_chat.recipe.choices import AUTO
@@ -32,16 +42,35 @@ def for_this_machine(recipe: Recipe) -> Recipe:
     return _with_card(recipe, _card(found, found.compute_capability, available))
 
 
+def with_this_processor(recipe: Recipe) -> Recipe:
+    """Return the recipe planned for this machine's processor as if it were a card, with the rates that the self-test measured.
+
+    Only its speed means anything: a plan counts what CUDA's allocator would hold.
+    """
+    import psutil
+
+    card = Card(
+        name="this machine's processor",
+        memory_mib=psutil.virtual_memory().total // MIB,
+        compute_capability=8.6,
+        tensor_cores=False,
+    )
+    calibration = load(processor_name())
+    card = card if calibration is None else _calibrated(card, calibration)
+    return recipe.model_copy(update={"memory": Memory(card=card)})
+
+
 def describe(recipe: Recipe) -> str:
     """Return the card that a recipe with `memory.gpu: auto` was resolved to, for the user."""
     card = recipe.memory.card
     if card is None:
         return f"no NVIDIA card was found here: planned for {GPUS[DEFAULT_GPU].title} (memory.gpu names another)"
     taken = card.memory_mib - (card.usable_mib or 0)
+    rates = ", with the rates that its self-test measured" if card.calibrated else ""
     return (
         f"planned for this machine's card: {card.name}, {format_mib(card.memory_mib * MIB)} MiB, of which "
         f"{format_mib((card.usable_mib or 0) * MIB)} MiB can be used now and {format_mib(taken * MIB)} MiB are reserved or "
-        f"used by other programs{_listed(nvidia_smi.programs())}"
+        f"used by other programs{_listed(nvidia_smi.programs())}{rates}"
     )
 
 
@@ -76,8 +105,28 @@ def for_this_run(recipe: Recipe, device: torch.device) -> Recipe:
 
 
 def _card(found: SmiCard, capability: float, available_mib: int) -> Card:
-    """Return a card of which so much memory is available, with the rates of its row in the table."""
+    """Return a card of which so much memory is available, with measured rates or those of its row in the table."""
     usable = min(available_mib, int(USABLE_SHARES[this_system()] * found.memory_mib))
+    card = _from_the_table(found, capability, usable)
+    calibration = load(found.name)
+    return card if calibration is None else _calibrated(card, calibration)
+
+
+def _calibrated(card: Card, calibration: Calibration) -> Card:
+    """Return the card with the rates that the self-test of this machine measured, as the peaks that the time model expects."""
+    half, single, bytes_rate = calibration.half_tflops, calibration.single_tflops, calibration.gb_per_second
+    measured = {
+        "fp16_tflops": half and half / SHARE_OF_PEAK,
+        "fp32_tflops": single and single / SHARE_OF_PEAK,
+        "gb_per_second": bytes_rate and bytes_rate / SHARE_OF_BANDWIDTH,
+        "launch_microseconds": calibration.launch_microseconds,
+        "context_mib": calibration.context_mib,
+    }
+    return card.model_copy(update={name: value for name, value in measured.items() if value} | {"calibrated": True})
+
+
+def _from_the_table(found: SmiCard, capability: float, usable: int) -> Card:
+    """Return a card with the rates of its row in the table, if it has one."""
     row = known_gpu(found.name, found.memory_mib)
     card = Card(
         name=found.name,

@@ -18,7 +18,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from lowvram_chat.errors import LowVramError, ModelError
-from lowvram_chat.gpus import CONTEXT_MIB, this_system
+from lowvram_chat.gpus import this_system
 from lowvram_chat.planning.plan import LIMIT_SETTING, Plan, TensorGroup
 from lowvram_chat.planning.replay import Replay, live_storages_at, replay
 from lowvram_chat.planning.runs import composed_runs, traced_steps
@@ -134,7 +134,7 @@ def _cached_plan(key: _CacheKey) -> Plan:
     replays = [replay(events) for events in runs]
     worst = max(range(len(runs)), key=lambda number: replays[number].peak_reserved_bytes)
     events, peak = runs[worst], replays[worst]
-    limits, context = limits_of(recipe.memory), CONTEXT_MIB * MIB
+    limits, context = limits_of(recipe.memory), card_of(recipe.memory).context_mib * MIB
     outside = {"linux": context, "windows": context + traced.paged_bytes}
     paged = {"paged optimizer state": traced.paged_bytes} if traced.paged_bytes and this_system() == "windows" else {}
     return Plan(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lowvram_chat.gpus import DEFAULT_GPU, GPUS, USABLE_SHARES, Gpu, this_system
+from lowvram_chat.gpus import CONTEXT_MIB, DEFAULT_GPU, GPUS, USABLE_SHARES, Gpu, this_system
 from lowvram_chat.recipe.choices import AUTO
 from lowvram_chat.recipe.sections import Card, Memory
 from lowvram_chat.units import MIB
@@ -65,4 +65,7 @@ def _described(card: Card) -> Gpu:
         gb_per_second=card.gb_per_second or 0.0,
         tensor_cores=card.compute_capability >= FIRST_TENSOR_CORES if card.tensor_cores is None else card.tensor_cores,
         fp16_accumulation_gain=card.fp16_accumulation_gain,
+        launch_seconds=None if card.launch_microseconds is None else card.launch_microseconds / 1e6,
+        context_mib=card.context_mib or CONTEXT_MIB,
+        is_calibrated=card.calibrated,
     )

@@ -244,6 +244,12 @@ class Card(Section):
     """Whether the card has tensor cores; null: from compute capability 7.0 on."""
     fp16_accumulation_gain: Rate = 1.0
     """Speed of fp16 products with fp16 accumulation relative to fp32 accumulation: 2 on GeForce RTX."""
+    launch_microseconds: Rate | None = None
+    """Time that Python, PyTorch and the driver need for an operation; null: 20 on Linux, 30 on Windows."""
+    context_mib: Positive | None = None
+    """Memory of a CUDA context, in MiB; null: 300."""
+    calibrated: bool = False
+    """Whether the self-test of this machine measured these figures. `doctor --selftest` sets it."""
 
 
 class Memory(Section):

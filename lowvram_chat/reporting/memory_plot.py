@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lowvram_chat.errors import DeviceError, UsageError
-from lowvram_chat.gpus import CONTEXT_MIB
 from lowvram_chat.planning.allocator import CachingAllocator
 from lowvram_chat.planning.prediction import longest_rows_run, plan_category
 from lowvram_chat.recipe.card import card_of, limits_of
@@ -110,4 +109,4 @@ def _draw_limits(axes: Axes, recipe: Recipe) -> None:
     for system, nbytes in limits_of(recipe.memory).items():
         style = "--" if system == "linux" else ":"
         label = f"{title}, {system}, without context"
-        axes.axhline(nbytes / MIB - CONTEXT_MIB, color="red", linestyle=style, label=label)
+        axes.axhline(nbytes / MIB - card_of(recipe.memory).context_mib, color="red", linestyle=style, label=label)

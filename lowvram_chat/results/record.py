@@ -64,6 +64,19 @@ class Machine(_Frozen):
     python: str = ""
 
 
+class CheckResult(_Frozen):
+    """One check of a self-test (`doctor --selftest`)."""
+
+    name: str
+    title: str
+    status: Literal["ok", "failed", "skipped"]
+    """skipped: this device cannot run the check."""
+    meaning: str
+    """What it means for a run, and what to do if it failed."""
+    figures: dict[str, Metric] = Field(default_factory=dict)
+    seconds: float
+
+
 class Record(_Frozen):
     """The result of one case."""
 
@@ -76,6 +89,8 @@ class Record(_Frozen):
     reason: str | None = None
     """Why the case failed."""
     metrics: dict[str, Metric] = Field(default_factory=dict)
+    checks: tuple[CheckResult, ...] = ()
+    """The checks of a self-test."""
     series: dict[str, list[float]] = Field(default_factory=dict)
     """Curves to draw: name -> values. All curves of a record share their x positions."""
     recipe: dict[str, Any] | None = None

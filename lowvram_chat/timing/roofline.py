@@ -16,12 +16,9 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import repeat
 
+from lowvram_chat.gpus import SHARE_OF_BANDWIDTH, SHARE_OF_PEAK
 from lowvram_chat.tracing.operations import Operation, Work
 
-SHARE_OF_PEAK = 0.75
-"""Share of a GPU's peak rate that matrix products reach. From a first model made by hand, like the next constant."""
-SHARE_OF_BANDWIDTH = 0.80
-"""Share of the memory bandwidth that other operations reach."""
 SHARE_OF_PEAK_UNALIGNED = 0.30
 """Share of the peak rate that products on tensor cores reach where a matrix's rows do not begin at multiples of 16 bytes,
 such as logits over 50,257 tokens. Padding the vocabulary to 50,304 made nanoGPT, compiled by the PyTorch of the day, about
@@ -47,6 +44,8 @@ class Rates:
     half_on_tensor_cores: bool = True
     single_on_tensor_cores: bool = False
     """Whether fp32 products run as TF32."""
+    launch_seconds: float | None = None
+    """Time that the host needs for an operation, where it was measured; None: `SECONDS_PER_LAUNCH`."""
 
     def peak(self, operation: Operation) -> float:
         """Return the peak rate for an operation's products, in FLOPs per second."""
@@ -77,7 +76,7 @@ def seconds_per_step(work: Work, rates: Rates, micro_batches: int, system: str =
     """
     *passes, update = ([(op.synchronizes, seconds_on_card(op, rates)) for op in part] for part in work)
     parts = [passes[0], *repeat(passes[-1], micro_batches - 1), update]
-    launch_seconds = SECONDS_PER_LAUNCH[system]
+    launch_seconds = SECONDS_PER_LAUNCH[system] if rates.launch_seconds is None else rates.launch_seconds
     first_step = _finish_times(parts, launch_seconds, (0.0, 0.0))
     return max(_finish_times(parts, launch_seconds, first_step)) - max(first_step)
 

@@ -100,4 +100,5 @@ def card_rates(gpu: Gpu, watts: int, *, fp16_accumulation: bool = False) -> Rate
         single_tflops=gpu.fp32_tflops[watts],
         gb_per_second=gpu.gb_per_second,
         half_on_tensor_cores=gpu.tensor_cores,
+        launch_seconds=gpu.launch_seconds,
     )

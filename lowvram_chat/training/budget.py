@@ -7,12 +7,12 @@ import logging
 import torch
 
 from lowvram_chat.errors import DoesNotFit, ModelError
-from lowvram_chat.gpus import CONTEXT_MIB, this_system
+from lowvram_chat.gpus import this_system
 from lowvram_chat.model.present_card import for_this_run
 from lowvram_chat.planning.changes import Change, apply_change, as_overrides
 from lowvram_chat.planning.plan import Plan
 from lowvram_chat.planning.search import advise, planned_micro_batch, too_large
-from lowvram_chat.recipe.card import limits_of
+from lowvram_chat.recipe.card import card_of, limits_of
 from lowvram_chat.recipe.schema import Recipe
 from lowvram_chat.timing.planner import PLANNER
 from lowvram_chat.training.halving import micro_batch_overrides
@@ -109,7 +109,7 @@ def compare_with_plan(plan: Plan | None) -> dict[str, dict[str, float | None]]:
 
 def _allocator_bytes(recipe: Recipe) -> int:
     """Return what the limit of a recipe's card leaves to the allocator beside the CUDA context."""
-    return limits_of(recipe.memory)[this_system()] - CONTEXT_MIB * MIB
+    return limits_of(recipe.memory)[this_system()] - card_of(recipe.memory).context_mib * MIB
 
 
 def _set_memory_cap(allocator_bytes: int, device: torch.device) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from lowvram_chat.errors import CompilationError, OutOfMemory, SubstitutionError
+from lowvram_chat.model.calibration import without_failed
 from lowvram_chat.model.out_of_memory import is_out_of_memory, phase_of
 from lowvram_chat.recipe.schema import Recipe
 from lowvram_chat.training.bitsandbytes_states import forget_earlier_optimizers
@@ -28,6 +29,7 @@ def train(recipe: Recipe, *, device: torch.device, resume: bool, force: bool = F
         DoesNotFit: the run is predicted not to fit its card, and `force` is not given.
         OutOfMemory: the device ran out of memory and `memory.on_oom` is "stop", or there is nothing left to halve.
     """
+    recipe = without_failed(recipe, device)
     recipe, plan = plan_within_budget(recipe, device, force=force)
     rows = None
     while True:

@@ -21,6 +21,7 @@ LAYERS = (
     "training",
     "exporting",
     "results",
+    "selftest",
     "reporting",
 )
 FOR_ALL = (

@@ -6,12 +6,11 @@ from typing import Any
 
 import pytest
 
+from lowvram_chat.gpus import SHARE_OF_BANDWIDTH, SHARE_OF_PEAK
 from lowvram_chat.timing.fusion import fuse
 from lowvram_chat.timing.roofline import (
     SECONDS_PER_KERNEL,
     SECONDS_PER_LAUNCH,
-    SHARE_OF_BANDWIDTH,
-    SHARE_OF_PEAK,
     SHARE_OF_PEAK_UNALIGNED,
     Rates,
     seconds_on_card,

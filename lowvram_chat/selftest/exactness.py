@@ -1,0 +1,154 @@
+"""Are the package's own loss, gradients, activation and adapters what the libraries' are, on this device and in each type?"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from lowvram_chat.data.rows import Collator
+from lowvram_chat.model.device import move_to_device
+from lowvram_chat.model.fused_lora import fuse_adapters
+from lowvram_chat.model.isolation import isolates_documents
+from lowvram_chat.model.loss import attach_loss
+from lowvram_chat.model.scoring import autocast
+from lowvram_chat.model.substitutions import fuse_gelu
+from lowvram_chat.selftest.check import Outcome, figure, skipped
+
+TOLERANCES = {"fp32": 1e-4, "bf16": 5e-2, "fp16": 1e-2}
+"""Largest accepted difference, relative to the norm of what the libraries compute. Measured on a CPU: 2e-6, 1.2e-2 and 1.6e-3."""
+TOKENS, LABELLED = 96, 64
+
+
+def small_model(device: torch.device) -> GPT2LMHeadModel:
+    """Return a random GPT-2 of two blocks on a device, without dropout."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        shape: dict[str, Any] = {"n_embd": 128, "n_layer": 2, "n_head": 4, "vocab_size": 1003, "n_positions": 128}
+        no_dropout: dict[str, Any] = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
+        config = GPT2Config(**shape, **no_dropout, bos_token_id=0, eos_token_id=0)
+        model = GPT2LMHeadModel(config)
+    move_to_device(model, device)
+    return model
+
+
+def precisions(device: torch.device) -> Iterator[str]:
+    """Yield the precisions that a run on this device can have; fp16 and bf16 work under autocast on a CPU too."""
+    yield "fp32"
+    yield "fp16"
+    if device.type == "cpu" or torch.cuda.is_bf16_supported(including_emulation=False):
+        yield "bf16"
+
+
+def batch(device: torch.device) -> dict[str, torch.Tensor]:
+    """Return two rows of random tokens, whose last tokens carry loss."""
+    generator = torch.Generator().manual_seed(0)
+    rows = []
+    for length in (TOKENS, TOKENS - 17):
+        ids = torch.randint(1, 1003, (length,), generator=generator).tolist()
+        rows.append({"input_ids": ids, "labels": [-100] * (length - LABELLED) + ids[-LABELLED:]})
+    collated = Collator(0)(rows)
+    collated.pop("real_tokens")
+    return {name: value.to(device) for name, value in collated.items()}
+
+
+def fused_loss(device: torch.device) -> Outcome:
+    """Compare loss and gradients of the fused loss with those of transformers' own loss."""
+    inputs = batch(device)
+    differences = {}
+    for precision in precisions(device):
+        ours, theirs = small_model(device), small_model(device)
+        attach_loss(ours)
+        with autocast(device.type, precision):
+            loss = ours(**inputs)["loss"]
+            expected = (
+                theirs(input_ids=inputs["input_ids"], labels=inputs["labels"]).loss * inputs["loss_positions"].numel()
+            )
+        loss.backward()
+        expected.backward()
+        differences[precision] = max(
+            abs(float(loss.detach() - expected.detach())) / float(expected.detach()), gradient_difference(ours, theirs)
+        )
+    return compared(differences, "the fused loss and its gradients are those of transformers")
+
+
+def fused_gelu(device: torch.device) -> Outcome:
+    """Compare the logits and gradients with PyTorch's GELU kernel with those of transformers' `gelu_new`."""
+    inputs = batch(device)
+    differences = {}
+    for precision in precisions(device):
+        ours, theirs = small_model(device), small_model(device)
+        assert fuse_gelu(ours)
+        for model in (ours, theirs):
+            with autocast(device.type, precision):
+                loss = model(input_ids=inputs["input_ids"], labels=inputs["labels"]).loss
+            loss.backward()
+        differences[precision] = gradient_difference(ours, theirs)
+    return compared(differences, "the fused activation is that of transformers")
+
+
+def fused_lora(device: torch.device) -> Outcome:
+    """Compare logits and gradients of the fused adapters with those of PEFT's own layers."""
+    inputs = batch(device)
+    differences = {}
+    for precision in precisions(device):
+        ours = with_adapter(small_model(device))
+        theirs = copy.deepcopy(ours)
+        assert fuse_adapters(ours)
+        for model in (ours, theirs):
+            with autocast(device.type, precision):
+                loss = model(input_ids=inputs["input_ids"], labels=inputs["labels"]).loss
+            loss.backward()
+        differences[precision] = gradient_difference(ours, theirs)
+    return compared(differences, "the fused adapters and their gradients are PEFT's")
+
+
+def with_adapter(model: GPT2LMHeadModel) -> nn.Module:
+    """Return the model with a LoRA adapter whose weights are not zero."""
+    config = LoraConfig(r=8, target_modules=["c_attn", "c_proj", "c_fc"], fan_in_fan_out=True, init_lora_weights=False)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        adapted: nn.Module = get_peft_model(model, config)
+    return adapted
+
+
+def packed_isolation(device: torch.device) -> Outcome:
+    """Return whether packed documents do not see each other, in the attention that a run with packed rows has."""
+    model = small_model(device)
+    isolated = isolates_documents(model)
+    return Outcome(good=isolated, meaning="packed conversations do not see each other")
+
+
+def document_attention(device: torch.device) -> Outcome:
+    """Return whether attention by document isolates packed documents, where a run would use it: on a CPU."""
+    from lowvram_chat.model.document_attention import use_document_attention
+
+    if device.type != "cpu":
+        return skipped("attention by document is for CPUs")
+    model = small_model(device)
+    works = use_document_attention(model) and isolates_documents(model)
+    return Outcome(good=works, meaning="attention by document isolates packed conversations")
+
+
+def gradient_difference(ours: nn.Module, theirs: nn.Module) -> float:
+    """Return the norm of the difference of all gradients, relative to the norm of theirs; infinity if none are finite."""
+    pairs = [
+        (mine.grad.float(), other.grad.float())
+        for mine, other in zip(ours.parameters(), theirs.parameters(), strict=True)
+        if mine.grad is not None and other.grad is not None
+    ]
+    difference = sum(float((mine - other).square().sum()) for mine, other in pairs)
+    norm = sum(float(other.square().sum()) for _, other in pairs)
+    return (difference / norm) ** 0.5 if norm > 0 else float("inf")
+
+
+def compared(differences: dict[str, float], meaning: str) -> Outcome:
+    """Return the outcome of relative differences by precision."""
+    good = all(value <= TOLERANCES[precision] for precision, value in differences.items())  # a NaN is not
+    figures = {f"difference {name}": figure(value, "1") for name, value in differences.items() if value < float("inf")}
+    return Outcome(good=good, meaning=meaning, figures=figures)

@@ -1,0 +1,210 @@
+"""Whole runs on this device: one that is killed and resumed, the memory cap, and each shipped recipe against its prediction."""
+
+from __future__ import annotations
+
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+import lowvram_chat
+from lowvram_chat.model.present_card import for_this_machine, with_this_processor
+from lowvram_chat.planning.prediction import longest_rows_run, make_plan
+from lowvram_chat.planning.replay import replay
+from lowvram_chat.recipe.schema import Recipe
+from lowvram_chat.recipe.yaml_file import dump_recipe, load_recipe
+from lowvram_chat.results.measure import StepTimer, prepare_session, training_steps_only
+from lowvram_chat.results.record import Metric
+from lowvram_chat.selftest.check import Outcome, figure, skipped
+from lowvram_chat.timing.speed import predict_speed
+from lowvram_chat.training import budget
+from lowvram_chat.training.callbacks import peak_memory
+from lowvram_chat.training.run_dir import RunDir
+from lowvram_chat.units import MIB
+
+STEPS, SAVE_STEPS, KILLED_AFTER = 30, 10, 15
+"""Optimizer steps of the run that is killed, steps between its checkpoints, and the step from which it may be killed."""
+RUN_SECONDS = 300
+TIMED_STEPS = 5
+MEMORY_TOLERANCE, SPEED_TOLERANCE = 0.05, 0.25
+"""Largest differences between prediction and measurement that the self-test calls good."""
+ON_A_CPU = (
+    *("train.precision=fp32", "train.per_device_train_batch_size=1", "train.gradient_accumulation_steps=2"),
+    *("data.max_length=256", "model.load_in=null", "train.compile=false", "model.dtype=float32"),
+)
+"""Settings of the shipped recipes on a CPU, where they would take hours."""
+ON_A_CARD = ("train.gradient_accumulation_steps=2", "train.compile=false", "train.micro_batch=given")
+RECIPES = ("full_fp16", "full_fp16_adamw", "lora_fp16", "qlora_nf4", "fast_fp16", "baseline_7h27m", "quickstart")
+
+
+def killed_and_resumed(device: torch.device) -> Outcome:
+    """Kill a run, resume it, and compare its weights with those of a run that was not killed."""
+    precision = "fp16" if device.type == "cuda" else "fp32"
+    with tempfile.TemporaryDirectory(prefix="lowvram-chat-selftest-", ignore_cleanup_errors=True) as name:
+        folder = Path(name)
+        whole, broken = (_short_run(folder, run, precision) for run in ("whole", "broken"))
+        _sft(whole).wait(RUN_SECONDS)
+        process = _sft(broken)
+        killed_at = _kill_after(process, broken)
+        if killed_at is None:
+            return Outcome(good=False, meaning="the run ended before it could be killed")
+        _sft(broken, "--resume").wait(RUN_SECONDS)
+        difference = _largest_difference(whole.run, broken.run)
+    return Outcome(
+        good=difference == 0,
+        meaning="a run that is killed and resumed ends with the weights of one that was not",
+        figures={"killed at": figure(killed_at, "steps"), "largest difference": figure(difference, "1")},
+    )
+
+
+@dataclass(frozen=True)
+class _Run:
+    """A recipe file and the folder of its run."""
+
+    recipe: Path
+    run: RunDir
+
+
+def _short_run(folder: Path, name: str, precision: str) -> _Run:
+    """Write the recipe of a short run on the built-in model and conversations."""
+    recipe = Recipe.model_validate(
+        {
+            "model": {"name": "builtin:tiny-gpt2"},
+            "data": {"source": "builtin:chitchat", "max_length": 48, "limit": 200},
+            "train": {
+                "precision": precision,
+                "max_steps": STEPS,
+                "save_steps": SAVE_STEPS,
+                "per_device_train_batch_size": 2,
+                "logging_steps": 1,
+                "learning_rate": 1e-4,
+                "dataloader_num_workers": 0,
+            },
+            "optimizer": {"name": "adamw_8bit"},
+            "output": {"dir": str(folder / name), "sample_prompts": []},
+        }
+    )
+    file = folder / f"{name}.yaml"
+    file.write_text(dump_recipe(recipe), encoding="utf-8")
+    return _Run(file, RunDir(folder / name))
+
+
+def _sft(run: _Run, *words: str) -> subprocess.Popen[bytes]:
+    """Start a run in a process of its own."""
+    command = [sys.executable, "-m", "lowvram_chat.sft", str(run.recipe), *words]
+    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+
+def _kill_after(process: subprocess.Popen[bytes], run: _Run) -> int | None:
+    """Kill a run once it has logged step `KILLED_AFTER`; return the steps that it had logged, or None if it ended before."""
+    deadline = time.monotonic() + RUN_SECONDS
+    while process.poll() is None and time.monotonic() < deadline:
+        steps = _logged_steps(run.run)
+        if steps >= KILLED_AFTER:
+            process.kill()
+            process.wait()
+            return steps
+        time.sleep(0.01)
+    process.kill()
+    return None
+
+
+def _logged_steps(run: RunDir) -> int:
+    return run.metrics_file.read_bytes().count(b'"loss"') if run.metrics_file.is_file() else 0
+
+
+def _largest_difference(one: RunDir, other: RunDir) -> float:
+    """Return the largest difference of two runs' weights; infinity if they do not have the same."""
+    from safetensors.torch import load_file
+
+    weights, others = (load_file(run.model / "model.safetensors") for run in (one, other))
+    if weights.keys() != others.keys():
+        return float("inf")
+    return max(float((weights[name] - others[name]).abs().max()) for name in weights)
+
+
+def memory_cap(device: torch.device) -> Outcome:
+    """Cap the process, allocate more, and look whether that fails and memory within the cap can still be had."""
+    if device.type == "cpu":
+        return skipped("there is no cap on a CPU")
+    total = torch.cuda.get_device_properties(device).total_memory
+    allowed = torch.cuda.memory_reserved(device) + 256 * MIB
+    torch.cuda.set_per_process_memory_fraction(allowed / total, device)
+    try:
+        held = _allocates(device, 384 * MIB)
+        usable = _allocates(device, 64 * MIB)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0, device)
+    return Outcome(
+        good=usable and not held,
+        meaning="a run cannot take more of the card than its limit, so that it does not spill into the main memory",
+        figures={"allowed": figure(allowed / MIB, "MiB")},
+    )
+
+
+def _allocates(device: torch.device, nbytes: int) -> bool:
+    try:
+        torch.empty(nbytes, dtype=torch.uint8, device=device)
+    except torch.OutOfMemoryError:
+        return False
+    return True
+
+
+def shipped_recipes(device: torch.device) -> Iterator[tuple[str, Recipe]]:
+    """Yield the shipped recipes as they are measured on a device, by name; none where the recipes are not installed."""
+    folder = Path(lowvram_chat.__file__).parents[1] / "recipes"
+    for name in RECIPES:
+        if (folder / f"{name}.yaml").is_file():
+            words = ON_A_CARD if device.type == "cuda" else ON_A_CPU
+            yield name, load_recipe(folder / f"{name}.yaml", words)
+
+
+def measured_and_predicted(name: str, recipe: Recipe, on_card: bool) -> Mapping[str, Metric]:
+    """Run some steps of a recipe on random rows and weights, and return peak and speed, measured and predicted.
+
+    It is called in a process of its own, so that the peaks are this recipe's.
+    """
+    from lowvram_chat.quiet import quiet_libraries, quiet_transformers
+
+    quiet_libraries()
+    quiet_transformers()
+    device = torch.device("cuda" if on_card else "cpu")
+    with tempfile.TemporaryDirectory(prefix="lowvram-chat-selftest-", ignore_cleanup_errors=True) as folder:
+        steps = training_steps_only(recipe, Path(folder), TIMED_STEPS)
+        figures = dict(_predicted(for_this_machine(steps) if on_card else with_this_processor(steps), on_card))
+        budget.cap_process_memory(steps, device)
+        timer = StepTimer()
+        prepare_session(steps, device, Path(folder), TIMED_STEPS).run_steps(RunDir.of(steps), timer)
+    tokens = recipe.train.effective_batch_size * recipe.data.max_length
+    seconds = statistics.median(timer.seconds[-TIMED_STEPS:])
+    figures[f"{name}: tokens/s"] = figure(tokens / seconds, "tokens/s")
+    peaks = peak_memory()
+    if "peak_reserved_bytes" in peaks:
+        figures[f"{name}: reserved"] = figure(peaks["peak_reserved_bytes"] / MIB, "MiB")
+    return {key if ":" in key else f"{name}: {key}": value for key, value in figures.items()}
+
+
+def _predicted(recipe: Recipe, on_card: bool) -> Iterator[tuple[str, Metric]]:
+    """Yield the predicted reserved peak of rows of the maximum length (on a card), and the predicted speed."""
+    if on_card:
+        reserved = replay(longest_rows_run(recipe)).peak_reserved_bytes / MIB
+        yield "predicted reserved", Metric(value=round(reserved, 1), unit="MiB", kind="predicted")
+    rate = predict_speed(recipe, make_plan(recipe).work).tokens_per_second
+    yield "predicted tokens/s", Metric(value=round(rate, 1), unit="tokens/s", kind="predicted")
+
+
+def compared(name: str, figures: Mapping[str, Metric]) -> Outcome:
+    """Return the outcome of a recipe's figures."""
+    errors = {}
+    for kind, tolerance in (("reserved", MEMORY_TOLERANCE), ("tokens/s", SPEED_TOLERANCE)):
+        predicted, measured = figures.get(f"{name}: predicted {kind}"), figures.get(f"{name}: {kind}")
+        if predicted is not None and measured is not None:
+            errors[kind] = (predicted.value / measured.value - 1, tolerance)
+    words = ", ".join(f"{kind} predicted {error:+.1%}" for kind, (error, _) in errors.items())
+    return Outcome(good=all(abs(error) <= limit for error, limit in errors.values()), meaning=words, figures=figures)

@@ -1,0 +1,1 @@
+"""torch's CUDA build without a card."""
