@@ -30,6 +30,9 @@ from lowvram_chat.planning.replay import Replay, replay
 from lowvram_chat.tracing.cuda_rules import CudaRules
 from lowvram_chat.units import MIB
 
+CUBLASLT_WORKSPACE_BYTES = 1 << 20
+"""The measured runs are of torch 2.6 and earlier, whose cuBLASLt had a workspace of its own."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Prediction:
@@ -158,7 +161,10 @@ def summary(report: Report) -> str:
 def _replayed(row: MeasuredRow, run: StockRun) -> Replay:
     """Return the replay of a row's trace on its card."""
     try:
-        return replay(trace_stock_run(run, CudaRules()), limit_bytes=int(limit_mib(row) * MIB))
+        return replay(
+            trace_stock_run(run, CudaRules(cublaslt_workspace_bytes=CUBLASLT_WORKSPACE_BYTES)),
+            limit_bytes=int(limit_mib(row) * MIB),
+        )
     except LowVramError as error:
         raise wrong_cell(row, "config", str(error)) from None
     except Exception as error:  # whatever the model's code raises for shapes that do not go together

@@ -94,7 +94,9 @@ def longest_rows_run(recipe: Recipe) -> list[Event]:
 def card_rules(recipe: Recipe) -> CudaRules:
     """Return the tracing rules of the recipe's card."""
     return CudaRules(
-        card_of(recipe.memory).compute_capability, cublas_workspace_bytes=CUBLAS_WORKSPACE_BYTES, plain_rows=True
+        card_of(recipe.memory).compute_capability,
+        cublas_workspace_bytes=CUBLAS_WORKSPACE_BYTES,
+        plain_rows=not recipe.data.attention_mask,
     )
 
 

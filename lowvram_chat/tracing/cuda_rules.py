@@ -24,7 +24,7 @@ from torch.utils import _foreach_utils
 from lowvram_chat.private_names import check_private_names
 from lowvram_chat.tracing.cuda_autocast import autocast_type, cuda_autocast
 from lowvram_chat.tracing.cuda_buffers import temporary_buffers
-from lowvram_chat.tracing.dispatch import Arguments, Operator
+from lowvram_chat.tracing.dispatch import Arguments, Operator, tensor_at
 from lowvram_chat.tracing.operations import ALIGNMENT_BYTES, HALF_TYPES
 from lowvram_chat.tracing.patching import patched
 from lowvram_chat.tracing.rules import DeviceRules
@@ -57,6 +57,9 @@ class CudaRules(DeviceRules):
     forward pass, and autograd's thread in the backward pass. cuBLAS takes 8.125 MiB on compute capability 8.x, and 0
     where CUBLAS_WORKSPACE_CONFIG is `:0:0`.
     Source: aten/src/ATen/cuda/CublasHandlePool.cpp, `parseChosenWorkspaceSize`.
+
+    A product with a bias row runs in cuBLASLt, which uses the same workspace since torch 2.7. Before, it took
+    `cublaslt_workspace_bytes` while it ran: 1 MiB in torch 2.6. Source: aten/src/ATen/cuda/CUDABlas.cpp, `_getWorkspaceSize`.
     """
 
     def __init__(
@@ -64,11 +67,13 @@ class CudaRules(DeviceRules):
         compute_capability: tuple[int, int] = (8, 6),
         *,
         cublas_workspace_bytes: int = 0,
+        cublaslt_workspace_bytes: int = 0,
         plain_rows: bool = False,
     ) -> None:
         super().__init__(plain_rows=plain_rows)
         self.compute_capability = compute_capability
         self.cublas_workspace_bytes = cublas_workspace_bytes
+        self.cublaslt_workspace_bytes = cublaslt_workspace_bytes
 
     @contextlib.contextmanager
     def active(self) -> Iterator[None]:
@@ -78,6 +83,8 @@ class CudaRules(DeviceRules):
 
     def temporaries(self, func: Operator, args: Arguments, result: object) -> Iterable[int]:
         """Return the sizes, in bytes, of the buffers inside an operation's CUDA kernel."""
+        if func is aten.addmm.default and tensor_at(args, 0).dim() == 1 and self.cublaslt_workspace_bytes:
+            return [self.cublaslt_workspace_bytes]
         return temporary_buffers(func, args)
 
     def workspace(self, func: Operator) -> int:

@@ -183,6 +183,10 @@ class TraceRecorder(TorchDispatchMode):
         """Run one operation on fake tensors, in place where autograd's engine would do so."""
         if func is aten.add.Tensor and accumulates_in_place(tensor_at(args, 0)):
             return aten.add_.Tensor(*args, **kwargs)
+        if func is aten.index_add.default and is_in_backward():
+            # Only for tensor subclasses, such as fake tensors, does the backward pass of `index_select` not add in place.
+            # Source: torch/csrc/autograd/FunctionsManual.cpp, `index_select_backward_symint`, `areAnyTensorSubclassLike`.
+            return aten.index_add_.default(*args, **kwargs)
         if func is aten._amp_foreach_non_finite_check_and_unscale_.default:
             self._overflow_flags.add(tensor_at(args, 1).untyped_storage()._cdata)
         try:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
+from lowvram_chat.model.adapters import ChatModel, base_model_of
 from lowvram_chat.model.scoring import autocast, score
 from lowvram_chat.recipe.schema import Recipe
 from lowvram_chat.tracing.operations import Operation
@@ -51,7 +52,7 @@ class TracedRun:
     def __init__(
         self,
         recipe: Recipe,
-        model: torch.nn.Module,
+        model: ChatModel,
         optimizer: torch.optim.Optimizer,
         recorder: TraceRecorder | None = None,
     ) -> None:
@@ -62,7 +63,12 @@ class TracedRun:
         """The operations of step `LISTED_STEP`: a list for each micro-batch, and one for the update."""
 
     def preflight(self) -> None:
-        """Run the longest batch once before anything else and free its gradients, as `training.preflight` does."""
+        """Run the checks before the first step: a small batch, and the longest one with its backward pass, as `training` does.
+
+        Of the check of the loss, only what stays matters: the place of the workspace that the first matrix product allocates.
+        """
+        with torch.no_grad(), self.recorder.phase("forward"), autocast("cpu", self.recipe.train.precision):
+            base_model_of(self.model).base_model(input_ids=torch.zeros(1, 2, dtype=torch.int64), use_cache=False)
         batch = self._batch(MicroBatchShape(self.recipe.data.max_length, packed=self.recipe.data.rows == "packed"))
         self._micro_batch(batch, batch["loss_positions"].numel(), scaled=False)
         self.model.zero_grad()

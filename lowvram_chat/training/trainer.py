@@ -99,6 +99,7 @@ class ChatTrainer(SFTTrainer):
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()
         self._check_precision()
+        self._start_checkpointing()
         check_trainer_loss(self)
 
     @property
@@ -106,6 +107,17 @@ class ChatTrainer(SFTTrainer):
         """The model, under its adapter if there is one."""
         assert self.model is not None
         return self.model
+
+    def _start_checkpointing(self) -> None:
+        """Switch on activation checkpointing, if the recipe has it.
+
+        The Trainer would do so when training starts. The longest batch, which is tried before, would need all activations.
+        """
+        renamed = hasattr(self.args, "activation_checkpointing")  # in transformers 5.23
+        if self.args.activation_checkpointing if renamed else self.args.gradient_checkpointing:
+            model: Any = self.trained_model
+            enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+            enable({"use_reentrant": False})
 
     def _check_precision(self) -> None:
         """Refuse a precision that accelerate takes from its environment variable or its own configuration file.

@@ -280,3 +280,21 @@ def test_a_run_that_holds_data_under_a_pattern_is_not_replaced(bench: Bench) -> 
     with pytest.raises(UsageError, match="so it is not replaced"):
         api.train(bench.recipe("r", data__source=str(run / "*.jsonl")), overwrite=True)
     assert (run / "rows.jsonl").is_file()
+
+
+@pytest.mark.parametrize("kind", ["full", "lora"])
+def test_the_longest_batch_is_tried_with_activation_checkpointing(
+    kind: str, bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried: list[bool] = []
+    original = preflight.run_longest_batch
+
+    def run_longest_batch(model: Any, *args: Any, **kwargs: Any) -> int:
+        tried.append(any(getattr(module, "gradient_checkpointing", False) for module in model.modules()))
+        return original(model, *args, **kwargs)
+
+    monkeypatch.setattr(preflight, "run_longest_batch", run_longest_batch)
+    adapter = {"adapter": LORA} if kind == "lora" else {}
+    bench.run("with", train__gradient_checkpointing=True, train__max_steps=1, **adapter)
+    bench.run("without", train__max_steps=1, **adapter)
+    assert tried == [True, False]

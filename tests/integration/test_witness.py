@@ -16,6 +16,7 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel, TrainerCallback
 
 from benchmarks.validation.witness import profiled_peak_bytes, traced_peak_bytes
+from lowvram_chat.model.adapters import ChatModel
 from lowvram_chat.recipe.schema import Recipe
 from lowvram_chat.tracing import model as recipe_model
 from lowvram_chat.tracing import optimizer as recipe_optimizer
@@ -112,7 +113,7 @@ def _model_bytes(model: torch.nn.Module) -> int:
     return sum(tensor.nbytes for tensor in [*{*model.parameters(), *model.buffers()}, *scales])
 
 
-def _real_peak(recipe: Recipe, model: torch.nn.Module, steps: list[list[MicroBatchShape]]) -> int:
+def _real_peak(recipe: Recipe, model: ChatModel, steps: list[list[MicroBatchShape]]) -> int:
     """Return the peak of a real run, in bytes."""
     run = TracedRun(recipe, model, recipe_optimizer.prepare_optimizer(recipe, model)({}))
     return _model_bytes(model) + profiled_peak_bytes(lambda: run.train(steps))

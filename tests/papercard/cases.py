@@ -21,6 +21,8 @@ class Case:
     recipe: str
     overrides: Sequence[str] = ()
     capability: int = 86
+    mixed: bool = False
+    """Whether the rows have many lengths; then the plan's own peak counts, which covers all orders of lengths."""
 
 
 LORA = ("adapter.kind=lora", "optimizer.name=adamw")
@@ -64,6 +66,10 @@ def all_cases() -> Iterator[Case]:
         yield Case(f"tiny, {name}", TINY, ("adapter=null", *tiny_precision(overrides), *overrides))
     for name in MEDIUM_VARIANTS:
         yield Case(f"gpt2-medium, {name}", SMALL, (MEDIUM, "train.per_device_train_batch_size=1", *VARIANTS[name]))
+    for recipe in ("full_fp16", "full_fp16_adamw", "lora_fp16", "fast_fp16"):
+        yield Case(f"{recipe}, mixed lengths", recipe, mixed=True)
+    yield Case("dora, mixed lengths", SMALL, VARIANTS["adapter dora"], mixed=True)
+    yield Case("checkpointed, mixed lengths", SMALL, VARIANTS["checkpointed"], mixed=True)
     for capability in OTHER_CAPABILITIES:
         for recipe in ("full_fp16", "lora_fp16", "fast_fp16"):
             yield Case(f"{recipe}, compute capability {capability / 10}", recipe, capability=capability)

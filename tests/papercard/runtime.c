@@ -29,6 +29,8 @@ static size_t setting(const char *name, size_t otherwise) {
 }
 static size_t total(void) { return setting("PAPERCARD_MIB", 4096) << 20; }
 static int capability(void) { return (int)setting("PAPERCARD_CAPABILITY", 86); }
+/* The kernels that a card runs are those of the nearest architecture that torch is built for; there are none for 8.9. */
+static int built_for(void) { return capability() == 89 ? 86 : capability(); }
 
 /* --- memory --- */
 static struct { char *start; size_t size; } blocks[MAX_BLOCKS];
@@ -172,7 +174,7 @@ int cudaOccupancyMaxActiveBlocksPerMultiprocessorWithFlags(int *blocks_found, vo
 int cudaFuncGetAttributes(struct cudaFuncAttributes *found, void *kernel) {
   memset(found, 0, sizeof *found);
   found->maxThreadsPerBlock = THREADS_PER_BLOCK;
-  found->binaryVersion = found->ptxVersion = capability();
+  found->binaryVersion = found->ptxVersion = built_for();
   found->numRegs = 32;
   return SUCCESS;
 }

@@ -328,3 +328,24 @@ def test_a_limit_below_the_peak_names_the_storage_that_could_not_be_allocated() 
     failed = replay(events, limit_bytes=3 << 24).out_of_memory_at
     assert failed is not None
     assert failed.nbytes == 1 << 24
+
+
+def test_the_gradient_of_index_select_is_added_in_place_as_on_a_device() -> None:
+    def step() -> None:
+        states = torch.empty(64, 8, requires_grad=True)
+        states.index_select(0, torch.arange(16)).sum().backward()
+
+    events = _trace(step)
+    zeros = _allocated_sizes(events, "aten.new_zeros.default")
+    assert zeros == [64 * 8 * 4]
+    assert not _allocated_sizes(events, "aten.index_add.default")
+
+
+def test_cublaslt_has_a_workspace_of_its_own_only_in_old_versions_of_torch() -> None:
+    def step() -> None:
+        torch.addmm(torch.empty(8), torch.empty(4, 8), torch.empty(8, 8))
+
+    for own, expected in ((0, []), (1 << 20, [1 << 20])):
+        events = _trace(step, CudaRules(cublaslt_workspace_bytes=own))
+        sizes = [e.storage.nbytes for e in events if e.is_allocation and e.storage.category == "temporaries"]
+        assert sizes == expected
