@@ -165,10 +165,10 @@ def prepare_session(recipe: Recipe, device: torch.device, folder: Path, steps: i
         return Session.prepare(recipe, device=device, rows=rows)
     except NotFoundError:
         log.info("%s is not available: measuring with random weights of the same shapes", recipe.model.name)
-        return Session.prepare(_with_random_weights(recipe, folder / "model"), device=device, rows=rows)
+        return Session.prepare(with_random_weights(recipe, folder / "model"), device=device, rows=rows)
 
 
-def _with_random_weights(recipe: Recipe, folder: Path) -> Recipe:
+def with_random_weights(recipe: Recipe, folder: Path) -> Recipe:
     """Write a randomly initialised model of the recipe's architecture and return the recipe that loads it."""
     from transformers import AutoModelForCausalLM
 

@@ -19,13 +19,14 @@ from lowvram_chat.planning.prediction import longest_rows_run, make_plan
 from lowvram_chat.planning.replay import replay
 from lowvram_chat.recipe.schema import Recipe
 from lowvram_chat.recipe.yaml_file import dump_recipe, load_recipe
-from lowvram_chat.results.measure import StepTimer, prepare_session, training_steps_only
+from lowvram_chat.results.measure import StepTimer, random_rows, training_steps_only, with_random_weights
 from lowvram_chat.results.record import Metric
 from lowvram_chat.selftest.check import Outcome, figure, skipped
 from lowvram_chat.timing.speed import predict_speed
 from lowvram_chat.training import budget
 from lowvram_chat.training.callbacks import peak_memory
 from lowvram_chat.training.run_dir import RunDir
+from lowvram_chat.training.session import Session
 from lowvram_chat.units import MIB
 
 STEPS, SAVE_STEPS, KILLED_AFTER = 30, 10, 15
@@ -35,7 +36,7 @@ TIMED_STEPS = 5
 MEMORY_TOLERANCE, SPEED_TOLERANCE = 0.05, 0.25
 """Largest differences between prediction and measurement that the self-test calls good."""
 ON_A_CPU = (
-    *("train.precision=fp32", "train.per_device_train_batch_size=1", "train.gradient_accumulation_steps=2"),
+    *("train.precision=fp32", "train.per_device_train_batch_size=1", "train.gradient_accumulation_steps=1"),
     *("data.max_length=256", "model.load_in=null", "train.compile=false", "model.dtype=float32"),
 )
 """Settings of the shipped recipes on a CPU, where they would take hours."""
@@ -180,7 +181,10 @@ def measured_and_predicted(name: str, recipe: Recipe, on_card: bool) -> Mapping[
         figures = dict(_predicted(for_this_machine(steps) if on_card else with_this_processor(steps), on_card))
         budget.cap_process_memory(steps, device)
         timer = StepTimer()
-        prepare_session(steps, device, Path(folder), TIMED_STEPS).run_steps(RunDir.of(steps), timer)
+        session = Session.prepare(
+            with_random_weights(steps, Path(folder, "model")), device=device, rows=random_rows(steps, TIMED_STEPS)
+        )
+        session.run_steps(RunDir.of(steps), timer)
     tokens = recipe.train.effective_batch_size * recipe.data.max_length
     seconds = statistics.median(timer.seconds[-TIMED_STEPS:])
     figures[f"{name}: tokens/s"] = figure(tokens / seconds, "tokens/s")

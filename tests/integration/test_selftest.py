@@ -1,0 +1,193 @@
+"""The self-test tries a machine, remembers what failed there, and its file goes among the results of benchmarks."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from lowvram_chat import bench, doctor, sft
+from lowvram_chat.model import calibration
+from lowvram_chat.model.calibration import Calibration
+from lowvram_chat.model.present_card import for_this_machine
+from lowvram_chat.recipe.card import card_of
+from lowvram_chat.recipe.yaml_file import build_recipe, load_recipe
+from lowvram_chat.results import record
+from lowvram_chat.results.record import CheckResult, Record
+from lowvram_chat.selftest import exactness, rates, runs, steps, suite
+from lowvram_chat.selftest.check import Check, Outcome, figure
+from tests.runs import Bench, curve
+from tests.samples import ROOT
+from tests.unit.test_present_card import LAPTOP_3050, driver
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOWVRAM_CHAT_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.mark.parametrize(
+    "check", [*suite.RATES, *suite.EXACTNESS, *(c for c in suite.STEPS if c.name != "compile")], ids=lambda c: c.name
+)
+def test_every_check_runs_on_a_cpu(check: Check, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(rates, "ELEMENTS", {"cpu": 1 << 20})
+    monkeypatch.setattr(rates, "DISK_BYTES", 4 << 20)
+    result = check.run(CPU)
+    assert result.status == ("skipped" if check.name in ("paged_adamw_8bit", "cap") else "ok"), result.meaning
+    assert result.meaning
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["fused_loss", "fused_gelu", "fused_lora", "isolation"])
+def test_a_wrong_substitution_is_found(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken_loss(model: torch.nn.Module) -> None:
+        def forward(**inputs: torch.Tensor) -> dict[str, torch.Tensor]:
+            loss = original(input_ids=inputs["input_ids"], labels=inputs["labels"]).loss
+            return {"loss": loss * inputs["loss_positions"].numel() * 1.01}
+
+        original = model.forward
+        model.forward = forward
+
+    def broken_gelu(model: torch.nn.Module) -> int:
+        for block in model.transformer.h:  # type: ignore[union-attr]
+            block.mlp.act = torch.nn.SiLU()
+        return 1
+
+    def broken_lora(model: torch.nn.Module) -> int:
+        for parameter_name, parameter in model.named_parameters():
+            if "lora_A" in parameter_name:
+                parameter.data *= 1.05
+        return 1
+
+    broken = {
+        "fused_loss": ("attach_loss", broken_loss),
+        "fused_gelu": ("fuse_gelu", broken_gelu),
+        "fused_lora": ("fuse_adapters", broken_lora),
+        "isolation": ("isolates_documents", lambda model: False),
+    }
+    monkeypatch.setattr(exactness, *broken[name])
+    [check] = [check for check in suite.EXACTNESS if check.name == name]
+    result = check.run(CPU)
+    assert result.status == "failed"
+    assert check.if_it_fails in result.meaning
+
+
+def test_an_8_bit_optimizer_that_does_nothing_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    import bitsandbytes
+
+    monkeypatch.setattr(bitsandbytes.optim.AdamW8bit, "step", lambda self: None)
+    assert not steps.eight_bit(CPU).good
+
+
+def test_an_error_of_any_kind_is_a_failure_with_its_place() -> None:
+    def work(device: torch.device) -> Outcome:
+        raise RuntimeError("CUDA error: no kernel image is available")
+
+    result = Check("x", "X", work, "Do this.").run(CPU)
+    assert result.status == "failed"
+    assert "no kernel image is available (test_selftest.py:" in result.meaning
+    assert result.meaning.endswith("Do this.")
+
+
+def kept(*failed: str, **figures: float) -> Calibration:
+    """Keep figures for this machine's processor, and return them."""
+    found = Calibration.model_validate(
+        {"device": calibration.processor_name(), "torch": torch.__version__, "failed": failed, **figures}
+    )
+    calibration.save(found)
+    return found
+
+
+def test_what_failed_is_switched_off_in_later_runs_which_say_so(
+    bench: Bench, capsys: pytest.CaptureFixture[str]
+) -> None:
+    expected = curve(bench.run("own", model__fused_loss=False, train__max_steps=2))
+    kept("fused_loss", "fused_lora")
+    assert sft.main([str(bench.file("r", train__max_steps=2))]) == 0
+    told = capsys.readouterr().err
+    assert "model.fused_loss=false: the self-test of this machine failed with it on" in told
+    assert "adapter.fused" not in told  # this run has no adapter
+    assert curve(bench.folder / "r") == expected
+
+
+def test_figures_of_another_torch_are_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    kept("fused_loss")
+    assert calibration.load(calibration.processor_name()) is not None
+    monkeypatch.setattr(torch, "__version__", "99.0")
+    assert calibration.load(calibration.processor_name()) is None
+
+
+def test_a_damaged_file_is_not_used(caplog: pytest.LogCaptureFixture) -> None:
+    kept()
+    calibration.path_of(calibration.processor_name()).write_text("{", encoding="utf-8")
+    assert calibration.load(calibration.processor_name()) is None
+    assert "is damaged" in caplog.text
+
+
+def test_a_plan_for_the_card_uses_what_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    driver(monkeypatch, LAPTOP_3050)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    name = "NVIDIA GeForce RTX 3050 Laptop GPU"
+    rates_found = {"half_tflops": 7.5, "single_tflops": 3.0, "gb_per_second": 120.0, "launch_microseconds": 42.0}
+    calibration.save(
+        Calibration(device=name, torch=torch.__version__, driver="581.15", context_mib=222, **rates_found)  # type: ignore[arg-type]
+    )
+    card = card_of(for_this_machine(build_recipe({}, (), "test")).memory)
+    assert card.is_calibrated
+    assert card.context_mib == 222
+    assert card.launch_seconds == pytest.approx(42e-6)
+    assert next(iter(card.fp16_tflops.values())) == pytest.approx(10.0)
+    assert card.gb_per_second == pytest.approx(150.0)
+
+
+def test_calibration_takes_the_figures_of_the_checks() -> None:
+    results = [
+        CheckResult(
+            name="products", title="", status="ok", meaning="", seconds=0, figures={"fp32": figure(0.1, "TFLOP/s")}
+        ),
+        CheckResult(name="launch", title="", status="ok", meaning="", seconds=0, figures={"launch": figure(20, "us")}),
+        CheckResult(name="fused_gelu", title="", status="failed", meaning="", seconds=0),
+        CheckResult(name="adamw_8bit", title="", status="failed", meaning="", seconds=0),
+    ]
+    found = suite.calibrated(CPU, results)
+    assert (found.half_tflops, found.single_tflops, found.launch_microseconds) == (0.1, 0.1, 20.0)
+    assert found.failed == ("fused_gelu",)  # an optimizer is the recipe's choice, so it is not replaced in silence
+
+
+def test_the_command_writes_a_record_and_a_page_that_hold_nothing_personal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    quick = {"exactness": suite.EXACTNESS[-2:]}
+    monkeypatch.setattr(suite, "GROUPS", quick)
+    monkeypatch.setattr(suite, "_in_own_process", lambda group, checks, device: [c.run(CPU) for c in checks])
+    monkeypatch.setattr(suite, "_recipe_checks", lambda device: ())
+    out = tmp_path / "selftest.json"
+    assert doctor.main(["--selftest", "--out", str(out), "--json"]) == 0
+    printed = capsys.readouterr().out
+    assert "everything that this machine can run works" in printed
+    assert json.loads(printed.splitlines()[-1])["benchmark"] == "selftest"
+    found: Record = record.load(out)
+    assert [check.status for check in found.checks] == ["ok", "ok"]
+    page = out.with_suffix(".html").read_text(encoding="utf-8")
+    for text in (out.read_text(encoding="utf-8"), page):
+        assert len(text) < 200_000
+        assert str(Path.home()) not in text
+        assert str(tmp_path) not in text
+    assert "Self-test of" in page
+    assert bench.main(["report", str(out)]) == 0
+
+
+def test_a_recipe_is_measured_against_its_prediction() -> None:
+    kept(half_tflops=0.1, single_tflops=0.1, gb_per_second=10, launch_microseconds=20)
+    words = (*runs.ON_A_CPU, "data.max_length=64", "model.name=builtin:tiny-gpt2")
+    recipe = load_recipe(ROOT / "recipes" / "full_fp16_adamw.yaml", words)
+    figures = runs.measured_and_predicted("r", recipe, on_card=False)
+    assert figures["r: tokens/s"].kind == "measured"
+    assert figures["r: predicted tokens/s"].kind == "predicted"
+    wrong = dict(figures) | {"r: predicted tokens/s": figure(1e9, "tokens/s")}
+    assert not runs.compared("r", wrong).good
