@@ -3,7 +3,8 @@
 Source: the project's collected facts, for the compute capability, the memory, the FP16 tensor rate with fp32 accumulation by
 power limit, the FP32 rate, the bandwidth, and the usable memory of 4 GB cards.
 
-Our own estimates, which nobody has measured, are the usable memory of the other cards, the power limits of cards with a
+The rows made by `_card` are computed from cores and boost clocks, and the bandwidths are those of data sheets. Our own
+estimates, which nobody has measured, are the usable memory of the other cards, the power limits of cards with a
 single one (except 45 W), and the FP16 rate of the T600 (twice its FP32 rate).
 """
 
@@ -18,6 +19,8 @@ CONTEXT_MIB = 300
 """Memory of a CUDA context, outside the allocator, in MiB: 300 MB with current drivers and libraries, 150 to 350 observed. No
 figure is published for the RTX 3050."""
 
+USABLE_SHARES = {"linux": 0.97, "windows": 0.95}
+"""Share of a card that a process may use, where it was not measured. Our estimate."""
 SHARE_OF_PEAK = 0.75
 """Share of a GPU's peak rate that matrix products reach. From a first model made by hand, like the next constant."""
 SHARE_OF_BANDWIDTH = 0.80
@@ -88,6 +91,37 @@ def _four_gb(
     )
 
 
+def _card(
+    title: str,
+    capability: tuple[int, int],
+    total_mib: int,
+    fp32: Mapping[int, float],
+    fp16_over_fp32: float,
+    *,
+    bandwidth: float,
+) -> Gpu:
+    """Return a card from its FP32 rate by power limit: cores x 2 x boost clock.
+
+    `fp16_over_fp32` is 2 on GeForce cards of Ampere and Ada (with fp32 accumulation; twice as fast with fp16 accumulation) and
+    4 on those of Turing that have tensor cores. Without tensor cores it is 2 on Turing and on the P100, and 1 on other Pascal
+    cards, where cuBLAS computes fp16 products in fp32. Source: NVIDIA's white papers on Turing, Ampere GA102 and Ada, and its data
+    sheets.
+    """
+    is_geforce_rtx = title.startswith("RTX")
+    return Gpu(
+        title=title,
+        compute_capability=capability,
+        total_mib=total_mib,
+        usable_linux_mib=int(USABLE_SHARES["linux"] * total_mib),
+        usable_windows_mib=int(USABLE_SHARES["windows"] * total_mib),
+        fp16_tflops={watts: round(fp16_over_fp32 * rate, 1) for watts, rate in fp32.items()},
+        fp32_tflops=fp32,
+        gb_per_second=bandwidth,
+        tensor_cores=fp16_over_fp32 > 2 or capability >= (8, 0),
+        fp16_accumulation_gain=2.0 if is_geforce_rtx else 1.0,
+    )
+
+
 GPUS: Mapping[str, Gpu] = {
     "rtx-3050-laptop-4gb": _four_gb(
         "RTX 3050 Laptop 4 GB",
@@ -131,6 +165,28 @@ GPUS: Mapping[str, Gpu] = {
         gb_per_second=936,
         fp16_accumulation_gain=2.0,
     ),
+    "rtx-3050-6gb": _card("RTX 3050 6 GB", (8, 6), 6144, {70: 6.8}, 2, bandwidth=168),
+    "rtx-3050-8gb": _card("RTX 3050 8 GB", (8, 6), 8192, {130: 9.1}, 2, bandwidth=224),
+    "rtx-3060-laptop-6gb": _card(
+        "RTX 3060 Laptop 6 GB", (8, 6), 6144, {115: 13.1, 80: 10.9, 60: 9.9}, 2, bandwidth=336
+    ),
+    "rtx-3060-12gb": _card("RTX 3060 12 GB", (8, 6), 12288, {170: 12.7}, 2, bandwidth=360),
+    "rtx-2060-6gb": _card("RTX 2060 6 GB", (7, 5), 6144, {160: 6.5}, 4, bandwidth=336),
+    "rtx-2060-laptop-6gb": _card("RTX 2060 Laptop 6 GB", (7, 5), 6144, {115: 6.0, 80: 4.6}, 4, bandwidth=336),
+    "rtx-4050-laptop-6gb": _card("RTX 4050 Laptop 6 GB", (8, 9), 6141, {115: 12.1, 35: 8.2}, 2, bandwidth=192),
+    "rtx-4060-laptop-8gb": _card("RTX 4060 Laptop 8 GB", (8, 9), 8188, {115: 14.6, 35: 9.0}, 2, bandwidth=256),
+    "rtx-4060-8gb": _card("RTX 4060 8 GB", (8, 9), 8188, {115: 15.1}, 2, bandwidth=272),
+    "rtx-4090-24gb": _card("RTX 4090 24 GB", (8, 9), 24564, {450: 82.6}, 2, bandwidth=1008),
+    "gtx-1650-4gb": _four_gb("GTX 1650 4 GB", (7, 5), {75: 6.0}, {75: 3.0}, 128),
+    "gtx-1660-6gb": _card("GTX 1660 6 GB", (7, 5), 6144, {120: 5.0}, 2, bandwidth=192),
+    "gtx-1060-6gb": _card("GTX 1060 6 GB", (6, 1), 6144, {120: 4.4}, 1, bandwidth=192),
+    "gtx-1060-3gb": _card("GTX 1060 3 GB", (6, 1), 3072, {120: 3.9}, 1, bandwidth=192),
+    "mx450-laptop-2gb": _card("MX450 Laptop 2 GB", (7, 5), 2048, {25: 2.8}, 2, bandwidth=80),
+    "mx550-laptop-2gb": _card("MX550 Laptop 2 GB", (7, 5), 2048, {25: 2.7}, 2, bandwidth=96),
+    "p100-16gb": _card("Tesla P100 16 GB", (6, 0), 16384, {250: 9.3}, 2, bandwidth=732),
+    "l4-24gb": _card("L4 24 GB", (8, 9), 23034, {72: 30.3}, 4, bandwidth=300),
+    "a10-24gb": _card("A10 24 GB", (8, 6), 23028, {150: 31.2}, 4, bandwidth=600),
+    "h100-80gb": _card("H100 SXM 80 GB", (9, 0), 81559, {700: 67.0}, 14.76, bandwidth=3350),
     "a100-40gb": Gpu(
         title="A100 SXM 40 GB",
         compute_capability=(8, 0),
@@ -143,9 +199,6 @@ GPUS: Mapping[str, Gpu] = {
     ),
 }
 """Name in a recipe -> card."""
-
-USABLE_SHARES = {"linux": 0.97, "windows": 0.95}
-"""Share of a card without a row in the table that a process may use. Our estimate."""
 
 
 def this_system() -> str:

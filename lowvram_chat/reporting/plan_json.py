@@ -8,6 +8,7 @@ from lowvram_chat.planning.search import Suggestion
 from lowvram_chat.recipe.schema import Recipe
 from lowvram_chat.results.baseline import seconds_per_epoch
 from lowvram_chat.timing.speed import Speed, speeds_by_power_limit
+from lowvram_chat.timing.whole_run import steps_of
 
 
 def plan_document(recipe: Recipe, plan: Plan) -> dict[str, object]:
@@ -28,6 +29,7 @@ def plan_document(recipe: Recipe, plan: Plan) -> dict[str, object]:
         ],
         "parameters": plan.parameters,
         "trained_parameters": plan.trained,
+        "steps": steps_of(recipe),
         "predicted_speed": [_speed_document(speed) for speed in speeds_by_power_limit(recipe, plan.work)],
     }
 

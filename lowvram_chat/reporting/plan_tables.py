@@ -13,7 +13,8 @@ from lowvram_chat.planning.search import Suggestion
 from lowvram_chat.recipe.card import card_of
 from lowvram_chat.recipe.schema import Recipe
 from lowvram_chat.timing.speed import Speed, predict_speed, speeds_by_power_limit
-from lowvram_chat.units import MIB, format_mib
+from lowvram_chat.timing.whole_run import steps_of
+from lowvram_chat.units import MIB, count, format_duration, format_mib
 
 FITTED_ERROR_PERCENT, OTHER_ERROR_PERCENT = 6, 17
 """Median error of the time model on the 11 published speeds that its constants were chosen with, and on 36 others.
@@ -59,14 +60,21 @@ def speed_lines(recipe: Recipe, plan: Plan) -> str:
         f"predicted speed on {card.title}, for rows of data.max_length tokens (median error "
         f"{FITTED_ERROR_PERCENT} % on the published speeds it was fitted to, {OTHER_ERROR_PERCENT} % on others):"
     ]
-    return "\n".join([*lines, *map(_speed_line, speeds_by_power_limit(recipe, plan.work))])
+    steps = steps_of(recipe)
+    return "\n".join([*lines, *(_speed_line(speed, steps) for speed in speeds_by_power_limit(recipe, plan.work))])
 
 
-def _speed_line(speed: Speed) -> str:
+def _speed_line(speed: Speed, steps: int | None) -> str:
+    """Return a predicted speed, with the time of the whole run if its steps are known."""
+    run = (
+        ""
+        if steps is None
+        else f"; the run's {count(steps, 'step')}: {format_duration(steps * speed.seconds_per_step)}"
+    )
     watts = f"{speed.watts} W: " if speed.watts else ""
     return (
         f"  {watts}{speed.tokens_per_second:,.0f} tokens/s, {1000 * speed.seconds_per_step:,.0f} ms per step, "
-        f"{speed.utilisation:.0%} of the peak rate"
+        f"{speed.utilisation:.0%} of the peak rate{run}"
     )
 
 

@@ -47,7 +47,7 @@ memory: {gpu: rtx-3050}
         "train.learning_rate": "'fast'",
         "train.max_steps": "0",
         "optimizer.name": "Did you mean 'adamw_8bit'?",
-        "memory.gpu": "Did you mean 'rtx-3090-24gb'?",
+        "memory.gpu": "Did you mean 'rtx-3050-8gb'?",
     }.items():
         line = next(line for line in message.splitlines() if line.strip().startswith(f"{path}:"))
         assert words in line

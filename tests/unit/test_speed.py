@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from lowvram_chat.recipe.schema import Recipe
 from lowvram_chat.recipe.yaml_file import load_recipe
 from lowvram_chat.results.baseline import BASELINE_SECONDS, BASELINE_TOKENS
 from lowvram_chat.timing.speed import Speed, predict_speed, speeds_by_power_limit
+from lowvram_chat.timing.whole_run import steps_of
 from tests.samples import ROOT
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -161,3 +163,20 @@ def test_a_4_bit_base_has_the_products_of_any_lora_and_moves_more(wide: str) -> 
     four_bit = speed(wide, adapter={"kind": "lora"}, model={"dtype": "float16", "load_in": "4bit"})
     assert four_bit.flops_per_step == pytest.approx(lora.flops_per_step, rel=0.001)
     assert four_bit.seconds_per_step > lora.seconds_per_step
+
+
+def test_the_steps_of_a_run_are_known_where_its_rows_are(tmp_path: Path) -> None:
+    def steps(**data: Any) -> int | None:
+        tree = {"data": data, "train": {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 8}}
+        return steps_of(Recipe.model_validate(tree))
+
+    ultrachat = {"source": "HuggingFaceH4/ultrachat_200k", "split": "train_sft"}
+    assert steps(**ultrachat) == math.ceil(207_865 / 16)
+    assert steps(**ultrachat, limit=1600) == 100
+    assert steps(**ultrachat, limit=1600, eval_fraction=0.5) == 50
+    assert steps(**ultrachat, rows="packed") is None
+    assert steps(source="someone/else") is None
+    file = tmp_path / "chats.jsonl"
+    file.write_text("{}\n\n{}\n" * 20)
+    assert steps(source=str(file)) == 3
+    assert steps(source=[str(file), "HuggingFaceH4/ultrachat_200k"], split="test_sft") == math.ceil((40 + 23_110) / 16)
