@@ -13,7 +13,7 @@ READY := $(VENV)/ready
 # STORE=--store keeps the results of validate and bench.
 STORE ?=
 
-.PHONY: bench quickstart test test-lowest test-older check validate tables golden private-names architectures venv smollm2 schema clean
+.PHONY: bench quickstart test test-lowest test-older check validate tables golden private-names architectures venv smollm2 schema papercard clean
 
 quickstart: $(READY)
 	$(BIN)/python -m lowvram_chat.sft recipes/quickstart.yaml --overwrite
@@ -66,6 +66,7 @@ check: $(READY)
 	$(BIN)/python tools/make_tables.py --check
 	$(BIN)/python tools/list_private_names.py --check
 	$(BIN)/python tools/make_architectures.py --check
+	$(BIN)/python tools/make_papercard_table.py --check
 
 schema: $(READY)
 	$(BIN)/python tools/make_schema.py
@@ -101,5 +102,25 @@ bench: $(READY)
 tables: $(READY)
 	$(BIN)/python tools/make_tables.py
 
+# torch's CUDA build without a card (Linux, x86-64, gcc; 5.5 GB, some 25 minutes): the planner against the real allocator, and
+# every CUDA line that can run. The results are kept in tests/papercard/results.json, and their table in docs/memory.md.
+papercard: $(VENV)-papercard/ready
+	$(VENV)-papercard/bin/python -m tests.papercard.build $(VENV)-papercard/card
+	$(PAPERCARD) -m pytest tests/papercard -p no:cacheprovider
+	$(PAPERCARD) -m tests.papercard.measure tests/papercard/results.json 2> $(VENV)-papercard/log
+	$(BIN)/python tools/make_papercard_table.py
+
+PAPERCARD := HF_HUB_OFFLINE=1 PAPERCARD_MIB=65536 LD_LIBRARY_PATH=$(VENV)-papercard/card \
+  LD_PRELOAD=$(abspath $(VENV)-papercard/card/libpapercard.so) $(VENV)-papercard/bin/python
+
+# A version of torch with a CUDA build, beside the libraries of constraints.txt; the package itself is not installed.
+$(VENV)-papercard/ready: constraints.txt
+	$(PYTHON) -m venv $(VENV)-papercard
+	$(VENV)-papercard/bin/python -m pip install -q --disable-pip-version-check torch==2.14.1
+	grep -v '^torch==' constraints.txt > $(VENV)-papercard/constraints.txt
+	$(VENV)-papercard/bin/python -m pip install -q --disable-pip-version-check -c $(VENV)-papercard/constraints.txt \
+	  transformers trl peft bitsandbytes datasets accelerate pyarrow filelock numpy pydantic PyYAML rich psutil pytest hypothesis
+	@touch $@
+
 clean:
-	rm -rf $(VENV) $(VENV)-lowest $(VENV)-older $(VENV)-validate runs
+	rm -rf $(VENV) $(VENV)-lowest $(VENV)-older $(VENV)-validate $(VENV)-papercard runs

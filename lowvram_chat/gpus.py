@@ -104,8 +104,8 @@ def _card(
 
     `fp16_over_fp32` is 2 on GeForce cards of Ampere and Ada (with fp32 accumulation; twice as fast with fp16 accumulation) and
     4 on those of Turing that have tensor cores. Without tensor cores it is 2 on Turing and on the P100, and 1 on other Pascal
-    cards, where cuBLAS computes fp16 products in fp32. Source: NVIDIA's white papers on Turing, Ampere GA102 and Ada, and its data
-    sheets.
+    cards, where cuBLAS computes fp16 products in fp32. Source: NVIDIA's white papers on Turing, Ampere GA102 and Ada, and its
+    data sheets.
     """
     is_geforce_rtx = title.startswith("RTX")
     return Gpu(

@@ -70,10 +70,11 @@ def _merge(  # noqa: PLR0917
 ) -> Proof:
     """Merge, save next to the final place, prove what was saved, and move it there."""
     base = load_model(settings)
-    move_to_device(base, device)
     vocabulary = base.config.get_text_config().vocab_size
-    original = probe_logits(base, vocabulary)
-    adapted = load_adapter(base, adapter, settings)
+    adapted = load_adapter(base, adapter, settings)  # on the CPU, where the fingerprint of the base was taken
+    move_to_device(adapted, device)
+    with adapted.disable_adapter():
+        original = probe_logits(adapted, vocabulary)
     expected = probe_logits(adapted, vocabulary)
     merged = adapted.merge_and_unload()
     after_merge = probe_logits(merged, vocabulary)
