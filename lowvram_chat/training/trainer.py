@@ -46,6 +46,14 @@ check_private_names(
 )
 
 
+def checkpoint_activations(model: Any, settings: dict[str, Any] | None) -> None:
+    """Switch gradient checkpointing on, under the name that it has in this version of transformers."""
+    if hasattr(model, "activation_checkpointing_enable"):
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs=settings)
+    else:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=settings)
+
+
 class GroupedSampler(LengthGroupedSampler):
     """Batches of rows of similar length, the longest first, in an order that depends only on the seed and the epoch."""
 
@@ -98,6 +106,8 @@ class ChatTrainer(SFTTrainer):
         for parameter in self.trained_model.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()
+        if self.args.gradient_checkpointing:  # the Trainer itself would do so after the longest batch has been tried
+            checkpoint_activations(self.trained_model, self.args.gradient_checkpointing_kwargs)
         self._check_precision()
         check_trainer_loss(self)
 

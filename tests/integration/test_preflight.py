@@ -280,3 +280,20 @@ def test_a_run_that_holds_data_under_a_pattern_is_not_replaced(bench: Bench) -> 
     with pytest.raises(UsageError, match="so it is not replaced"):
         api.train(bench.recipe("r", data__source=str(run / "*.jsonl")), overwrite=True)
     assert (run / "rows.jsonl").is_file()
+
+
+def test_the_longest_batch_is_tried_with_gradient_checkpointing_where_the_run_has_it(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found: list[tuple[bool, bool]] = []
+    original = preflight.try_longest_batch
+
+    def look(trainer: ChatTrainer) -> int:
+        block = next(module for module in trainer.trained_model.modules() if hasattr(module, "gradient_checkpointing"))
+        found.append((trainer.args.gradient_checkpointing, bool(block.gradient_checkpointing)))
+        return original(trainer)
+
+    monkeypatch.setattr(preflight, "try_longest_batch", look)
+    for checkpointing in (True, False):
+        bench.run(f"checkpointing_{checkpointing}", train__gradient_checkpointing=checkpointing, train__max_steps=1)
+    assert found == [(True, True), (False, False)]
