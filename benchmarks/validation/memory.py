@@ -27,7 +27,7 @@ from benchmarks.validation.stock_run import StockRun, trace_stock_run
 from lowvram_chat.cli import print_json
 from lowvram_chat.errors import LowVramError
 from lowvram_chat.planning.replay import Replay, replay
-from lowvram_chat.tracing.cuda_rules import CudaRules
+from lowvram_chat.tracing.cuda_rules import CUBLASLT_WORKSPACE_BYTES, CudaRules
 from lowvram_chat.units import MIB
 
 
@@ -158,7 +158,10 @@ def summary(report: Report) -> str:
 def _replayed(row: MeasuredRow, run: StockRun) -> Replay:
     """Return the replay of a row's trace on its card."""
     try:
-        return replay(trace_stock_run(run, CudaRules()), limit_bytes=int(limit_mib(row) * MIB))
+        return replay(
+            trace_stock_run(run, CudaRules(cublaslt_workspace_bytes=CUBLASLT_WORKSPACE_BYTES)),
+            limit_bytes=int(limit_mib(row) * MIB),
+        )
     except LowVramError as error:
         raise wrong_cell(row, "config", str(error)) from None
     except Exception as error:  # whatever the model's code raises for shapes that do not go together

@@ -21,7 +21,6 @@ check_private_names(
 
 aten = torch.ops.aten
 
-CUBLASLT_WORKSPACE_BYTES = 1 << 20
 MAX_TOKENS_WITHOUT_SORT = 3072
 """Token ids up to which the backward pass of an embedding uses a kernel without buffers."""
 
@@ -70,14 +69,6 @@ def _embedding_backward(gradient: torch.Tensor, ids: torch.Tensor, vocabulary: i
     return [*[8 * tokens] * 2, *[8 * segments] * 3, 8 * partial_sums, 4 * width * partial_sums]
 
 
-def _addmm(bias: torch.Tensor, *_: object) -> list[int]:
-    """cuBLASLt's workspace for a product with a bias row.
-
-    Source: aten/src/ATen/cuda/CUDABlas.cpp, `_getWorkspaceSize`, `gemm_and_bias` (1 MiB in torch 2.6).
-    """
-    return [CUBLASLT_WORKSPACE_BYTES] if bias.dim() == 1 else []
-
-
 def _gemm_4bit(states: torch.Tensor, weight: torch.Tensor, shape: Sequence[int], *_: object) -> list[int]:
     """The weight, dequantised to the compute type.
 
@@ -89,7 +80,6 @@ def _gemm_4bit(states: torch.Tensor, weight: torch.Tensor, shape: Sequence[int],
 
 
 TEMPORARY_BUFFERS: Mapping[Operator, BufferSizes] = {
-    aten.addmm.default: _addmm,
     aten._scaled_dot_product_efficient_attention_backward.default: _efficient_backward,
     aten._scaled_dot_product_flash_attention_backward.default: _flash_backward,
     aten.embedding_dense_backward.default: _embedding_backward,

@@ -24,7 +24,13 @@ from torch.utils import _foreach_utils
 from lowvram_chat.private_names import check_private_names
 from lowvram_chat.tracing.cuda_autocast import autocast_type, cuda_autocast
 from lowvram_chat.tracing.cuda_buffers import temporary_buffers
-from lowvram_chat.tracing.dispatch import Arguments, Operator
+from lowvram_chat.tracing.cuda_reductions import (
+    PROCESSORS,
+    Grid,
+    reduction_buffers,
+    threads_per_processor,
+)
+from lowvram_chat.tracing.dispatch import Arguments, Operator, tensor_at
 from lowvram_chat.tracing.operations import ALIGNMENT_BYTES, HALF_TYPES
 from lowvram_chat.tracing.patching import patched
 from lowvram_chat.tracing.rules import DeviceRules
@@ -47,6 +53,8 @@ FLASH_CAPABILITY = (8, 0)
 """Lowest compute capability of FlashAttention-2: Ampere."""
 MAX_FLASH_WIDTH = 256
 """Largest head width of FlashAttention-2."""
+CUBLASLT_WORKSPACE_BYTES = 1 << 20
+"""What cuBLASLt took for each product with a bias row, before torch let it share the workspace of cuBLAS."""
 MATRIX_PRODUCTS = frozenset({aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default})
 
 
@@ -55,8 +63,11 @@ class CudaRules(DeviceRules):
 
     Each of two threads allocates `cublas_workspace_bytes` once, at its first matrix product: the main thread in the
     forward pass, and autograd's thread in the backward pass. cuBLAS takes 8.125 MiB on compute capability 8.x, and 0
-    where CUBLAS_WORKSPACE_CONFIG is `:0:0`.
-    Source: aten/src/ATen/cuda/CublasHandlePool.cpp, `parseChosenWorkspaceSize`.
+    where CUBLAS_WORKSPACE_CONFIG is `:0:0`. cuBLASLt shares that workspace in the torch versions that this package runs with; in
+    older ones a product with a bias row takes `cublaslt_workspace_bytes` of its own (torch 2.6: 1 MiB).
+    `processors` is the number of multiprocessors: sums over many rows are split among them.
+    Source: aten/src/ATen/cuda/CublasHandlePool.cpp, `parseChosenWorkspaceSize`; CUDABlas.cpp, `CublasLtWorkspace`
+    (TORCH_CUBLASLT_UNIFIED_WORKSPACE).
     """
 
     def __init__(
@@ -64,11 +75,15 @@ class CudaRules(DeviceRules):
         compute_capability: tuple[int, int] = (8, 6),
         *,
         cublas_workspace_bytes: int = 0,
+        cublaslt_workspace_bytes: int = 0,
+        processors: int = PROCESSORS,
         plain_rows: bool = False,
     ) -> None:
         super().__init__(plain_rows=plain_rows)
         self.compute_capability = compute_capability
         self.cublas_workspace_bytes = cublas_workspace_bytes
+        self.cublaslt_workspace_bytes = cublaslt_workspace_bytes
+        self.grid = Grid(processors, threads_per_processor(compute_capability))
 
     @contextlib.contextmanager
     def active(self) -> Iterator[None]:
@@ -78,7 +93,9 @@ class CudaRules(DeviceRules):
 
     def temporaries(self, func: Operator, args: Arguments, result: object) -> Iterable[int]:
         """Return the sizes, in bytes, of the buffers inside an operation's CUDA kernel."""
-        return temporary_buffers(func, args)
+        if func is aten.addmm.default and self.cublaslt_workspace_bytes and tensor_at(args, 0).dim() == 1:
+            return [self.cublaslt_workspace_bytes]
+        return temporary_buffers(func, args) or reduction_buffers(func, args, self.grid)
 
     def workspace(self, func: Operator) -> int:
         """Return the bytes that a thread's first matrix product allocates and never frees."""

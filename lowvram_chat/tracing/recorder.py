@@ -47,6 +47,9 @@ aten = torch.ops.aten
 NO_ALLOCATION = frozenset({torch.ops.prim.device.default, aten.lift_fresh.default})
 """Operations that allocate nothing on the device: `torch.tensor(literal)`, an optimizer's step count, stays on the host."""
 
+CACHE_RELEASE = "cache release"
+"""Category of a storage of 0 bytes, at whose allocation the allocator returns the segments that it does not use."""
+
 
 @dataclass(slots=True, eq=False)
 class Storage:
@@ -141,6 +144,11 @@ class TraceRecorder(TorchDispatchMode):
         records = [Storage(nbytes, "temporaries", str(operation), "", self._phase) for nbytes in sizes]
         self.events += [Event(record, is_allocation) for is_allocation in (True, False) for record in records]
 
+    def record_cache_release(self) -> None:
+        """Record that the allocator returns the segments that it does not use (`torch.cuda.empty_cache`)."""
+        release = Storage(0, CACHE_RELEASE, "empty_cache", "", self._phase)
+        self.events += [Event(release, True), Event(release, False)]
+
     def __torch_dispatch__(
         self,
         func: Operator,
@@ -183,6 +191,10 @@ class TraceRecorder(TorchDispatchMode):
         """Run one operation on fake tensors, in place where autograd's engine would do so."""
         if func is aten.add.Tensor and accumulates_in_place(tensor_at(args, 0)):
             return aten.add_.Tensor(*args, **kwargs)
+        if (
+            func is aten.index_add.default and is_in_backward()
+        ):  # out of place only for subclasses, such as fake tensors
+            return aten.index_add_.default(*args, **kwargs)
         if func is aten._amp_foreach_non_finite_check_and_unscale_.default:
             self._overflow_flags.add(tensor_at(args, 1).untyped_storage()._cdata)
         try:

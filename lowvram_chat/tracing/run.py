@@ -65,8 +65,10 @@ def _trace(recipe: Recipe, rules: DeviceRules, steps: Sequence[Sequence[MicroBat
     with TraceRecorder(rules) as recorder, _loss_phase(recorder):
         moved = _load(recipe, model, recorder)
         run = TracedRun(recipe, model, make_optimizer(moved), recorder)
+        run.check()
         run.preflight()
         evaluation = run.evaluate()
+        run.begin()
         spans = run.train(steps)
         run.save()
     paged = {event.storage for event in recorder.events if event.storage.category == HOST_MEMORY}
