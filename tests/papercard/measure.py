@@ -13,13 +13,18 @@ import json
 import multiprocessing
 import os
 import sys
+import tempfile
 import time
 import traceback
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tests.papercard.cases import Case, all_cases
+from tests.papercard.values import answer_for, ignore_values
+
+if TYPE_CHECKING:
+    from lowvram_chat.recipe.schema import Model, Recipe
 
 ROOT = Path(__file__).parents[2]
 STEPS = 1
@@ -27,6 +32,8 @@ STEPS = 1
 CARD_MIB = 65536
 """Memory of the paper card: enough for every case."""
 COMMON = ("train.dataloader_num_workers=0", "train.compile=false", "train.micro_batch=given")
+CAPABILITY = int(os.environ.get("PAPERCARD_CAPABILITY", "86"))
+"""Compute capability of the paper card, which a process cannot change."""
 SECONDS = 300
 """Time limit of a case."""
 
@@ -35,11 +42,13 @@ def main(words: list[str]) -> int:
     """Measure all cases, or those whose names contain one of the words, into the file that is the first word."""
     out, wanted = Path(words[0]), words[1:]
     cases = [case for case in all_cases() if not wanted or any(word in case.name for word in wanted)]
+    cases = [case for case in cases if case.capability == CAPABILITY]
     import_everything()
-    results = {}
+    folder = Path(tempfile.gettempdir(), "papercard-models")
+    results = json.loads(out.read_text(encoding="utf-8"))["cases"] if out.is_file() else {}
     for case in cases:
         started = time.monotonic()
-        results[case.name] = measured(case)
+        results[case.name] = measured(case, folder)
         print(f"{case.name:<48}{describe(results[case.name])}  ({time.monotonic() - started:.0f} s)", flush=True)
         out.write_text(json.dumps({"versions": versions(), "cases": results}, indent=1) + "\n", encoding="utf-8")
     return 0
@@ -51,9 +60,14 @@ def describe(result: dict[str, Any]) -> str:
         return str(result["error"])
     return " ".join(
         f"{kind} {result['allocator'][kind]:,.1f} / {result['planned'][kind]:,.1f} MiB"
-        f" ({100 * (result['planned'][kind] / result['allocator'][kind] - 1):+.2f} %)"
+        f" ({error_percent(result, kind):+.2f} %)"
         for kind in ("allocated", "reserved")
     )
+
+
+def error_percent(result: dict[str, Any], kind: str) -> float:
+    """Return by how much the plan differs from the allocator, in percent of the allocator's figure."""
+    return 100 * (float(result["planned"][kind]) / float(result["allocator"][kind]) - 1)
 
 
 def import_everything() -> None:
@@ -65,66 +79,111 @@ def import_everything() -> None:
     import lowvram_chat.training.trainer  # noqa: F401
 
 
-def measured(case: Case) -> dict[str, Any]:
+def measured(case: Case, folder: Path) -> dict[str, Any]:
     """Return the peaks of a case by the allocator and by the plan, in MiB, or the error that ended it."""
     context = multiprocessing.get_context("fork")
     receiving, sending = context.Pipe(duplex=False)
-    process = context.Process(target=run, args=(case, sending))
+    process = context.Process(target=run, args=(case, folder, sending))
     process.start()
     sending.close()
-    result: dict[str, Any] = receiving.recv() if receiving.poll(SECONDS) else {"error": "no answer in time"}
+    try:
+        result: dict[str, Any] = receiving.recv() if receiving.poll(SECONDS) else {"error": "no answer in time"}
+    except EOFError:
+        result = {"error": "the process died"}
     process.kill()
     process.join()
     return result
 
 
-def run(case: Case, connection: Connection) -> None:
+def run(case: Case, folder: Path, connection: Connection) -> None:
     """Send the result of a case, or its error."""
-    os.environ |= {"PAPERCARD_MIB": str(CARD_MIB), "PAPERCARD_CAPABILITY": str(case.capability)}
-    import torch
-
-    # A library asked for the number of cards when it was imported. A real driver does not survive a fork; this one does.
-    torch.cuda._is_in_bad_fork = lambda: False
+    os.environ["PAPERCARD_MIB"] = str(CARD_MIB)
+    start_process()
     sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115, PTH123
     try:
-        connection.send(peaks(case))
+        connection.send(peaks(case, folder))
     except BaseException as error:
         last = traceback.extract_tb(error.__traceback__)[-1]
         first = (str(error).splitlines() or [""])[0]
         connection.send({"error": f"{type(error).__name__}: {first} ({Path(last.filename).name}:{last.lineno})"})
 
 
-def peaks(case: Case) -> dict[str, Any]:
+def start_process() -> None:
+    """Let this process use the paper card."""
+    import torch
+
+    # A library asked for the number of cards when it was imported. A real driver does not survive a fork; this one does.
+    torch.cuda._is_in_bad_fork = lambda: False
+    ignore_values()
+
+
+def peaks(case: Case, folder: Path) -> dict[str, Any]:
     """Return the peaks of a case by the allocator and by the plan, in MiB."""
     import torch
 
     from lowvram_chat.model.present_card import for_this_run
-    from lowvram_chat.planning.prediction import longest_rows_run
+    from lowvram_chat.planning.prediction import longest_rows_run, make_plan
     from lowvram_chat.planning.replay import replay
-    from lowvram_chat.recipe.yaml_file import load_recipe
-    from lowvram_chat.results.measure import measure_steps, training_steps_only
 
-    recipe = load_recipe(ROOT / "recipes" / f"{case.recipe}.yaml", [*COMMON, *case.overrides])
-    accumulated = min(2, recipe.train.gradient_accumulation_steps)
-    train = recipe.train.model_copy(update={"gradient_accumulation_steps": accumulated})
-    recipe = recipe.model_copy(update={"train": train})
-    measurement = measure_steps(recipe, STEPS, "memory")
-    if measurement["status"] != "passed":
-        return {"error": measurement["reason"]}
+    recipe = recipe_of(case, folder)
+    with tempfile.TemporaryDirectory() as name:
+        train(recipe, Path(name))
     allocator = {
-        "allocated": measurement["peak_allocated_bytes"] / 2**20,
-        "reserved": measurement["peak_reserved_bytes"] / 2**20,
+        "allocated": torch.cuda.max_memory_allocated() / 2**20,
+        "reserved": torch.cuda.max_memory_reserved() / 2**20,
     }
     torch.cuda.empty_cache()
-    only = for_this_run(training_steps_only(recipe, Path("-"), STEPS), torch.device("cuda", 0))
-    planned = replay(longest_rows_run(only))
+    recipe = for_this_run(recipe, torch.device("cuda", 0))
+    planned = replay(longest_rows_run(recipe))
     return {
         "allocator": allocator,
         "planned": {
             "allocated": planned.peak_allocated_bytes / 2**20,
             "reserved": planned.peak_reserved_bytes / 2**20,
+            "worst": make_plan(recipe).peak_reserved_bytes / 2**20,
         },
     }
+
+
+def recipe_of(case: Case, folder: Path) -> Recipe:
+    """Return the recipe of a case: a few steps, at most two accumulated micro-batches, and the random weights of a folder."""
+    from lowvram_chat.recipe.yaml_file import load_recipe
+    from lowvram_chat.results.measure import training_steps_only
+
+    recipe = load_recipe(ROOT / "recipes" / f"{case.recipe}.yaml", [*COMMON, *case.overrides])
+    accumulated = min(2, recipe.train.gradient_accumulation_steps)
+    train = recipe.train.model_copy(update={"gradient_accumulation_steps": accumulated})
+    name = recipe.model.name
+    if not name.startswith("builtin:"):
+        name = str(random_weights(recipe.model, folder / name.rpartition("/")[2]))
+    model = recipe.model.model_copy(update={"name": name, "revision": None})
+    return training_steps_only(recipe.model_copy(update={"train": train, "model": model}), folder, STEPS)
+
+
+def random_weights(model: Model, folder: Path) -> Path:
+    """Return the folder of a model with random weights, which is written unless it is there."""
+    from transformers import AutoModelForCausalLM
+
+    from lowvram_chat.model.configs import config_for
+    from lowvram_chat.model.pretrained import load_tokenizer
+
+    if not folder.is_dir():
+        AutoModelForCausalLM.from_config(config_for(model)).save_pretrained(folder)
+        load_tokenizer("builtin:tiny-gpt2").save_pretrained(folder)
+    return folder
+
+
+def train(recipe: Recipe, folder: Path) -> None:
+    """Train as `sft` does, on full rows of random tokens."""
+    import torch
+
+    from lowvram_chat.results.measure import random_rows
+    from lowvram_chat.training.session import Session
+
+    recipe = recipe.model_copy(update={"output": recipe.output.model_copy(update={"dir": str(folder / "run")})})
+    rows = random_rows(recipe, STEPS)
+    answer_for(packed=recipe.data.rows == "packed")
+    Session.prepare(recipe, device=torch.device("cuda", 0), rows=rows).run(resume=False)
 
 
 def versions() -> dict[str, str]:
