@@ -23,6 +23,8 @@ aten = torch.ops.aten
 
 MAX_TOKENS_WITHOUT_SORT = 3072
 """Token ids up to which the backward pass of an embedding uses a kernel without buffers."""
+MAX_FUSED_4BIT_TOKENS = 8
+"""Tokens up to which a product with a 4-bit weight runs without a buffer on every card."""
 
 BufferSizes = Callable[..., list[int]]
 """Computes sizes in bytes from the positional arguments of an operation."""
@@ -73,9 +75,11 @@ def _gemm_4bit(states: torch.Tensor, weight: torch.Tensor, shape: Sequence[int],
     """The weight, dequantised to the compute type.
 
     Small batches have a kernel without this buffer; bitsandbytes chooses by GPU and shape.
-    Source: bitsandbytes/backends/cuda/ops.py, `_dequant_linear_fallback` (always above 1,536 tokens).
+    Source: bitsandbytes/backends/cuda/ops.py, `_dequant_linear_fallback` (always above 1,536 tokens, never up to 8).
     """
     rows, columns = shape
+    if states.numel() // states.shape[-1] <= MAX_FUSED_4BIT_TOKENS:
+        return []
     return [rows * columns * states.element_size()]
 
 
@@ -85,5 +89,7 @@ TEMPORARY_BUFFERS: Mapping[Operator, BufferSizes] = {
     aten.embedding_dense_backward.default: _embedding_backward,
 }
 """Operation -> sizes of its kernel's buffers."""
+BUFFER_BEFORE_RESULT = frozenset({"bitsandbytes.gemm_4bit.default"})
+"""Operations that allocate their buffers before their results."""
 TEMPORARY_BUFFERS_BY_NAME: Mapping[str, BufferSizes] = {"bitsandbytes.gemm_4bit.default": _gemm_4bit}
 """The same for operations that exist only after their library is imported."""

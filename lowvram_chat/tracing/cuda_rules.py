@@ -23,7 +23,7 @@ from torch.utils import _foreach_utils
 
 from lowvram_chat.private_names import check_private_names
 from lowvram_chat.tracing.cuda_autocast import autocast_type, cuda_autocast
-from lowvram_chat.tracing.cuda_buffers import temporary_buffers
+from lowvram_chat.tracing.cuda_buffers import BUFFER_BEFORE_RESULT, temporary_buffers
 from lowvram_chat.tracing.cuda_reductions import (
     PROCESSORS,
     Grid,
@@ -96,6 +96,10 @@ class CudaRules(DeviceRules):
         if func is aten.addmm.default and self.cublaslt_workspace_bytes and tensor_at(args, 0).dim() == 1:
             return [self.cublaslt_workspace_bytes]
         return temporary_buffers(func, args) or reduction_buffers(func, args, self.grid)
+
+    def has_buffers_first(self, func: Operator) -> bool:
+        """Return whether an operation allocates its buffers before its results."""
+        return str(func) in BUFFER_BEFORE_RESULT
 
     def workspace(self, func: Operator) -> int:
         """Return the bytes that a thread's first matrix product allocates and never frees."""

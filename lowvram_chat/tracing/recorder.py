@@ -162,15 +162,24 @@ class TraceRecorder(TorchDispatchMode):
             return tensor.fake_device if isinstance(tensor, FakeTensor) else func(*args)
         result = self._run(func, args, kwargs or {})
         if func not in NO_ALLOCATION:
-            for tensor in self.rules.allocation_order(func, list(tensors_in(result))):
-                self._record_allocation(tensor, func)
+            self._record_results(func, args, result)
             if func is aten._to_copy.default:
                 self._mark_weight_copy(tensor_at(args, 0), result)
-            self.record_temporaries(self.rules.temporaries(func, args, result), func)
             self._record_workspace(self.rules.workspace(func), func)
             if self.operations is not None:
                 self._list_operation(self.operations, func, args, result)
         return result
+
+    def _record_results(self, func: Operator, args: Arguments, result: object) -> None:
+        """Record the storages of an operation's results, and the buffers of its kernel."""
+        start = len(self.events)
+        self.record_temporaries(self.rules.temporaries(func, args, result), func)
+        buffers, self.events[start:] = self.events[start:], []
+        first = len(buffers) // 2 if self.rules.has_buffers_first(func) else 0
+        self.events += buffers[:first]
+        for tensor in self.rules.allocation_order(func, list(tensors_in(result))):
+            self._record_allocation(tensor, func)
+        self.events += buffers[first:]
 
     def _list_operation(self, operations: list[Operation], func: Operator, args: Arguments, result: object) -> None:
         """Append a description of an operation that launches a kernel."""

@@ -93,12 +93,12 @@ def _load(recipe: Recipe, model: torch.nn.Module, recorder: TraceRecorder) -> Ma
     """Move the model to the traced device, with the allocations of its way of loading."""
     if recipe.model.load_in != "4bit":
         return materialise(model, recorder)
-    from lowvram_chat.tracing.four_bit import add_scales, record_loading_warmup, shrink_weights
+    from lowvram_chat.tracing.four_bit import label_scales, load_onto_device, record_loading_warmup, shrink_weights
 
     shapes = shrink_weights(model)
     record_loading_warmup(model, recorder)
-    moved = materialise(model, recorder)
-    add_scales(shapes, recorder)
+    moved = materialise(model, recorder, load_onto_device(model, shapes))
+    label_scales(shapes, recorder)
     return moved
 
 

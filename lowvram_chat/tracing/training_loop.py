@@ -17,6 +17,7 @@ from torch.nn import functional
 
 from lowvram_chat.model.compared_parameters import compared_parameters
 from lowvram_chat.model.fused_lora import unfused
+from lowvram_chat.model.isolation import sees_later_tokens
 from lowvram_chat.model.scoring import autocast, score
 from lowvram_chat.recipe.schema import Recipe
 from lowvram_chat.tracing.operations import Operation
@@ -81,6 +82,8 @@ class TracedRun:
         batch = self._batch(MicroBatchShape(min(CHECKED_TOKENS, self.recipe.data.max_length // CHECKED_ROWS)), rows)
         self.model.eval()
         with self.recorder.phase("checks"):
+            if self.recipe.model.load_in == "4bit":  # others are still on the host then
+                sees_later_tokens(self.model)
             with torch.no_grad(), autocast("cpu", self.recipe.train.precision):
                 self.model(**batch)
             self.recorder.record_cache_release()
