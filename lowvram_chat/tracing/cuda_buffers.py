@@ -15,6 +15,7 @@ from lowvram_chat.tracing.dispatch import Arguments, Operator
 from lowvram_chat.tracing.operations import HALF_TYPES
 
 check_private_names(
+    "torch.ops.aten._softmax_backward_data.default",
     "torch.ops.aten._scaled_dot_product_efficient_attention_backward.default",
     "torch.ops.aten._scaled_dot_product_flash_attention_backward.default",
 )
@@ -71,6 +72,11 @@ def _embedding_backward(gradient: torch.Tensor, ids: torch.Tensor, vocabulary: i
     return [*[8 * tokens] * 2, *[8 * segments] * 3, 8 * partial_sums, 4 * width * partial_sums]
 
 
+def _softmax_backward(gradient: torch.Tensor, *_: object) -> list[int]:
+    """The product of gradient and output. Source: aten/src/ATen/native/cuda/SoftMax.cu, `softmax_backward_cuda_out`."""
+    return [gradient.nbytes]
+
+
 def _gemm_4bit(states: torch.Tensor, weight: torch.Tensor, shape: Sequence[int], *_: object) -> list[int]:
     """The weight, dequantised to the compute type.
 
@@ -87,6 +93,7 @@ TEMPORARY_BUFFERS: Mapping[Operator, BufferSizes] = {
     aten._scaled_dot_product_efficient_attention_backward.default: _efficient_backward,
     aten._scaled_dot_product_flash_attention_backward.default: _flash_backward,
     aten.embedding_dense_backward.default: _embedding_backward,
+    aten._softmax_backward_data.default: _softmax_backward,
 }
 """Operation -> sizes of its kernel's buffers."""
 BUFFER_BEFORE_RESULT = frozenset({"bitsandbytes.gemm_4bit.default"})

@@ -80,6 +80,23 @@ def test_the_gradient_of_selected_rows_is_added_to_zeros_in_place() -> None:
     assert len(whole) == 2  # the states and their gradient
 
 
+def test_the_gradient_of_a_softmax_needs_a_product_of_its_size() -> None:
+    events = trace(lambda: torch.empty(256, 1024, requires_grad=True).softmax(1).sum().backward())
+    assert MIB in temporaries(events)
+
+
+def test_a_library_that_asks_for_cuda_s_autocast_is_told_of_the_traced_device_s() -> None:
+    found: list[bool] = []
+
+    def step() -> None:
+        found.append(torch.is_autocast_enabled())
+        with torch.autocast("cpu", dtype=torch.float16):
+            found.append(torch.is_autocast_enabled())
+
+    trace(step)
+    assert found == [False, True]
+
+
 def test_a_released_cache_leaves_only_the_segments_in_use() -> None:
     def step(recorder: TraceRecorder) -> None:
         kept = torch.empty(MIB)
