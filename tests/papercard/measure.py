@@ -16,11 +16,12 @@ import sys
 import tempfile
 import time
 import traceback
+from dataclasses import replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tests.papercard.cases import Case, all_cases
+from tests.papercard.cases import Case, Kind, all_cases
 from tests.papercard.values import answer_for, ignore_values
 
 if TYPE_CHECKING:
@@ -76,6 +77,7 @@ def import_everything() -> None:
 
     import lowvram_chat.planning.prediction
     import lowvram_chat.results.measure
+    import lowvram_chat.tracing.four_bit
     import lowvram_chat.training.trainer  # noqa: F401
 
 
@@ -127,20 +129,20 @@ def peaks(case: Case, folder: Path) -> dict[str, Any]:
 
     recipe = recipe_of(case, folder)
     with tempfile.TemporaryDirectory() as name:
-        train(recipe, Path(name))
+        train(recipe, Path(name), case.kind)
     allocator = {
         "allocated": torch.cuda.max_memory_allocated() / 2**20,
         "reserved": torch.cuda.max_memory_reserved() / 2**20,
     }
     torch.cuda.empty_cache()
     recipe = for_this_run(recipe, torch.device("cuda", 0))
-    planned = replay(longest_rows_run(recipe))
+    planned = replay(longest_rows_run(recipe)) if case.kind == "full rows" else make_plan(recipe)
     return {
+        "kind": case.kind,
         "allocator": allocator,
         "planned": {
             "allocated": planned.peak_allocated_bytes / 2**20,
             "reserved": planned.peak_reserved_bytes / 2**20,
-            "worst": make_plan(recipe).peak_reserved_bytes / 2**20,
         },
     }
 
@@ -157,7 +159,9 @@ def recipe_of(case: Case, folder: Path) -> Recipe:
     if not name.startswith("builtin:"):
         name = str(random_weights(recipe.model, folder / name.rpartition("/")[2]))
     model = recipe.model.model_copy(update={"name": name, "revision": None})
-    return training_steps_only(recipe.model_copy(update={"train": train, "model": model}), folder, STEPS)
+    recipe = training_steps_only(recipe.model_copy(update={"train": train, "model": model}), folder, STEPS)
+    held_out = {"eval_source": "-"} if case.kind == "evaluated" else {}
+    return recipe.model_copy(update={"data": recipe.data.model_copy(update=held_out)})
 
 
 def random_weights(model: Model, folder: Path) -> Path:
@@ -173,17 +177,34 @@ def random_weights(model: Model, folder: Path) -> Path:
     return folder
 
 
-def train(recipe: Recipe, folder: Path) -> None:
-    """Train as `sft` does, on full rows of random tokens."""
+def train(recipe: Recipe, folder: Path, kind: Kind = "full rows") -> None:
+    """Train as `sft` does, on rows of random tokens. The peaks of torch's allocator are those of the last run."""
     import torch
 
     from lowvram_chat.results.measure import random_rows
+    from lowvram_chat.training.run import release_memory
     from lowvram_chat.training.session import Session
 
+    device = torch.device("cuda", 0)
     recipe = recipe.model_copy(update={"output": recipe.output.model_copy(update={"dir": str(folder / "run")})})
     rows = random_rows(recipe, STEPS)
+    if kind == "mixed rows":
+        rows = replace(rows, train=rows.train.map(shortened, with_indices=True))
+    if kind == "evaluated":
+        rows = replace(rows, held_out=rows.train.select(range(2 * recipe.train.per_device_eval_batch_size)))
     answer_for(packed=recipe.data.rows == "packed")
-    Session.prepare(recipe, device=torch.device("cuda", 0), rows=rows).run(resume=False)
+    if kind == "resumed":
+        first = recipe.train.model_copy(update={"max_steps": 2, "save_steps": 2})
+        Session.prepare(recipe.model_copy(update={"train": first}), device=device, rows=rows).run(resume=False)
+        release_memory(device)
+    Session.prepare(recipe, device=device, rows=rows).run(resume=kind == "resumed")
+
+
+def shortened(row: dict[str, Any], place: int) -> dict[str, Any]:
+    """Return a row cut to a length that looks random; every fifth keeps its own."""
+    length = len(row["input_ids"])
+    kept = length if place % 5 == 0 else 2 + (place * 7919) % (length - 2)
+    return {"input_ids": row["input_ids"][:kept], "labels": row["labels"][:kept], "length": kept}
 
 
 def versions() -> dict[str, str]:
