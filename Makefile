@@ -103,11 +103,13 @@ tables: $(READY)
 	$(BIN)/python tools/make_tables.py
 
 # torch's CUDA build without a card (Linux, x86-64, gcc; 5.5 GB, some 25 minutes): the planner against the real allocator, and
-# every CUDA line that can run. The results are kept in tests/papercard/results.json, and their table in docs/memory.md.
+# every CUDA line that can run. The results are kept in benchmarks/data/papercard.json, and their table in docs/memory.md.
 papercard: $(VENV)-papercard/ready
 	$(VENV)-papercard/bin/python -m tests.papercard.build $(VENV)-papercard/card
 	$(PAPERCARD) -m pytest tests/papercard -p no:cacheprovider
-	$(PAPERCARD) -m tests.papercard.measure tests/papercard/results.json 2> $(VENV)-papercard/log
+	for capability in 86 75 80 89; do PAPERCARD_CAPABILITY=$$capability \
+	  $(PAPERCARD) -m tests.papercard.measure $(VENV)-papercard/found.json 2>> $(VENV)-papercard/log || exit 1; done
+	$(PAPERCARD) -m tests.papercard.store $(VENV)-papercard/found.json
 	$(BIN)/python tools/make_papercard_table.py
 
 PAPERCARD := HF_HUB_OFFLINE=1 PAPERCARD_MIB=65536 LD_LIBRARY_PATH=$(VENV)-papercard/card \

@@ -1,4 +1,4 @@
-"""Write the table of the paper card in docs/memory.md from tests/papercard/results.json.
+"""Write the table of the paper card in docs/memory.md from benchmarks/data/papercard.json.
 
     python tools/make_papercard_table.py            writes the table
     python tools/make_papercard_table.py --check    only reports whether it is current
@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parent.parent
-RESULTS = ROOT / "tests" / "papercard" / "results.json"
+RESULTS = ROOT / "benchmarks" / "data" / "papercard.json"
+KINDS = ("allocated", "reserved")
 PAGE = ROOT / "docs" / "memory.md"
 BEGIN, END = "<!-- papercard -->", "<!-- /papercard -->"
 
@@ -23,28 +24,28 @@ BEGIN, END = "<!-- papercard -->", "<!-- /papercard -->"
 def table() -> str:
     """Return the table, with a summary and the versions."""
     found = json.loads(RESULTS.read_text(encoding="utf-8"))
-    cases = {name: case for name, case in found["cases"].items() if "error" not in case}
+    cases = found["cases"]
     lines = [
         "| run | allocated: allocator | planned | | reserved: allocator | planned | |",
         "|---|---|---|---|---|---|---|",
     ]
-    lines += [f"| {name} | {_cells(case, 'allocated')} | {_cells(case, 'reserved')} |" for name, case in cases.items()]
+    lines += [f"| {name} | {_cells(case, 0)} | {_cells(case, 1)} |" for name, case in cases.items()]
     versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
     return "\n".join([*lines, "", _summary(cases), f"Found with {versions}."])
 
 
-def _cells(case: dict[str, Any], kind: str) -> str:
+def _cells(case: dict[str, Any], kind: int) -> str:
     allocator, planned = case["allocator"][kind], case["planned"][kind]
     return f"{allocator:,.1f} | {planned:,.1f} | {100 * (planned / allocator - 1):+.2f} %"
 
 
 def _summary(cases: dict[str, Any]) -> str:
     words = []
-    for kind in ("allocated", "reserved"):
+    for kind, name in enumerate(KINDS):
         errors = [abs(100 * (case["planned"][kind] / case["allocator"][kind] - 1)) for case in cases.values()]
         within = sum(error <= 0.5 for error in errors)
         words.append(
-            f"{kind}: median {statistics.median(errors):.2f} %, {within} of {len(errors)} within 0.5 %, "
+            f"{name}: median {statistics.median(errors):.2f} %, {within} of {len(errors)} within 0.5 %, "
             f"largest {max(errors):.1f} %"
         )
     return f"Absolute error, {'; '.join(words)}. MiB."

@@ -27,11 +27,8 @@ from benchmarks.validation.stock_run import StockRun, trace_stock_run
 from lowvram_chat.cli import print_json
 from lowvram_chat.errors import LowVramError
 from lowvram_chat.planning.replay import Replay, replay
-from lowvram_chat.tracing.cuda_rules import CudaRules
+from lowvram_chat.tracing.cuda_rules import CUBLASLT_WORKSPACE_BYTES, CudaRules
 from lowvram_chat.units import MIB
-
-CUBLASLT_WORKSPACE_BYTES = 1 << 20
-"""The measured runs are of torch 2.6 and earlier, whose cuBLASLt had a workspace of its own."""
 
 
 @dataclass(frozen=True, kw_only=True)

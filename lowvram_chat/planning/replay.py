@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from lowvram_chat.planning.allocator import Block, CachingAllocator
-from lowvram_chat.tracing.recorder import Event, Storage
+from lowvram_chat.tracing.recorder import CACHE_RELEASE, Event, Storage
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +31,8 @@ def replay(events: Iterable[Event], limit_bytes: int | None = None) -> Replay:
     peak = peak_at = 0
     for index, (storage, is_allocation) in enumerate(events):
         if not storage.nbytes:
+            if storage.category == CACHE_RELEASE:
+                allocator.release_cached()
             continue
         if not is_allocation:
             allocator.free(blocks.pop(storage))

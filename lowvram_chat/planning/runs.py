@@ -34,7 +34,7 @@ def traced_steps(recipe: Recipe) -> list[list[MicroBatchShape]]:
 
     if recipe.train.gradient_accumulation_steps == 1:
         return [[shape(1)], [shape(1)], [shape(0.6, 0.7)], [shape(0.3)]]
-    return [[shape(1), shape(0.6, 0.7)], [shape(1), shape(1)], [shape(0.3), shape(0.8, 0.4)]]
+    return [[shape(1), shape(1)], [shape(1), shape(1)], [shape(1), shape(0.6, 0.7)], [shape(0.3), shape(0.8, 0.4)]]
 
 
 def composed_runs(traced: RunTrace) -> Iterator[list[Event]]:

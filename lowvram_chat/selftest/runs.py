@@ -13,7 +13,6 @@ from pathlib import Path
 
 import torch
 
-import lowvram_chat
 from lowvram_chat.model.present_card import for_this_machine, with_this_processor
 from lowvram_chat.planning.prediction import longest_rows_run, make_plan
 from lowvram_chat.planning.replay import replay
@@ -159,7 +158,7 @@ def _allocates(device: torch.device, nbytes: int) -> bool:
 
 def shipped_recipes(device: torch.device) -> Iterator[tuple[str, Recipe]]:
     """Yield the shipped recipes as they are measured on a device, by name; none where the recipes are not installed."""
-    folder = Path(lowvram_chat.__file__).parents[1] / "recipes"
+    folder = Path(__file__).parents[2] / "recipes"
     for name in RECIPES:
         if (folder / f"{name}.yaml").is_file():
             words = ON_A_CARD if device.type == "cuda" else ON_A_CPU

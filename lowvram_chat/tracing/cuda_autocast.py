@@ -16,6 +16,7 @@ import torch
 
 from lowvram_chat.private_names import check_private_names
 from lowvram_chat.tracing.dispatch import Operator
+from lowvram_chat.tracing.patching import patched
 
 check_private_names(
     "torch._C._ExcludeDispatchKeyGuard",
@@ -57,6 +58,17 @@ FP32_OPERATIONS = (
 """Operations of language models that CUDA's autocast casts to fp32. Operations on the CPU's own list are skipped."""
 
 
+IS_AUTOCAST_ENABLED = torch.is_autocast_enabled
+
+
+def is_autocast_enabled(device_type: str = "cpu") -> bool:
+    """Return `torch.is_autocast_enabled` of the traced device, where a library asks for no device and means CUDA.
+
+    PEFT casts the inputs of adapters on 4-bit layers unless autocast is on.
+    """
+    return IS_AUTOCAST_ENABLED(device_type)
+
+
 def autocast_type() -> torch.dtype | None:
     """Return the compute type of the active autocast, or None."""
     return torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None
@@ -66,12 +78,14 @@ def autocast_type() -> torch.dtype | None:
 def cuda_autocast() -> Iterator[None]:
     """Register CUDA's fp32 list under the CPU's autocast key, and remove it on exit."""
     library = torch.library.Library("aten", "IMPL", "AutocastCPU")
+    answers = patched(torch, is_autocast_enabled=is_autocast_enabled)
     try:
         for operation in FP32_OPERATIONS:
             _register(library, operation, _in_fp32(operation))
         _register(library, aten.softmax.int, _softmax(aten.softmax.int, aten._softmax.default))
         _register(library, aten.log_softmax.int, _softmax(aten.log_softmax.int, aten._log_softmax.default))
-        yield
+        with answers:
+            yield
     finally:
         library._destroy()
 

@@ -15,6 +15,7 @@ from lowvram_chat.tracing.dispatch import Arguments, Operator
 from lowvram_chat.tracing.operations import HALF_TYPES
 
 check_private_names(
+    "torch.ops.aten._softmax_backward_data.default",
     "torch.ops.aten._scaled_dot_product_efficient_attention_backward.default",
     "torch.ops.aten._scaled_dot_product_flash_attention_backward.default",
 )
@@ -23,6 +24,8 @@ aten = torch.ops.aten
 
 MAX_TOKENS_WITHOUT_SORT = 3072
 """Token ids up to which the backward pass of an embedding uses a kernel without buffers."""
+MAX_FUSED_4BIT_TOKENS = 8
+"""Tokens up to which a product with a 4-bit weight runs without a buffer on every card."""
 
 BufferSizes = Callable[..., list[int]]
 """Computes sizes in bytes from the positional arguments of an operation."""
@@ -69,13 +72,20 @@ def _embedding_backward(gradient: torch.Tensor, ids: torch.Tensor, vocabulary: i
     return [*[8 * tokens] * 2, *[8 * segments] * 3, 8 * partial_sums, 4 * width * partial_sums]
 
 
+def _softmax_backward(gradient: torch.Tensor, *_: object) -> list[int]:
+    """The product of gradient and output. Source: aten/src/ATen/native/cuda/SoftMax.cu, `softmax_backward_cuda_out`."""
+    return [gradient.nbytes]
+
+
 def _gemm_4bit(states: torch.Tensor, weight: torch.Tensor, shape: Sequence[int], *_: object) -> list[int]:
     """The weight, dequantised to the compute type.
 
     Small batches have a kernel without this buffer; bitsandbytes chooses by GPU and shape.
-    Source: bitsandbytes/backends/cuda/ops.py, `_dequant_linear_fallback` (always above 1,536 tokens).
+    Source: bitsandbytes/backends/cuda/ops.py, `_dequant_linear_fallback` (always above 1,536 tokens, never up to 8).
     """
     rows, columns = shape
+    if states.numel() // states.shape[-1] <= MAX_FUSED_4BIT_TOKENS:
+        return []
     return [rows * columns * states.element_size()]
 
 
@@ -83,7 +93,10 @@ TEMPORARY_BUFFERS: Mapping[Operator, BufferSizes] = {
     aten._scaled_dot_product_efficient_attention_backward.default: _efficient_backward,
     aten._scaled_dot_product_flash_attention_backward.default: _flash_backward,
     aten.embedding_dense_backward.default: _embedding_backward,
+    aten._softmax_backward_data.default: _softmax_backward,
 }
 """Operation -> sizes of its kernel's buffers."""
+BUFFER_BEFORE_RESULT = frozenset({"bitsandbytes.gemm_4bit.default"})
+"""Operations that allocate their buffers before their results."""
 TEMPORARY_BUFFERS_BY_NAME: Mapping[str, BufferSizes] = {"bitsandbytes.gemm_4bit.default": _gemm_4bit}
 """The same for operations that exist only after their library is imported."""

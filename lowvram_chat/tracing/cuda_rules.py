@@ -23,7 +23,13 @@ from torch.utils import _foreach_utils
 
 from lowvram_chat.private_names import check_private_names
 from lowvram_chat.tracing.cuda_autocast import autocast_type, cuda_autocast
-from lowvram_chat.tracing.cuda_buffers import temporary_buffers
+from lowvram_chat.tracing.cuda_buffers import BUFFER_BEFORE_RESULT, temporary_buffers
+from lowvram_chat.tracing.cuda_reductions import (
+    PROCESSORS,
+    Grid,
+    reduction_buffers,
+    threads_per_processor,
+)
 from lowvram_chat.tracing.dispatch import Arguments, Operator, tensor_at
 from lowvram_chat.tracing.operations import ALIGNMENT_BYTES, HALF_TYPES
 from lowvram_chat.tracing.patching import patched
@@ -47,6 +53,8 @@ FLASH_CAPABILITY = (8, 0)
 """Lowest compute capability of FlashAttention-2: Ampere."""
 MAX_FLASH_WIDTH = 256
 """Largest head width of FlashAttention-2."""
+CUBLASLT_WORKSPACE_BYTES = 1 << 20
+"""What cuBLASLt took for each product with a bias row, before torch let it share the workspace of cuBLAS."""
 MATRIX_PRODUCTS = frozenset({aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default})
 
 
@@ -55,11 +63,11 @@ class CudaRules(DeviceRules):
 
     Each of two threads allocates `cublas_workspace_bytes` once, at its first matrix product: the main thread in the
     forward pass, and autograd's thread in the backward pass. cuBLAS takes 8.125 MiB on compute capability 8.x, and 0
-    where CUBLAS_WORKSPACE_CONFIG is `:0:0`.
-    Source: aten/src/ATen/cuda/CublasHandlePool.cpp, `parseChosenWorkspaceSize`.
-
-    A product with a bias row runs in cuBLASLt, which uses the same workspace since torch 2.7. Before, it took
-    `cublaslt_workspace_bytes` while it ran: 1 MiB in torch 2.6. Source: aten/src/ATen/cuda/CUDABlas.cpp, `_getWorkspaceSize`.
+    where CUBLAS_WORKSPACE_CONFIG is `:0:0`. cuBLASLt shares that workspace in the torch versions that this package runs with; in
+    older ones a product with a bias row takes `cublaslt_workspace_bytes` of its own (torch 2.6: 1 MiB).
+    `processors` is the number of multiprocessors: sums over many rows are split among them.
+    Source: aten/src/ATen/cuda/CublasHandlePool.cpp, `parseChosenWorkspaceSize`; CUDABlas.cpp, `CublasLtWorkspace`
+    (TORCH_CUBLASLT_UNIFIED_WORKSPACE).
     """
 
     def __init__(
@@ -68,12 +76,14 @@ class CudaRules(DeviceRules):
         *,
         cublas_workspace_bytes: int = 0,
         cublaslt_workspace_bytes: int = 0,
+        processors: int = PROCESSORS,
         plain_rows: bool = False,
     ) -> None:
         super().__init__(plain_rows=plain_rows)
         self.compute_capability = compute_capability
         self.cublas_workspace_bytes = cublas_workspace_bytes
         self.cublaslt_workspace_bytes = cublaslt_workspace_bytes
+        self.grid = Grid(processors, threads_per_processor(compute_capability))
 
     @contextlib.contextmanager
     def active(self) -> Iterator[None]:
@@ -83,9 +93,13 @@ class CudaRules(DeviceRules):
 
     def temporaries(self, func: Operator, args: Arguments, result: object) -> Iterable[int]:
         """Return the sizes, in bytes, of the buffers inside an operation's CUDA kernel."""
-        if func is aten.addmm.default and tensor_at(args, 0).dim() == 1 and self.cublaslt_workspace_bytes:
+        if func is aten.addmm.default and self.cublaslt_workspace_bytes and tensor_at(args, 0).dim() == 1:
             return [self.cublaslt_workspace_bytes]
-        return temporary_buffers(func, args)
+        return temporary_buffers(func, args) or reduction_buffers(func, args, self.grid)
+
+    def has_buffers_first(self, func: Operator) -> bool:
+        """Return whether an operation allocates its buffers before its results."""
+        return str(func) in BUFFER_BEFORE_RESULT
 
     def workspace(self, func: Operator) -> int:
         """Return the bytes that a thread's first matrix product allocates and never frees."""

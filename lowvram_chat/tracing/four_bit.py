@@ -1,8 +1,8 @@
 """4-bit (nf4) layers for the trace: bitsandbytes' own modules, whose packed weights hold no values.
 
 bitsandbytes quantises a weight when it reaches its device, which is impossible with fake tensors. Instead, `quantise`
-builds the modules on the meta device, `shrink_weights` gives their weights the packed shape before they are moved, and
-`add_scales` adds the scales, which are not parameters, afterwards.
+builds the modules on the meta device, `shrink_weights` gives their weights the packed shape, and `load_onto_device` moves them,
+with their scales, which are not parameters.
 Source: bitsandbytes/nn/modules.py, `Linear4bit`; functional.py, `quantize_4bit` (blocks of 64, no double quantisation).
 """
 
@@ -20,6 +20,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lowvram_chat.errors import DeviceError
 from lowvram_chat.private_names import check_private_names
+from lowvram_chat.tracing.materialise import Materialised, fake_like
 from lowvram_chat.tracing.patching import patched
 from lowvram_chat.tracing.recorder import TraceRecorder
 
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
 
 QUANTISATION_BLOCK = 64
 """Values that share one fp32 scale."""
+WAS_TRANSPOSED = "was_transposed"
+"""Attribute of a layer whose weight is transposed, and so copied, before it is packed: that of a `Conv1D`."""
 
 
 def quantise(model: PreTrainedModel, compute_dtype: torch.dtype) -> None:
@@ -54,32 +57,69 @@ def shrink_weights(model: torch.nn.Module) -> dict[Linear4bit, torch.Size]:
 
 
 def record_loading_warmup(model: torch.nn.Module, recorder: TraceRecorder) -> None:
-    """Record the block of the model's size that transformers allocates and frees before it loads onto a GPU.
+    """Record the block of the base's size that transformers allocates and frees before it loads onto a GPU.
 
     It leaves one cached segment, from which the weights are then allocated.
     Source: transformers/modeling_utils.py, `caching_allocator_warmup` (only with a device map, as for 4-bit models).
     """
-    recorder.record_temporaries(
-        [sum(parameter.nbytes for parameter in {*model.parameters()})], "caching_allocator_warmup"
+    frozen = {parameter for parameter in model.parameters() if not parameter.requires_grad}
+    recorder.record_temporaries([sum(parameter.nbytes for parameter in frozen)], "caching_allocator_warmup")
+
+
+def load_onto_device(model: torch.nn.Module, shapes: dict[Linear4bit, torch.Size]) -> Materialised:
+    """Move a 4-bit base and its adapter to the traced device in the order of loading, with the scales of its weights.
+
+    Each weight comes whole, in its compute type, and is packed on the device. The adapter comes in that type and is cast. Return
+    the moved parameters for `materialise`.
+    Source: transformers/core_model_loading.py, `dot_natural_key`; bitsandbytes/nn/modules.py, `Params4bit._quantize`;
+    peft/tuners/tuners_utils.py, `_move_adapter_to_device_of_base_layer`, `cast_adapter_dtype`.
+    """
+    moved: Materialised = {}
+    layers = {layer.weight: layer for layer in shapes}
+    for _, parameter in sorted(model.named_parameters(), key=lambda pair: _natural_key(pair[0])):
+        if parameter in layers:
+            layer = layers[parameter]
+            moved[parameter] = _load_packed(layer, shapes[layer])
+        elif not parameter.requires_grad:
+            moved[parameter] = fake_like(parameter)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    dtype = next((layer.compute_dtype for layer in shapes), torch.float32)
+    uncast = [torch.empty(parameter.shape, dtype=dtype) for parameter in trained]
+    for parameter in trained:
+        moved[parameter] = fake_like(parameter)
+        del uncast[0]
+    return moved
+
+
+def _natural_key(name: str) -> list[tuple[bool, int, str]]:
+    """Return what sorts the names of weights by their numbers."""
+    parts = name.split(".")
+    return [(not part.isdigit(), int(part) if part.isdigit() else 0, part) for part in parts]
+
+
+def _load_packed(layer: Linear4bit, shape: torch.Size) -> torch.Tensor:
+    """Return the packed weight of a layer, which is given its scales: one fp32 value for each block, and the 16 nf4 values."""
+    whole = torch.empty(shape, dtype=layer.compute_dtype)
+    contiguous = torch.empty_like(whole) if vars(layer).get(WAS_TRANSPOSED) else whole
+    scales = torch.empty(-(-shape.numel() // QUANTISATION_BLOCK))
+    weight = fake_like(layer.weight)
+    layer.quant_state = QuantState(
+        absmax=scales,
+        shape=shape,
+        code=torch.empty(16),
+        blocksize=QUANTISATION_BLOCK,
+        quant_type="nf4",
+        dtype=layer.compute_dtype,
     )
+    vars(weight)["quant_state"] = layer.quant_state
+    del whole, contiguous
+    return weight
 
 
-def add_scales(shapes: dict[Linear4bit, torch.Size], recorder: TraceRecorder) -> None:
-    """Give the moved 4-bit weights their scales: one fp32 value for each block. All share the 16 nf4 values."""
-    code = torch.empty(16)
-    recorder.label([code], "weights")
-    for layer, shape in shapes.items():
-        scales = torch.empty(-(-shape.numel() // QUANTISATION_BLOCK))
-        recorder.label([scales], "weights")
-        layer.quant_state = QuantState(
-            absmax=scales,
-            shape=shape,
-            code=code,
-            blocksize=QUANTISATION_BLOCK,
-            quant_type="nf4",
-            dtype=layer.compute_dtype,
-        )
-        vars(layer.weight)["quant_state"] = layer.quant_state
+def label_scales(shapes: dict[Linear4bit, torch.Size], recorder: TraceRecorder) -> None:
+    """Tell the recorder that the scales belong to the weights."""
+    states = [layer.quant_state for layer in shapes if layer.quant_state is not None]
+    recorder.label([tensor for state in states for tensor in (state.absmax, state.code)], "weights")
 
 
 @contextlib.contextmanager
@@ -118,6 +158,7 @@ def _linear(layer: Conv1D | torch.nn.Linear, compute_dtype: torch.dtype) -> Line
     )
     if new.bias is not None:
         new.bias = torch.nn.Parameter(new.bias.to(layer.bias.dtype), requires_grad=False)
+    vars(new)[WAS_TRANSPOSED] = isinstance(layer, Conv1D)
     _keep_layout(new)
     return new.requires_grad_(False)
 

@@ -16,13 +16,13 @@ Materialised = dict[torch.Tensor, torch.Tensor]
 """Meta tensor -> the fake tensor that replaces it. A tied weight has one entry."""
 
 
-def materialise(model: torch.nn.Module, recorder: TraceRecorder) -> Materialised:
+def materialise(model: torch.nn.Module, recorder: TraceRecorder, moved: Materialised | None = None) -> Materialised:
     """Move `model` to the traced device, in the order of `Module.to(device)`.
 
-    That order is: children first, then a module's own parameters, then its buffers. Return the replaced tensors; pass
-    them to `repoint` for an optimizer that was built before.
+    That order is: children first, then a module's own parameters, then its buffers. What is in `moved` has moved already. Return
+    the replaced tensors; pass them to `repoint` for an optimizer that was built before.
     """
-    moved: Materialised = {}
+    moved = {} if moved is None else moved
     _move(model, moved)
     recorder.label(model.parameters(), "weights")
     recorder.label(model.buffers(), "buffers")
@@ -45,10 +45,10 @@ def _move(module: torch.nn.Module, moved: Materialised) -> None:
         module.named_buffers(recurse=False, remove_duplicate=False),
     )
     for name, tensor in list(own):
-        setattr(module, name, moved[tensor] if tensor in moved else moved.setdefault(tensor, _fake(tensor)))
+        setattr(module, name, moved[tensor] if tensor in moved else moved.setdefault(tensor, fake_like(tensor)))
 
 
-def _fake(tensor: torch.Tensor) -> torch.Tensor:
+def fake_like(tensor: torch.Tensor) -> torch.Tensor:
     """Return a fake tensor, or a fake parameter, like a meta one."""
     fake = torch.empty_like(tensor, device="cpu")
     if not isinstance(tensor, torch.nn.Parameter):

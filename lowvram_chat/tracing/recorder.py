@@ -47,6 +47,9 @@ aten = torch.ops.aten
 NO_ALLOCATION = frozenset({torch.ops.prim.device.default, aten.lift_fresh.default})
 """Operations that allocate nothing on the device: `torch.tensor(literal)`, an optimizer's step count, stays on the host."""
 
+CACHE_RELEASE = "cache release"
+"""Category of a storage of 0 bytes, at whose allocation the allocator returns the segments that it does not use."""
+
 
 @dataclass(slots=True, eq=False)
 class Storage:
@@ -141,6 +144,11 @@ class TraceRecorder(TorchDispatchMode):
         records = [Storage(nbytes, "temporaries", str(operation), "", self._phase) for nbytes in sizes]
         self.events += [Event(record, is_allocation) for is_allocation in (True, False) for record in records]
 
+    def record_cache_release(self) -> None:
+        """Record that the allocator returns the segments that it does not use (`torch.cuda.empty_cache`)."""
+        release = Storage(0, CACHE_RELEASE, "empty_cache", "", self._phase)
+        self.events += [Event(release, True), Event(release, False)]
+
     def __torch_dispatch__(
         self,
         func: Operator,
@@ -154,15 +162,24 @@ class TraceRecorder(TorchDispatchMode):
             return tensor.fake_device if isinstance(tensor, FakeTensor) else func(*args)
         result = self._run(func, args, kwargs or {})
         if func not in NO_ALLOCATION:
-            for tensor in self.rules.allocation_order(func, list(tensors_in(result))):
-                self._record_allocation(tensor, func)
+            self._record_results(func, args, result)
             if func is aten._to_copy.default:
                 self._mark_weight_copy(tensor_at(args, 0), result)
-            self.record_temporaries(self.rules.temporaries(func, args, result), func)
             self._record_workspace(self.rules.workspace(func), func)
             if self.operations is not None:
                 self._list_operation(self.operations, func, args, result)
         return result
+
+    def _record_results(self, func: Operator, args: Arguments, result: object) -> None:
+        """Record the storages of an operation's results, and the buffers of its kernel."""
+        start = len(self.events)
+        self.record_temporaries(self.rules.temporaries(func, args, result), func)
+        buffers, self.events[start:] = self.events[start:], []
+        first = len(buffers) // 2 if self.rules.has_buffers_first(func) else 0
+        self.events += buffers[:first]
+        for tensor in self.rules.allocation_order(func, list(tensors_in(result))):
+            self._record_allocation(tensor, func)
+        self.events += buffers[first:]
 
     def _list_operation(self, operations: list[Operation], func: Operator, args: Arguments, result: object) -> None:
         """Append a description of an operation that launches a kernel."""
@@ -183,9 +200,9 @@ class TraceRecorder(TorchDispatchMode):
         """Run one operation on fake tensors, in place where autograd's engine would do so."""
         if func is aten.add.Tensor and accumulates_in_place(tensor_at(args, 0)):
             return aten.add_.Tensor(*args, **kwargs)
-        if func is aten.index_add.default and is_in_backward():
-            # Only for tensor subclasses, such as fake tensors, does the backward pass of `index_select` not add in place.
-            # Source: torch/csrc/autograd/FunctionsManual.cpp, `index_select_backward_symint`, `areAnyTensorSubclassLike`.
+        if (
+            func is aten.index_add.default and is_in_backward()
+        ):  # out of place only for subclasses, such as fake tensors
             return aten.index_add_.default(*args, **kwargs)
         if func is aten._amp_foreach_non_finite_check_and_unscale_.default:
             self._overflow_flags.add(tensor_at(args, 1).untyped_storage()._cdata)

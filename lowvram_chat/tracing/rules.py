@@ -47,6 +47,10 @@ class DeviceRules:
         """
         return ()
 
+    def has_buffers_first(self, func: Operator) -> bool:
+        """Return whether an operation allocates these buffers before its results."""
+        return False
+
     def workspace(self, func: Operator) -> int:
         """Return the bytes that the first operation of this kind allocates and never frees, once in each thread."""
         return 0

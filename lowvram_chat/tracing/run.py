@@ -65,8 +65,10 @@ def _trace(recipe: Recipe, rules: DeviceRules, steps: Sequence[Sequence[MicroBat
     with TraceRecorder(rules) as recorder, _loss_phase(recorder):
         moved = _load(recipe, model, recorder)
         run = TracedRun(recipe, model, make_optimizer(moved), recorder)
+        run.check()
         run.preflight()
         evaluation = run.evaluate()
+        run.begin()
         spans = run.train(steps)
         run.save()
     paged = {event.storage for event in recorder.events if event.storage.category == HOST_MEMORY}
@@ -91,12 +93,12 @@ def _load(recipe: Recipe, model: torch.nn.Module, recorder: TraceRecorder) -> Ma
     """Move the model to the traced device, with the allocations of its way of loading."""
     if recipe.model.load_in != "4bit":
         return materialise(model, recorder)
-    from lowvram_chat.tracing.four_bit import add_scales, record_loading_warmup, shrink_weights
+    from lowvram_chat.tracing.four_bit import label_scales, load_onto_device, record_loading_warmup, shrink_weights
 
     shapes = shrink_weights(model)
     record_loading_warmup(model, recorder)
-    moved = materialise(model, recorder)
-    add_scales(shapes, recorder)
+    moved = materialise(model, recorder, load_onto_device(model, shapes))
+    label_scales(shapes, recorder)
     return moved
 
 

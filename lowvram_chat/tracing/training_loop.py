@@ -13,13 +13,20 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch.nn import functional
 
-from lowvram_chat.model.adapters import ChatModel, base_model_of
+from lowvram_chat.model.adapters import ChatModel
+from lowvram_chat.model.compared_parameters import compared_parameters
+from lowvram_chat.model.fused_lora import unfused
+from lowvram_chat.model.isolation import sees_later_tokens
 from lowvram_chat.model.scoring import autocast, score
 from lowvram_chat.recipe.schema import Recipe
 from lowvram_chat.tracing.operations import Operation
 from lowvram_chat.tracing.optimizer import label_states
 from lowvram_chat.tracing.recorder import Span, TraceRecorder
+
+CHECKED_ROWS, CHECKED_TOKENS = 2, 32
+"""Conversations on which a run is checked, and their tokens, as in `training.probe_documents`."""
 
 Batch = dict[str, torch.Tensor]
 
@@ -45,6 +52,9 @@ class NullRecorder(TraceRecorder):
     def label(self, tensors: Iterable[object], category: str) -> None:
         """Do nothing."""
 
+    def record_cache_release(self) -> None:
+        """Do nothing."""
+
 
 class TracedRun:
     """A run on the traced device, or a real run if there is no recorder. Its attributes live until its end."""
@@ -62,16 +72,52 @@ class TracedRun:
         self.work: list[list[Operation]] = []
         """The operations of step `LISTED_STEP`: a list for each micro-batch, and one for the update."""
 
-    def preflight(self) -> None:
-        """Run the checks before the first step: a small batch, and the longest one with its backward pass, as `training` does.
+    def check(self) -> None:
+        """Run what the checks before a run leave in the allocator: the workspaces of cuBLAS, in segments of odd sizes.
 
-        Of the check of the loss, only what stays matters: the place of the workspace that the first matrix product allocates.
+        The loss of a few short rows comes first, in evaluation mode, and then the gradients of one of them by plain autograd. The
+        allocator returns the other segments after each check, as in `training.loss_check` and `training.gradient_check`. The rest
+        of these checks leaves nothing behind.
         """
-        with torch.no_grad(), self.recorder.phase("forward"), autocast("cpu", self.recipe.train.precision):
-            base_model_of(self.model).base_model(input_ids=torch.zeros(1, 2, dtype=torch.int64), use_cache=False)
+        rows = min(CHECKED_ROWS, self.recipe.train.per_device_train_batch_size)
+        batch = self._batch(MicroBatchShape(min(CHECKED_TOKENS, self.recipe.data.max_length // CHECKED_ROWS)), rows)
+        self.model.eval()
+        with self.recorder.phase("checks"):
+            if self.recipe.model.load_in == "4bit":  # others are still on the host then
+                sees_later_tokens(self.model)
+            with torch.no_grad(), autocast("cpu", self.recipe.train.precision):
+                self.model(**batch)
+            self.recorder.record_cache_release()
+            self._plain_gradients(batch["input_ids"][:1])
+        self.model.train()
+        del batch
+        self.recorder.record_cache_release()
+
+    def _plain_gradients(self, ids: torch.Tensor) -> None:
+        """Compute the gradients of a row (1, T) from its logits, as `training.gradient_check` does first."""
+        groups = compared_parameters(self.model).values()
+        parameters = list(dict.fromkeys(parameter for group in groups for parameter in group.values()))
+        sums = [torch.zeros_like(parameter) for parameter in parameters]
+        with unfused(self.model):
+            with autocast("cpu", self.recipe.train.precision):
+                logits = self.model(input_ids=ids, use_cache=False).logits
+            shifted = logits[:, :-1].flatten(0, 1).float()
+            loss = functional.cross_entropy(shifted, ids[0, 1:], reduction="sum") / ids.numel()
+            gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+        del sums, gradients
+
+    def preflight(self) -> None:
+        """Run the longest batch once before anything else and free its gradients, as `training.preflight` does."""
         batch = self._batch(MicroBatchShape(self.recipe.data.max_length, packed=self.recipe.data.rows == "packed"))
         self._micro_batch(batch, batch["loss_positions"].numel(), scaled=False)
         self.model.zero_grad()
+
+    def begin(self) -> None:
+        """Start the training: accelerate releases what it has held, and the allocator's cache with it.
+
+        Source: transformers/trainer.py, `_inner_training_loop`; accelerate/accelerator.py, `free_memory`.
+        """
+        self.recorder.record_cache_release()
 
     def evaluate(self) -> Span | None:
         """Score one batch of the longest rows, if the recipe evaluates."""

@@ -12,7 +12,7 @@ import itertools
 import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from lowvram_chat.data.rows import IGNORED_LABEL, Collator, TokenRow
 from lowvram_chat.errors import SubstitutionError
-from lowvram_chat.model.adapters import ChatModel, base_model_of
+from lowvram_chat.model.compared_parameters import Parameters, compared_parameters
 from lowvram_chat.model.compilation import uncompiled
 from lowvram_chat.model.fused_lora import always_folded, unfused
 from lowvram_chat.model.scoring import autocast
@@ -42,8 +42,6 @@ MAX_NOISE = 0.24
 """Most noise that counts, so that a factor of two (a difference of 1 or 0.5) is refused whatever the noise is."""
 NEGLIGIBLE = 1e-12
 """Norm below which a gradient is zero: that of an adapter's A while its B is still zero."""
-
-Parameters = Mapping[str, nn.Parameter]
 
 
 def check_gradients(trainer: ChatTrainer) -> None:
@@ -90,24 +88,6 @@ def _differences(trainer: ChatTrainer) -> dict[str, tuple[float, float]]:
         others.append(_plain_gradients(trainer, [[document] for document in documents], groups, precision="fp32"))
     noise = {name: max(_relative_difference(other[name], expected[name]) for other in others) for name in groups}
     return {name: (difference, min(noise[name], MAX_NOISE)) for name, difference in differences.items()}
-
-
-def compared_parameters(model: nn.Module) -> dict[str, Parameters]:
-    """Return the trained parameters of the head, the first and the last block, by the name of the group."""
-    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    lists = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
-    blocks, layers = max(
-        lists, key=lambda pair: sum(p.numel() for p in pair[1].parameters()), default=("", nn.ModuleList())
-    )
-    head = base_model_of(cast("ChatModel", model)).get_output_embeddings()
-    heads = {id(parameter) for parameter in head.parameters()}
-    groups: dict[str, Parameters] = {
-        "the head": {name: parameter for name, parameter in trained.items() if id(parameter) in heads}
-    }
-    for number, title in {0: "the first block", len(layers) - 1: "the last block"}.items():
-        prefix = f"{blocks}.{number}."
-        groups[title] = {name: parameter for name, parameter in trained.items() if name.startswith(prefix)}
-    return groups
 
 
 def _in_float32(trainer: ChatTrainer) -> bool:

@@ -46,6 +46,12 @@ check_private_names(
 )
 
 
+def checkpoint_activations(model: Any) -> None:
+    """Switch gradient checkpointing on, under the name that it has in this version of transformers."""
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
+
+
 class GroupedSampler(LengthGroupedSampler):
     """Batches of rows of similar length, the longest first, in an order that depends only on the seed and the epoch."""
 
@@ -98,8 +104,9 @@ class ChatTrainer(SFTTrainer):
         for parameter in self.trained_model.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()
+        if self.args.gradient_checkpointing:  # the Trainer itself would do so after the longest batch has been tried
+            checkpoint_activations(self.trained_model)
         self._check_precision()
-        self._start_checkpointing()
         check_trainer_loss(self)
 
     @property
@@ -107,17 +114,6 @@ class ChatTrainer(SFTTrainer):
         """The model, under its adapter if there is one."""
         assert self.model is not None
         return self.model
-
-    def _start_checkpointing(self) -> None:
-        """Switch on activation checkpointing, if the recipe has it.
-
-        The Trainer would do so when training starts. The longest batch, which is tried before, would need all activations.
-        """
-        renamed = hasattr(self.args, "activation_checkpointing")  # in transformers 5.23
-        if self.args.activation_checkpointing if renamed else self.args.gradient_checkpointing:
-            model: Any = self.trained_model
-            enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-            enable({"use_reentrant": False})
 
     def _check_precision(self) -> None:
         """Refuse a precision that accelerate takes from its environment variable or its own configuration file.

@@ -282,19 +282,18 @@ def test_a_run_that_holds_data_under_a_pattern_is_not_replaced(bench: Bench) -> 
     assert (run / "rows.jsonl").is_file()
 
 
-@pytest.mark.parametrize("kind", ["full", "lora"])
-def test_the_longest_batch_is_tried_with_activation_checkpointing(
-    kind: str, bench: Bench, monkeypatch: pytest.MonkeyPatch
+def test_the_longest_batch_is_tried_with_gradient_checkpointing_where_the_run_has_it(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tried: list[bool] = []
-    original = preflight.run_longest_batch
+    found: list[tuple[bool, bool]] = []
+    original = preflight.try_longest_batch
 
-    def run_longest_batch(model: Any, *args: Any, **kwargs: Any) -> int:
-        tried.append(any(getattr(module, "gradient_checkpointing", False) for module in model.modules()))
-        return original(model, *args, **kwargs)
+    def look(trainer: ChatTrainer) -> int:
+        block = next(module for module in trainer.trained_model.modules() if hasattr(module, "gradient_checkpointing"))
+        found.append((trainer.args.gradient_checkpointing, bool(block.gradient_checkpointing)))
+        return original(trainer)
 
-    monkeypatch.setattr(preflight, "run_longest_batch", run_longest_batch)
-    adapter = {"adapter": LORA} if kind == "lora" else {}
-    bench.run("with", train__gradient_checkpointing=True, train__max_steps=1, **adapter)
-    bench.run("without", train__max_steps=1, **adapter)
-    assert tried == [True, False]
+    monkeypatch.setattr(preflight, "try_longest_batch", look)
+    for checkpointing in (True, False):
+        bench.run(f"checkpointing_{checkpointing}", train__gradient_checkpointing=checkpointing, train__max_steps=1)
+    assert found == [(True, True), (False, False)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 from lowvram_chat.recipe.adapters import ADAPTERS
 from lowvram_chat.recipe.optimizers import OPTIMIZERS
@@ -11,6 +12,10 @@ from lowvram_chat.recipe.optimizers import OPTIMIZERS
 SHIPPED = ("baseline_7h27m", "fast_fp16", "full_fp16", "full_fp16_adamw", "lora_fp16", "qlora_nf4", "quickstart")
 SMALL, MEDIUM = "full_fp16", "model.name=gpt2-medium"
 TINY = "quickstart"
+
+Kind = Literal["full rows", "mixed rows", "evaluated", "resumed"]
+"""What a run does: all rows have the maximum length; they have any length; held-out rows are scored; it is resumed. The first is
+held against the plan of the same run, and the others against the worst of all runs that a plan considers."""
 
 
 @dataclass(frozen=True)
@@ -21,8 +26,7 @@ class Case:
     recipe: str
     overrides: Sequence[str] = ()
     capability: int = 86
-    mixed: bool = False
-    """Whether the rows have many lengths; then the plan's own peak counts, which covers all orders of lengths."""
+    kind: Kind = "full rows"
 
 
 LORA = ("adapter.kind=lora", "optimizer.name=adamw")
@@ -66,13 +70,13 @@ def all_cases() -> Iterator[Case]:
         yield Case(f"tiny, {name}", TINY, ("adapter=null", *tiny_precision(overrides), *overrides))
     for name in MEDIUM_VARIANTS:
         yield Case(f"gpt2-medium, {name}", SMALL, (MEDIUM, "train.per_device_train_batch_size=1", *VARIANTS[name]))
-    for recipe in ("full_fp16", "full_fp16_adamw", "lora_fp16", "fast_fp16"):
-        yield Case(f"{recipe}, mixed lengths", recipe, mixed=True)
-    yield Case("dora, mixed lengths", SMALL, VARIANTS["adapter dora"], mixed=True)
-    yield Case("checkpointed, mixed lengths", SMALL, VARIANTS["checkpointed"], mixed=True)
     for capability in OTHER_CAPABILITIES:
         for recipe in ("full_fp16", "lora_fp16", "fast_fp16"):
             yield Case(f"{recipe}, compute capability {capability / 10}", recipe, capability=capability)
+    for kind in get_args(Kind)[1:]:
+        for recipe in ("full_fp16", "lora_fp16", "quickstart"):
+            yield Case(f"{recipe}, {kind}", recipe, kind=kind)
+    yield Case("full_fp16 paged, resumed", "full_fp16", ("optimizer.name=paged_adamw_8bit",), kind="resumed")
 
 
 def tiny_precision(overrides: Sequence[str]) -> Sequence[str]:

@@ -13,22 +13,28 @@ import json
 import multiprocessing
 import os
 import sys
+import tempfile
 import time
 import traceback
+from dataclasses import replace
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from tests.papercard.cases import Case, all_cases
+from tests.papercard.cases import Case, Kind, all_cases
+from tests.papercard.values import answer_for, ignore_values
+
+if TYPE_CHECKING:
+    from lowvram_chat.recipe.schema import Model, Recipe
 
 ROOT = Path(__file__).parents[2]
 STEPS = 1
 """Optimizer steps after the warm-up, in which the peak comes."""
-MIXED_STEPS = 20
-"""The same with rows of many lengths."""
 CARD_MIB = 65536
 """Memory of the paper card: enough for every case."""
 COMMON = ("train.dataloader_num_workers=0", "train.compile=false", "train.micro_batch=given")
+CAPABILITY = int(os.environ.get("PAPERCARD_CAPABILITY", "86"))
+"""Compute capability of the paper card, which a process cannot change."""
 SECONDS = 300
 """Time limit of a case."""
 
@@ -37,11 +43,13 @@ def main(words: list[str]) -> int:
     """Measure all cases, or those whose names contain one of the words, into the file that is the first word."""
     out, wanted = Path(words[0]), words[1:]
     cases = [case for case in all_cases() if not wanted or any(word in case.name for word in wanted)]
+    cases = [case for case in cases if case.capability == CAPABILITY]
     import_everything()
-    results = {}
+    folder = Path(tempfile.gettempdir(), "papercard-models")
+    results = json.loads(out.read_text(encoding="utf-8"))["cases"] if out.is_file() else {}
     for case in cases:
         started = time.monotonic()
-        results[case.name] = measured(case)
+        results[case.name] = measured(case, folder)
         print(f"{case.name:<48}{describe(results[case.name])}  ({time.monotonic() - started:.0f} s)", flush=True)
         out.write_text(json.dumps({"versions": versions(), "cases": results}, indent=1) + "\n", encoding="utf-8")
     return 0
@@ -53,9 +61,14 @@ def describe(result: dict[str, Any]) -> str:
         return str(result["error"])
     return " ".join(
         f"{kind} {result['allocator'][kind]:,.1f} / {result['planned'][kind]:,.1f} MiB"
-        f" ({100 * (result['planned'][kind] / result['allocator'][kind] - 1):+.2f} %)"
+        f" ({error_percent(result, kind):+.2f} %)"
         for kind in ("allocated", "reserved")
     )
+
+
+def error_percent(result: dict[str, Any], kind: str) -> float:
+    """Return by how much the plan differs from the allocator, in percent of the allocator's figure."""
+    return 100 * (float(result["planned"][kind]) / float(result["allocator"][kind]) - 1)
 
 
 def import_everything() -> None:
@@ -64,71 +77,68 @@ def import_everything() -> None:
 
     import lowvram_chat.planning.prediction
     import lowvram_chat.results.measure
+    import lowvram_chat.tracing.four_bit
     import lowvram_chat.training.trainer  # noqa: F401
 
 
-def measured(case: Case) -> dict[str, Any]:
+def measured(case: Case, folder: Path) -> dict[str, Any]:
     """Return the peaks of a case by the allocator and by the plan, in MiB, or the error that ended it."""
     context = multiprocessing.get_context("fork")
     receiving, sending = context.Pipe(duplex=False)
-    process = context.Process(target=run, args=(case, sending))
+    process = context.Process(target=run, args=(case, folder, sending))
     process.start()
     sending.close()
-    result: dict[str, Any] = receiving.recv() if receiving.poll(SECONDS) else {"error": "no answer in time"}
+    try:
+        result: dict[str, Any] = receiving.recv() if receiving.poll(SECONDS) else {"error": "no answer in time"}
+    except EOFError:
+        result = {"error": "the process died"}
     process.kill()
     process.join()
     return result
 
 
-def run(case: Case, connection: Connection) -> None:
+def run(case: Case, folder: Path, connection: Connection) -> None:
     """Send the result of a case, or its error."""
-    os.environ |= {"PAPERCARD_MIB": str(CARD_MIB), "PAPERCARD_CAPABILITY": str(case.capability)}
-    import torch
-
-    import lowvram_chat.model.pretrained
-
-    # Weights that are quantised on the card are leftovers, so they may not be finite.
-    vars(lowvram_chat.model.pretrained)["check_finite"] = lambda *_: None
-    # A library asked for the number of cards when it was imported. A real driver does not survive a fork; this one does.
-    vars(torch.cuda)["_is_in_bad_fork"] = lambda: False
+    os.environ["PAPERCARD_MIB"] = str(CARD_MIB)
+    start_process()
     sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115, PTH123
     try:
-        connection.send(peaks(case))
+        connection.send(peaks(case, folder))
     except BaseException as error:
         last = traceback.extract_tb(error.__traceback__)[-1]
         first = (str(error).splitlines() or [""])[0]
         connection.send({"error": f"{type(error).__name__}: {first} ({Path(last.filename).name}:{last.lineno})"})
 
 
-def peaks(case: Case) -> dict[str, Any]:
+def start_process() -> None:
+    """Let this process use the paper card."""
+    import torch
+
+    # A library asked for the number of cards when it was imported. A real driver does not survive a fork; this one does.
+    torch.cuda._is_in_bad_fork = lambda: False
+    ignore_values()
+
+
+def peaks(case: Case, folder: Path) -> dict[str, Any]:
     """Return the peaks of a case by the allocator and by the plan, in MiB."""
     import torch
 
     from lowvram_chat.model.present_card import for_this_run
     from lowvram_chat.planning.prediction import longest_rows_run, make_plan
     from lowvram_chat.planning.replay import replay
-    from lowvram_chat.recipe.yaml_file import load_recipe
-    from lowvram_chat.results import measure
-    from lowvram_chat.results.measure import measure_steps, training_steps_only
 
-    recipe = load_recipe(ROOT / "recipes" / f"{case.recipe}.yaml", [*COMMON, *case.overrides])
-    accumulated = min(2, recipe.train.gradient_accumulation_steps)
-    train = recipe.train.model_copy(update={"gradient_accumulation_steps": accumulated})
-    recipe = recipe.model_copy(update={"train": train})
-    if case.mixed:
-        vars(measure)["random_rows"] = mixed_rows
-    steps = MIXED_STEPS if case.mixed else STEPS
-    measurement = measure_steps(recipe, steps, "memory")
-    if measurement["status"] != "passed":
-        return {"error": measurement["reason"]}
+    recipe = recipe_of(case, folder)
+    with tempfile.TemporaryDirectory() as name:
+        train(recipe, Path(name), case.kind)
     allocator = {
-        "allocated": measurement["peak_allocated_bytes"] / 2**20,
-        "reserved": measurement["peak_reserved_bytes"] / 2**20,
+        "allocated": torch.cuda.max_memory_allocated() / 2**20,
+        "reserved": torch.cuda.max_memory_reserved() / 2**20,
     }
     torch.cuda.empty_cache()
-    only = for_this_run(training_steps_only(recipe, Path("-"), STEPS), torch.device("cuda", 0))
-    planned = make_plan(only) if case.mixed else replay(longest_rows_run(only))
+    recipe = for_this_run(recipe, torch.device("cuda", 0))
+    planned = replay(longest_rows_run(recipe)) if case.kind == "full rows" else make_plan(recipe)
     return {
+        "kind": case.kind,
         "allocator": allocator,
         "planned": {
             "allocated": planned.peak_allocated_bytes / 2**20,
@@ -137,23 +147,64 @@ def peaks(case: Case) -> dict[str, Any]:
     }
 
 
-def mixed_rows(recipe: Any, steps: int) -> Any:
-    """Return rows of random tokens with lengths from a quarter of the maximum on, and one of the maximum."""
-    import datasets
+def recipe_of(case: Case, folder: Path) -> Recipe:
+    """Return the recipe of a case: a few steps, at most two accumulated micro-batches, and the random weights of a folder."""
+    from lowvram_chat.recipe.yaml_file import load_recipe
+    from lowvram_chat.results.measure import training_steps_only
+
+    recipe = load_recipe(ROOT / "recipes" / f"{case.recipe}.yaml", [*COMMON, *case.overrides])
+    accumulated = min(2, recipe.train.gradient_accumulation_steps)
+    train = recipe.train.model_copy(update={"gradient_accumulation_steps": accumulated})
+    name = recipe.model.name
+    if not name.startswith("builtin:"):
+        name = str(random_weights(recipe.model, folder / name.rpartition("/")[2]))
+    model = recipe.model.model_copy(update={"name": name, "revision": None})
+    recipe = training_steps_only(recipe.model_copy(update={"train": train, "model": model}), folder, STEPS)
+    held_out = {"eval_source": "-"} if case.kind == "evaluated" else {}
+    return recipe.model_copy(update={"data": recipe.data.model_copy(update=held_out)})
+
+
+def random_weights(model: Model, folder: Path) -> Path:
+    """Return the folder of a model with random weights, which is written unless it is there."""
+    from transformers import AutoModelForCausalLM
+
+    from lowvram_chat.model.configs import config_for
+    from lowvram_chat.model.pretrained import load_tokenizer
+
+    if not folder.is_dir():
+        AutoModelForCausalLM.from_config(config_for(model)).save_pretrained(folder)
+        load_tokenizer("builtin:tiny-gpt2").save_pretrained(folder)
+    return folder
+
+
+def train(recipe: Recipe, folder: Path, kind: Kind = "full rows") -> None:
+    """Train as `sft` does, on rows of random tokens. The peaks of torch's allocator are those of the last run."""
     import torch
 
-    from lowvram_chat.data.dataset import PreparedRows
-    from lowvram_chat.data.facts import Facts
-    from lowvram_chat.results.measure import IGNORED_LABEL, WARM_UP_STEPS
+    from lowvram_chat.results.measure import random_rows
+    from lowvram_chat.training.run import release_memory
+    from lowvram_chat.training.session import Session
 
-    longest, count = recipe.data.max_length, recipe.train.effective_batch_size * (steps + WARM_UP_STEPS)
-    generator = torch.Generator().manual_seed(0)
-    lengths = [longest, *torch.randint(longest // 4, longest + 1, (count - 1,), generator=generator).tolist()]
-    tokens = [torch.randint(1000, (length,), generator=generator).tolist() for length in lengths]
-    labels = [[IGNORED_LABEL, *row[1:]] for row in tokens]
-    rows = datasets.Dataset.from_dict({"input_ids": tokens, "labels": labels, "length": lengths})
-    facts = Facts(conversations=count, rows=count, tokens=sum(lengths), loss_tokens=sum(lengths) - count)
-    return PreparedRows(train=rows, held_out=None, facts=facts)
+    device = torch.device("cuda", 0)
+    recipe = recipe.model_copy(update={"output": recipe.output.model_copy(update={"dir": str(folder / "run")})})
+    rows = random_rows(recipe, STEPS)
+    if kind == "mixed rows":
+        rows = replace(rows, train=rows.train.map(shortened, with_indices=True))
+    if kind == "evaluated":
+        rows = replace(rows, held_out=rows.train.select(range(2 * recipe.train.per_device_eval_batch_size)))
+    answer_for(packed=recipe.data.rows == "packed")
+    if kind == "resumed":
+        first = recipe.train.model_copy(update={"max_steps": 2, "save_steps": 2})
+        Session.prepare(recipe.model_copy(update={"train": first}), device=device, rows=rows).run(resume=False)
+        release_memory(device)
+    Session.prepare(recipe, device=device, rows=rows).run(resume=kind == "resumed")
+
+
+def shortened(row: dict[str, Any], place: int) -> dict[str, Any]:
+    """Return a row cut to a length that looks random; every fifth keeps its own."""
+    length = len(row["input_ids"])
+    kept = length if place % 5 == 0 else 2 + (place * 7919) % (length - 2)
+    return {"input_ids": row["input_ids"][:kept], "labels": row["labels"][:kept], "length": kept}
 
 
 def versions() -> dict[str, str]:
