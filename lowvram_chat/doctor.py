@@ -25,6 +25,7 @@ from pathlib import Path
 from lowvram_chat import nvidia_smi
 from lowvram_chat.cli import INSTALL_ADVICE, guarded, parser, print_json
 from lowvram_chat.cuda_wheels import TORCH, WHEELS, driver_major, install_command, needed_driver, wheel_for
+from lowvram_chat.errors import UsageError
 from lowvram_chat.files import write_text
 from lowvram_chat.hub import endpoint, offline, reachable
 from lowvram_chat.terminal import printable
@@ -75,6 +76,10 @@ def _selftest(out: Path, *, as_json: bool) -> int:
     from lowvram_chat.reporting.output_file import check_output_file
 
     check_output_file("--out", out)
+    if out.suffix.lower() == ".html":
+        raise UsageError(
+            f"--out: {out} is the name of a page, which is written beside the JSON file. Give a name in .json."
+        )
     quiet_transformers()
     from lowvram_chat.reporting.selftest_page import result_line, selftest_page
     from lowvram_chat.selftest.suite import run_selftest

@@ -84,11 +84,7 @@ def fused_gelu(device: torch.device) -> Outcome:
     for precision in precisions(device):
         ours, theirs = small_model(device), small_model(device)
         assert fuse_gelu(ours)
-        for model in (ours, theirs):
-            with autocast(device.type, precision):
-                loss = model(input_ids=inputs["input_ids"], labels=inputs["labels"]).loss
-            loss.backward()
-        differences[precision] = gradient_difference(ours, theirs)
+        differences[precision] = difference_of(ours, theirs, inputs, precision)
     return compared(differences, "the fused activation is that of transformers")
 
 
@@ -100,11 +96,7 @@ def fused_lora(device: torch.device) -> Outcome:
         ours = with_adapter(small_model(device))
         theirs = copy.deepcopy(ours)
         assert fuse_adapters(ours)
-        for model in (ours, theirs):
-            with autocast(device.type, precision):
-                loss = model(input_ids=inputs["input_ids"], labels=inputs["labels"]).loss
-            loss.backward()
-        differences[precision] = gradient_difference(ours, theirs)
+        differences[precision] = difference_of(ours, theirs, inputs, precision)
     return compared(differences, "the fused adapters and their gradients are PEFT's")
 
 
@@ -133,6 +125,15 @@ def document_attention(device: torch.device) -> Outcome:
     model = small_model(device)
     works = use_document_attention(model) and isolates_documents(model)
     return Outcome(good=works, meaning="attention by document isolates packed conversations")
+
+
+def difference_of(ours: nn.Module, theirs: nn.Module, inputs: dict[str, torch.Tensor], precision: str) -> float:
+    """Return `gradient_difference` after a forward and backward pass of both models with transformers' own loss."""
+    for model in (ours, theirs):
+        with autocast(inputs["labels"].device.type, precision):
+            loss = model(input_ids=inputs["input_ids"], labels=inputs["labels"]).loss
+        loss.backward()
+    return gradient_difference(ours, theirs)
 
 
 def gradient_difference(ours: nn.Module, theirs: nn.Module) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -18,6 +19,8 @@ from lowvram_chat.results.processes import run_in_new_process
 from lowvram_chat.results.record import CheckResult, Metric, Record
 from lowvram_chat.selftest import exactness, rates, runs, steps
 from lowvram_chat.selftest.check import Check, Outcome
+
+log = logging.getLogger(__name__)
 
 BENCHMARK = "selftest"
 REINSTALL = "Reinstall the libraries with pip install -c constraints.txt -e ."
@@ -91,10 +94,20 @@ def run_selftest(on_result: Callable[[CheckResult], None], *, recipes: bool = Tr
     for group in GROUPS:
         take(_in_own_process(group, GROUPS[group], device.type))
     found = calibrated(device, results)
-    calibration.save(found)  # before the recipes, whose predictions use it
+    _keep(found)  # before the recipes, whose predictions use it
     for check in _recipe_checks(device) if recipes else ():
         take([check.run(device)])
     return SelfTest(_record(results), found)
+
+
+def _keep(found: Calibration) -> None:
+    """Keep the figures for later runs and plans; a cache that cannot be written is no failure of the machine."""
+    try:
+        calibration.save(found)
+    except OSError as error:
+        log.warning(
+            "%s: cannot be written (%s), so later runs do not know of this self-test", error.filename, error.strerror
+        )
 
 
 def run_group(group: str, device: str) -> list[CheckResult]:

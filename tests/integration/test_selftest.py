@@ -191,3 +191,23 @@ def test_a_recipe_is_measured_against_its_prediction() -> None:
     assert figures["r: predicted tokens/s"].kind == "predicted"
     wrong = dict(figures) | {"r: predicted tokens/s": figure(1e9, "tokens/s")}
     assert not runs.compared("r", wrong).good
+
+
+def test_the_page_does_not_take_the_place_of_the_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert doctor.main(["--selftest", "--out", str(tmp_path / "report.html")]) == 2
+    assert "is the name of a page" in capsys.readouterr().err
+
+
+def test_a_cache_that_cannot_be_written_is_told_of(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(found: Calibration) -> Path:
+        raise PermissionError(13, "Permission denied", "machine.json")
+
+    monkeypatch.setattr(calibration, "save", refuse)
+    suite._keep(kept_nowhere())
+    assert "machine.json: cannot be written (Permission denied)" in caplog.text
+
+
+def kept_nowhere() -> Calibration:
+    return Calibration(device="x", torch=torch.__version__)

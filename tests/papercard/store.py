@@ -28,10 +28,11 @@ def main(words: list[str]) -> int:
     return 1 if failed else 0
 
 
-def compact(case: dict[str, Any]) -> dict[str, list[float]]:
+def compact(case: dict[str, Any]) -> dict[str, Any]:
     """Return a case's peaks in MiB, allocated and reserved: by torch's allocator on the paper card, and planned."""
-    return {
-        side: [round(case[side][kind], 2) for kind in ("allocated", "reserved")] for side in ("allocator", "planned")
+    names = ("allocated", "reserved")
+    return {"kind": case["kind"]} | {
+        side: [round(case[side][name], 2) for name in names] for side in ("allocator", "planned")
     }
 
 
