@@ -58,8 +58,14 @@ def _run(args: argparse.Namespace) -> int:
     if args.compare is not None and (args.search or args.plot is not None):
         raise UsageError("plan: --search and --plot take one recipe. Leave them out, or leave --compare out.")
     # Nothing is compiled here, and bitsandbytes takes half the time to import when told so.
-    os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
-    return _plan(args) if args.compare is None else _compare(args.compare, as_json=args.json)
+    given = os.environ.setdefault("TORCHDYNAMO_DISABLE", "")
+    os.environ["TORCHDYNAMO_DISABLE"] = given or "1"
+    try:
+        return _plan(args) if args.compare is None else _compare(args.compare, as_json=args.json)
+    finally:
+        os.environ["TORCHDYNAMO_DISABLE"] = (
+            given  # torch reads it at each compilation, so a later run would not be compiled
+        )
 
 
 def _plan(args: argparse.Namespace) -> int:
