@@ -107,7 +107,12 @@ def _compare(paths: Sequence[str], *, as_json: bool) -> int:
     from lowvram_chat.reporting.plan_json import plan_document
     from lowvram_chat.reporting.plan_tables import show_side_by_side
 
-    recipes = [_with_micro_batch(_for_this_machine(recipe)) for recipe in recipes]
+    # The card of this machine is described once: for the first recipe that is planned for it.
+    automatic = [recipe.memory.gpu == "auto" and recipe.memory.card is None for recipe in recipes]
+    recipes = [
+        _with_micro_batch(_for_this_machine(recipe, describing=not any(automatic[:place])))
+        for place, recipe in enumerate(recipes)
+    ]
     plans = [api.plan(recipe) for recipe in recipes]
     show_side_by_side(paths, recipes, plans)
     if as_json:
@@ -116,12 +121,12 @@ def _compare(paths: Sequence[str], *, as_json: bool) -> int:
     return 0 if all(plan.fits for plan in plans) else 1
 
 
-def _for_this_machine(recipe: Recipe) -> Recipe:
+def _for_this_machine(recipe: Recipe, *, describing: bool = True) -> Recipe:
     """Return the recipe with `memory.gpu: auto` resolved, and print which card it is planned for."""
     from lowvram_chat.model.present_card import describe, for_this_machine
 
     resolved = for_this_machine(recipe)
-    if recipe.memory.gpu == "auto" and recipe.memory.card is None:
+    if describing and recipe.memory.gpu == "auto" and recipe.memory.card is None:
         print(describe(resolved), file=sys.stderr)
     return resolved
 

@@ -59,8 +59,10 @@ def device_for_merge(wanted: str, base: Model) -> torch.device:
     """Return the device to merge on: "auto" is the CPU, unless the machine's memory is short and the card's is not."""
     if wanted != "auto":
         return choose_device(wanted, lambda: 0)
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
     needed = int(COPIES * float32_bytes(base))
-    if not torch.cuda.is_available() or psutil.virtual_memory().available >= needed:
+    if psutil.virtual_memory().available >= needed:
         return torch.device("cpu")
     return choose_device("auto", lambda: needed)
 

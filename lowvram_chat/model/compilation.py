@@ -104,9 +104,7 @@ def compilation_explained() -> Iterator[None]:
         if is_out_of_memory(error):
             raise
         reason: BaseException = error
-        while (
-            inner := getattr(reason, "inner_exception", None) or reason.__cause__
-        ):  # torch wraps a compiler's own error
+        while inner := getattr(reason, "inner_exception", None) or reason.__cause__:  # torch wraps a compiler's error
             reason = inner
         raise CompilationError(
             f"train.compile: torch.compile fails on this machine ({first_line(reason)}). Add train.compile=false, or "

@@ -60,7 +60,7 @@ def choose_device(wanted: str, needed_bytes: Callable[[], int]) -> torch.device:
                 format_mib(needed),
             )
             return torch.device("cpu")
-    return torch.device("cuda")
+    return torch.device("cuda", 0)
 
 
 def _check_precision(precision: str, *, cuda: bool) -> None:

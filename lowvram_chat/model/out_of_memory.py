@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import torch
 
-from lowvram_chat.errors import OutOfMemory
+from lowvram_chat.errors import LowVramError, OutOfMemory
 
 MESSAGES = (
     "out of memory",
@@ -21,8 +21,13 @@ PHASE_ATTRIBUTE = "lowvram_chat_phase"
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Return whether an error means that the device, or on a CPU the machine, ran out of memory."""
-    if isinstance(error, torch.OutOfMemoryError | OutOfMemory):
+    """Return whether an error means that the device, or on a CPU the machine, ran out of memory.
+
+    An error of this package does not: it is advice already, and some are MemoryErrors.
+    """
+    if isinstance(error, LowVramError):
+        return False
+    if isinstance(error, torch.OutOfMemoryError):
         return True
     if isinstance(error, RuntimeError):
         return any(message in str(error) for message in MESSAGES)
@@ -60,6 +65,6 @@ def advised(what: str, advice: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if not is_out_of_memory(error) or isinstance(error, OutOfMemory):
+        if not is_out_of_memory(error):
             raise
         raise OutOfMemory(f"{what}: out of memory ({first_line(error)}). {advice}") from None

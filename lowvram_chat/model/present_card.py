@@ -88,7 +88,9 @@ def for_this_run(recipe: Recipe, device: torch.device) -> Recipe:
         return recipe
     properties = torch.cuda.get_device_properties(device)
     free, total = torch.cuda.mem_get_info(device)
-    held = torch.cuda.memory_reserved(device) + CONTEXT_MIB * MIB
+    calibration = load(properties.name)
+    context = (calibration and calibration.context_mib) or CONTEXT_MIB
+    held = torch.cuda.memory_reserved(device) + context * MIB
     found = nvidia_smi.visible_card()
     found = SmiCard(
         name=properties.name,

@@ -46,7 +46,7 @@ class Plan:
     categories: Mapping[str, int]
     """Category -> bytes at the peak; they add up to `on_card_bytes`."""
     phase: str
-    """Phase of the peak: load, evaluation, forward, loss, backward, clipping, optimizer or saving."""
+    """Phase of the peak: load, checks, evaluation, forward, loss, backward, clipping, optimizer or saving."""
     largest: tuple[TensorGroup, ...]
     """The largest groups of tensors at the peak, largest first."""
     parameters: int

@@ -29,10 +29,11 @@ from lowvram_chat.tracing.recorder import Event, Storage
 from lowvram_chat.tracing.run import RunTrace, trace_run
 from lowvram_chat.units import MIB
 
-CUBLAS_WORKSPACE_BYTES = 8519680
-"""Workspace of one thread, below compute capability 9.0.
+HOPPER = (9, 0)
+CUBLAS_WORKSPACE_BYTES = (8519680, 32 * MIB)
+"""cuBLAS's workspace of one thread: below compute capability 9.0, and from there on.
 
-Source: aten/src/ATen/cuda/CublasHandlePool.cpp, `:4096:2:16:8`."""
+Source: aten/src/ATen/cuda/CublasHandlePool.cpp, `:4096:2:16:8` and `:4096:8`. Measured on an H200 (9.0)."""
 MAX_LISTED_TENSORS = 8
 """Groups of tensors that a plan lists."""
 
@@ -93,9 +94,10 @@ def longest_rows_run(recipe: Recipe) -> list[Event]:
 
 def card_rules(recipe: Recipe) -> CudaRules:
     """Return the tracing rules of the recipe's card."""
+    capability = card_of(recipe.memory).compute_capability
     return CudaRules(
-        card_of(recipe.memory).compute_capability,
-        cublas_workspace_bytes=CUBLAS_WORKSPACE_BYTES,
+        capability,
+        cublas_workspace_bytes=CUBLAS_WORKSPACE_BYTES[capability >= HOPPER],
         plain_rows=not recipe.data.attention_mask,
     )
 

@@ -22,6 +22,7 @@ FITTED_ERROR_PERCENT, OTHER_ERROR_PERCENT = 6, 17
 Source: python -m benchmarks.validation speed, without and with benchmarks/data/speeds_measured.csv."""
 PEAK_PHASES = {
     "load": "while the model is loaded",
+    "checks": "in the checks before the first step",
     "evaluation": "during evaluation",
     "forward": "in the forward pass",
     "loss": "while the loss is computed",
@@ -114,7 +115,7 @@ def show_side_by_side(names: Sequence[str], recipes: Sequence[Recipe], plans: Se
     totals = [plan.on_card_bytes for plan in plans]
     table.add_section()
     table.add_row("on the card", *map(format_mib, totals), _signed_mib(totals[1] - totals[0]))
-    for system in plans[0].limits.keys() & plans[1].limits.keys():
+    for system in (system for system in plans[0].limits if system in plans[1].limits):
         table.add_row(
             f"fits, {SYSTEM_TITLES[system]}", *("yes" if plan.fits_on[system] else "no" for plan in plans), ""
         )

@@ -28,8 +28,9 @@ class Axes:
     limits: Mapping[str, float]
 
     def share(self, value: float) -> float:
-        """Return the height of a value: 0 at the bottom of the plot, 1 at the top."""
-        return (value - self.low) / (self.high - self.low)
+        """Return the height of a value: 0 at the bottom of the plot, 1 at the top. All values of an empty range are at the bottom."""
+        span = self.high - self.low
+        return (value - self.low) / span if span else 0.0
 
     def at(self, share: float) -> float:
         """Return the value at a height."""

@@ -156,16 +156,18 @@ def _allocates(device: torch.device, nbytes: int) -> bool:
     return True
 
 
-def shipped_recipes(device: torch.device) -> Iterator[tuple[str, Recipe]]:
-    """Yield the shipped recipes as they are measured on a device, by name; none where the recipes are not installed."""
+def shipped_recipes() -> list[Path]:
+    """Return the files of the shipped recipes; none where they are not installed."""
     folder = Path(__file__).parents[2] / "recipes"
-    for name in RECIPES:
-        if (folder / f"{name}.yaml").is_file():
-            words = ON_A_CARD if device.type == "cuda" else ON_A_CPU
-            yield name, load_recipe(folder / f"{name}.yaml", words)
+    return [file for name in RECIPES if (file := folder / f"{name}.yaml").is_file()]
 
 
-def measured_and_predicted(name: str, recipe: Recipe, on_card: bool) -> Mapping[str, Metric]:
+def measured_recipe(file: Path, device: torch.device) -> Recipe:
+    """Return a shipped recipe as it is measured on a device."""
+    return load_recipe(file, ON_A_CARD if device.type == "cuda" else ON_A_CPU)
+
+
+def measured_and_predicted(name: str, recipe: Recipe, device_name: str) -> Mapping[str, Metric]:
     """Run some steps of a recipe on random rows and weights, and return peak and speed, measured and predicted.
 
     It is called in a process of its own, so that the peaks are this recipe's.
@@ -174,7 +176,8 @@ def measured_and_predicted(name: str, recipe: Recipe, on_card: bool) -> Mapping[
 
     quiet_libraries()
     quiet_transformers()
-    device = torch.device("cuda" if on_card else "cpu")
+    device = torch.device(device_name)
+    on_card = device.type == "cuda"
     with tempfile.TemporaryDirectory(prefix="lowvram-chat-selftest-", ignore_cleanup_errors=True) as folder:
         steps = training_steps_only(recipe, Path(folder), TIMED_STEPS)
         figures = dict(_predicted(for_this_machine(steps) if on_card else with_this_processor(steps), on_card))

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import functools
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
 from lowvram_chat import __version__
 from lowvram_chat.model import calibration
 from lowvram_chat.model.calibration import SWITCHES, Calibration
+from lowvram_chat.model.device import choose_device
 from lowvram_chat.quiet import quiet_libraries, quiet_transformers
 from lowvram_chat.results import machine
 from lowvram_chat.results.processes import run_in_new_process
@@ -83,7 +84,7 @@ def run_selftest(on_result: Callable[[CheckResult], None], *, recipes: bool = Tr
 
     `on_result` is called with each result. `recipes=False` leaves out the shipped recipes, which take most of the time.
     """
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = choose_device("auto", lambda: 0)
     results: list[CheckResult] = []
 
     def take(found: Sequence[CheckResult]) -> None:
@@ -92,10 +93,10 @@ def run_selftest(on_result: Callable[[CheckResult], None], *, recipes: bool = Tr
             on_result(result)
 
     for group in GROUPS:
-        take(_in_own_process(group, GROUPS[group], device.type))
+        take(_in_own_process(group, GROUPS[group], device))
     found = calibrated(device, results)
     _keep(found)  # before the recipes, whose predictions use it
-    for check in _recipe_checks(device) if recipes else ():
+    for check in _recipe_checks() if recipes else ():
         take([check.run(device)])
     return SelfTest(_record(results), found)
 
@@ -117,10 +118,10 @@ def run_group(group: str, device: str) -> list[CheckResult]:
     return [check.run(torch.device(device)) for check in GROUPS[group]]
 
 
-def _in_own_process(group: str, checks: Sequence[Check], device: str) -> list[CheckResult]:
+def _in_own_process(group: str, checks: Sequence[Check], device: torch.device) -> list[CheckResult]:
     """Return the results of a group; a process that dies is a failure of all its checks."""
     try:
-        return run_in_new_process(run_group, group, device)
+        return run_in_new_process(run_group, group, str(device))
     except BrokenProcessPool:
         meaning = "the process died, as it does with a broken driver or library"
         return [
@@ -129,15 +130,17 @@ def _in_own_process(group: str, checks: Sequence[Check], device: str) -> list[Ch
         ]
 
 
-def _recipe_checks(device: torch.device) -> Iterator[Check]:
+def _recipe_checks() -> Iterator[Check]:
     """Yield a check for each shipped recipe."""
-    for name, recipe in runs.shipped_recipes(device):
+    for file in runs.shipped_recipes():
 
-        def work(device: torch.device, name: str = name, recipe: object = recipe) -> Outcome:
-            figures = run_in_new_process(runs.measured_and_predicted, name, recipe, device.type == "cuda")  # type: ignore[arg-type]
-            return runs.compared(name, figures)
+        def work(device: torch.device, file: Path = file) -> Outcome:
+            recipe = runs.measured_recipe(file, device)
+            return runs.compared(
+                file.stem, run_in_new_process(runs.measured_and_predicted, file.stem, recipe, str(device))
+            )
 
-        yield Check(name, f"Recipe {name}", functools.partial(work), DIFFERS)
+        yield Check(file.stem, f"Recipe {file.stem}", work, DIFFERS)
 
 
 def calibrated(device: torch.device, results: Sequence[CheckResult]) -> Calibration:

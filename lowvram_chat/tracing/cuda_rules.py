@@ -62,9 +62,10 @@ class CudaRules(DeviceRules):
     """A CUDA device of the given compute capability.
 
     Each of two threads allocates `cublas_workspace_bytes` once, at its first matrix product: the main thread in the
-    forward pass, and autograd's thread in the backward pass. cuBLAS takes 8.125 MiB on compute capability 8.x, and 0
-    where CUBLAS_WORKSPACE_CONFIG is `:0:0`. cuBLASLt shares that workspace in the torch versions that this package runs with; in
-    older ones a product with a bias row takes `cublaslt_workspace_bytes` of its own (torch 2.6: 1 MiB).
+    forward pass, and autograd's thread in the backward pass. cuBLAS takes 8.125 MiB below compute capability 9.0, 32 MiB
+    from there on, and 0 where CUBLAS_WORKSPACE_CONFIG is `:0:0`. cuBLASLt shares that workspace in the torch versions that
+    this package runs with; in older ones a product with a bias row takes `cublaslt_workspace_bytes` of its own (torch 2.6:
+    1 MiB).
     `processors` is the number of multiprocessors: sums over many rows are split among them.
     Source: aten/src/ATen/cuda/CublasHandlePool.cpp, `parseChosenWorkspaceSize`; CUDABlas.cpp, `CublasLtWorkspace`
     (TORCH_CUBLASLT_UNIFIED_WORKSPACE).

@@ -200,9 +200,8 @@ class TraceRecorder(TorchDispatchMode):
         """Run one operation on fake tensors, in place where autograd's engine would do so."""
         if func is aten.add.Tensor and accumulates_in_place(tensor_at(args, 0)):
             return aten.add_.Tensor(*args, **kwargs)
-        if (
-            func is aten.index_add.default and is_in_backward()
-        ):  # out of place only for subclasses, such as fake tensors
+        if func is aten.index_add.default and is_in_backward():
+            # It is out of place only for subclasses, such as fake tensors.
             return aten.index_add_.default(*args, **kwargs)
         if func is aten._amp_foreach_non_finite_check_and_unscale_.default:
             self._overflow_flags.add(tensor_at(args, 1).untyped_storage()._cdata)

@@ -11,6 +11,7 @@ import torch
 from lowvram_chat.errors import CompilationError, OutOfMemory, SubstitutionError
 from lowvram_chat.model.calibration import without_failed
 from lowvram_chat.model.out_of_memory import is_out_of_memory, phase_of
+from lowvram_chat.planning.plan import Plan
 from lowvram_chat.recipe.schema import Recipe
 from lowvram_chat.training.bitsandbytes_states import forget_earlier_optimizers
 from lowvram_chat.training.budget import plan_within_budget
@@ -31,6 +32,14 @@ def train(recipe: Recipe, *, device: torch.device, resume: bool, force: bool = F
     """
     recipe = without_failed(recipe, device)
     recipe, plan = plan_within_budget(recipe, device, force=force)
+    try:
+        return _train(recipe, plan, device=device, resume=resume, force=force)
+    finally:
+        forget_earlier_optimizers()  # in a notebook too, where the process goes on after an error or Ctrl-C
+
+
+def _train(recipe: Recipe, plan: Plan | None, *, device: torch.device, resume: bool, force: bool) -> dict[str, Any]:
+    """Run sessions until one ends, each with what the one before could not do changed. Raises as `train`."""
     rows = None
     while True:
         session = None
@@ -38,7 +47,6 @@ def train(recipe: Recipe, *, device: torch.device, resume: bool, force: bool = F
             session = Session.prepare(recipe, device=device, rows=rows, plan=plan)
             result = session.run(resume=resume)
             leave_process_group()
-            forget_earlier_optimizers()
             return result
         except SubstitutionError as error:
             changed = without_substitutions(recipe)
@@ -53,7 +61,7 @@ def train(recipe: Recipe, *, device: torch.device, resume: bool, force: bool = F
             log.warning("continuing uncompiled, which is slower")
             changed = recipe.model_copy(update={"train": recipe.train.model_copy(update={"compile": False})})
         except Exception as error:
-            if not is_out_of_memory(error) or isinstance(error, OutOfMemory):
+            if not is_out_of_memory(error):
                 raise
             changed = halve(recipe) if phase_of(error) in HALVED_PHASES else None
             if recipe.memory.on_oom == "stop" or changed is None:
