@@ -28,7 +28,7 @@ class Axes:
     limits: Mapping[str, float]
 
     def share(self, value: float) -> float:
-        """Return the height of a value: 0 at the bottom of the plot, 1 at the top. All values of an empty range are at the bottom."""
+        """Return the height of a value: 0 at the bottom of the plot, 1 at the top. In an empty range it is 0."""
         span = self.high - self.low
         return (value - self.low) / span if span else 0.0
 

@@ -165,7 +165,7 @@ def test_the_command_writes_a_record_and_a_page_that_hold_nothing_personal(
     quick = {"exactness": suite.EXACTNESS[-2:]}
     monkeypatch.setattr(suite, "GROUPS", quick)
     monkeypatch.setattr(suite, "_in_own_process", lambda group, checks, device: [c.run(CPU) for c in checks])
-    monkeypatch.setattr(suite, "_recipe_checks", lambda device: ())
+    monkeypatch.setattr(suite, "_recipe_checks", lambda: ())
     out = tmp_path / "selftest.json"
     assert doctor.main(["--selftest", "--out", str(out), "--json"]) == 0
     printed = capsys.readouterr().out
@@ -186,7 +186,7 @@ def test_a_recipe_is_measured_against_its_prediction() -> None:
     kept(half_tflops=0.1, single_tflops=0.1, gb_per_second=10, launch_microseconds=20)
     words = (*runs.ON_A_CPU, "data.max_length=64", "model.name=builtin:tiny-gpt2")
     recipe = load_recipe(ROOT / "recipes" / "full_fp16_adamw.yaml", words)
-    figures = runs.measured_and_predicted("r", recipe, on_card=False)
+    figures = runs.measured_and_predicted("r", recipe, "cpu")
     assert figures["r: tokens/s"].kind == "measured"
     assert figures["r: predicted tokens/s"].kind == "predicted"
     wrong = dict(figures) | {"r: predicted tokens/s": figure(1e9, "tokens/s")}
