@@ -62,14 +62,6 @@ SILENCED_MESSAGES = (
         reason="rows are padded on the right and the model is causal, so no token attends to the padding",
     ),
     SilencedMessage(
-        beginning="The tokenizer has new PAD/BOS/EOS tokens",
-        reason="the trainer gives a model with random weights, which is only measured, its tokenizer's special tokens",
-    ),
-    SilencedMessage(
-        beginning="`loss_type=None` was set in the config",
-        reason="the self-test's small models are built from a configuration alone, and get the loss of causal models",
-    ),
-    SilencedMessage(
         beginning="mtime may not be reliable on this filesystem",
         reason="checkpoints are numbered, and their numbers are then used instead of their times",
     ),

@@ -30,7 +30,7 @@ from lowvram_chat.tracing.run import RunTrace, trace_run
 from lowvram_chat.units import MIB
 
 HOPPER = (9, 0)
-CUBLAS_WORKSPACE_BYTES = (8519680, 32 * MIB)
+CUBLAS_WORKSPACE_BYTES, HOPPER_WORKSPACE_BYTES = 8519680, 32 * MIB
 """cuBLAS's workspace of one thread: below compute capability 9.0, and from there on.
 
 Source: aten/src/ATen/cuda/CublasHandlePool.cpp, `:4096:2:16:8` and `:4096:8`. Measured on an H200 (9.0)."""
@@ -97,7 +97,7 @@ def card_rules(recipe: Recipe) -> CudaRules:
     capability = card_of(recipe.memory).compute_capability
     return CudaRules(
         capability,
-        cublas_workspace_bytes=CUBLAS_WORKSPACE_BYTES[capability >= HOPPER],
+        cublas_workspace_bytes=HOPPER_WORKSPACE_BYTES if capability >= HOPPER else CUBLAS_WORKSPACE_BYTES,
         plain_rows=not recipe.data.attention_mask,
     )
 

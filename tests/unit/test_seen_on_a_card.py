@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import statistics
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,13 +13,16 @@ import torch
 from lowvram_chat.errors import DoesNotFit, OutOfMemory
 from lowvram_chat.model.device import choose_device
 from lowvram_chat.model.out_of_memory import is_out_of_memory
-from lowvram_chat.planning.prediction import card_rules
+from lowvram_chat.planning.prediction import card_rules, longest_rows_run
+from lowvram_chat.planning.replay import replay
 from lowvram_chat.recipe.schema import Card, Memory
 from lowvram_chat.recipe.yaml_file import load_recipe
 from lowvram_chat.reporting.charts import curves
 from lowvram_chat.reporting.plan_tables import PEAK_PHASES
 from lowvram_chat.selftest import runs, suite
 from lowvram_chat.units import MIB
+from tests.papercard.cases import all_cases
+from tests.papercard.measure import recipe_of
 from tests.samples import ROOT
 
 H200 = json.loads((ROOT / "benchmarks" / "data" / "card_h200.json").read_text(encoding="utf-8"))["cases"]
@@ -42,6 +46,14 @@ def test_the_stored_plans_are_what_a_real_card_took(kind: int, limit: float) -> 
     assert statistics.median(map(abs, errors)) < 0.2
     assert min(errors) > -3.1  # torch.optim.AdamW: 102 MiB more are reserved than planned
     assert max(errors) < limit  # the plan is for rows with an attention mask, or with dropout
+
+
+def test_the_planner_gives_a_stored_plan(tmp_path: Path) -> None:
+    [case] = [case for case in all_cases() if case.name == "quickstart"]
+    card = Card(name="NVIDIA H200", memory_mib=143156, compute_capability=9.0)
+    planned = replay(longest_rows_run(recipe_of(case, tmp_path).model_copy(update={"memory": Memory(card=card)})))
+    peaks = [planned.peak_allocated_bytes / MIB, planned.peak_reserved_bytes / MIB]
+    assert peaks == pytest.approx(H200["quickstart"]["planned"], rel=1e-4)
 
 
 def test_a_device_has_an_index(monkeypatch: pytest.MonkeyPatch) -> None:
