@@ -113,9 +113,14 @@ def compilation_explained() -> Iterator[None]:
 
 
 def compile_blocks(model: ChatModel) -> None:
-    """Compile the model's backbone at its first call, and its loss with it. Module names and weights do not change."""
+    """Compile the model's backbone at its first call, and its loss with it. Module names and weights do not change.
+
+    What this process compiled for earlier models is dropped: past `torch._dynamo.config.recompile_limit` versions of one
+    function, torch would run this model eagerly without an error.
+    """
     from lowvram_chat.model.adapters import base_model_of
 
+    torch.compiler.reset()
     base_model_of(model).base_model.compile(dynamic=False)
 
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch._dynamo
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from lowvram_chat import sft
-from lowvram_chat.model.compilation import missing_compiler
+from lowvram_chat.model.compilation import compile_blocks, missing_compiler
 from tests.runs import Bench, curve, result
 
 
@@ -18,6 +20,7 @@ def broken_backend(monkeypatch: pytest.MonkeyPatch) -> None:
     def failing(*_: object) -> None:
         raise RuntimeError("Compiler: cl is not found.")
 
+    torch.compiler.reset()  # earlier tests may have reached the limit of recompilations, past which torch runs eagerly
     monkeypatch.setattr(session_module, "should_compile", lambda train, device: bool(train.compile))
     monkeypatch.setattr(
         model_setup, "compile_blocks", lambda model: model.base_model.compile(backend=failing, dynamic=False)
@@ -57,3 +60,13 @@ def test_a_compiled_run_has_the_losses_of_an_eager_one(bench: Bench) -> None:
     assert result(compiled)["held_out_loss_after"] == pytest.approx(
         result(bench.folder / "eager")["held_out_loss_after"], rel=1e-4
     )
+
+
+@pytest.mark.skipif(missing_compiler(torch.device("cpu")) is not None, reason="needs a C++ compiler and Python.h")
+def test_a_later_model_in_the_same_process_is_compiled_too() -> None:
+    config = torch._dynamo.config.patch(recompile_limit=1, fail_on_recompile_limit_hit=True)
+    with config, torch.no_grad():
+        for width in (32, 64):
+            model = GPT2LMHeadModel(GPT2Config(n_layer=1, n_head=2, n_embd=width, vocab_size=64, n_positions=16))
+            compile_blocks(model)
+            model(torch.zeros(1, 8, dtype=torch.int64))  # raises where the second model is not compiled
