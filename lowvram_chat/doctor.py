@@ -22,6 +22,9 @@ from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
 
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+
 from lowvram_chat import nvidia_smi
 from lowvram_chat.cli import INSTALL_ADVICE, guarded, parser, print_json
 from lowvram_chat.cuda_wheels import TORCH, WHEELS, driver_major, install_command, needed_driver, wheel_for
@@ -29,6 +32,8 @@ from lowvram_chat.errors import UsageError
 from lowvram_chat.files import write_text
 from lowvram_chat.hub import endpoint, offline, reachable
 from lowvram_chat.terminal import printable
+
+LIBRARIES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "datasets", "accelerate")
 
 
 @dataclass(frozen=True)
@@ -117,12 +122,31 @@ def python() -> Finding:
 
 
 def libraries() -> Finding:
-    """Return the versions of the libraries that the package requires."""
-    names = ("torch", "transformers", "trl", "peft", "datasets", "accelerate")
-    missing = [name for name in names if importlib.util.find_spec(name) is None]
-    found = ", ".join(f"{name} {metadata.version(name)}" for name in names if name not in missing)
-    advice = f"Missing: {', '.join(missing)}. {INSTALL_ADVICE}." if missing else ""
-    return Finding("Libraries", found, not missing, advice)
+    """Return the versions of the libraries that the package requires, and which of them it is not tested with."""
+    required = _required_versions()
+    missing = [name for name in LIBRARIES if importlib.util.find_spec(name) is None]
+    versions = {name: metadata.version(name) for name in LIBRARIES if name not in missing}
+    untested = [
+        f"{name} {version} (needs {required[name]})"
+        for name, version in versions.items()
+        if name in required and not required[name].contains(version, prereleases=True)
+    ]
+    found = ", ".join(f"{name} {version}" for name, version in versions.items())
+    problems = [
+        f"{title}: {', '.join(names)}. " for title, names in (("Missing", missing), ("Untested", untested)) if names
+    ]
+    advice = f"{''.join(problems)}{INSTALL_ADVICE}." if problems else ""
+    return Finding("Libraries", found, not problems, advice)
+
+
+def _required_versions() -> dict[str, SpecifierSet]:
+    """Return the versions of each library that pyproject.toml admits; none where the package was not installed by pip."""
+    try:
+        lines = metadata.requires("lowvram-chat") or []
+    except metadata.PackageNotFoundError:
+        return {}
+    requirements = [Requirement(line) for line in lines]
+    return {requirement.name: requirement.specifier for requirement in requirements if requirement.marker is None}
 
 
 def torch_build() -> Finding:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from importlib import metadata
 
 import pytest
 import torch
@@ -76,3 +77,15 @@ def test_the_readme_installs_cuda_on_windows_first() -> None:
     commands = re.findall(r"pip install .*", readme[readme.index("## Install") :])
     assert commands[0] == f"pip install torch=={TORCH} --index-url https://download.pytorch.org/whl/cu130"
     assert commands[1].startswith("pip install -c constraints.txt -e .")
+
+
+def test_a_library_outside_the_tested_versions_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert doctor.libraries().good
+    version = metadata.version
+    monkeypatch.setattr(metadata, "version", lambda name: "2.11.0+cu130" if name == "torch" else version(name))
+    finding = doctor.libraries()
+    assert not finding.good
+    assert "Untested: torch 2.11.0+cu130 (needs " in finding.advice
+    assert ">=2.13" in finding.advice
+    assert "transformers" not in finding.advice
+    assert "pip install -c constraints.txt" in finding.advice
