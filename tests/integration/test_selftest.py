@@ -189,8 +189,19 @@ def test_a_recipe_is_measured_against_its_prediction() -> None:
     figures = runs.measured_and_predicted("r", recipe, "cpu")
     assert figures["r: tokens/s"].kind == "measured"
     assert figures["r: predicted tokens/s"].kind == "predicted"
-    wrong = dict(figures) | {"r: predicted tokens/s": figure(1e9, "tokens/s")}
-    assert not runs.compared("r", wrong).good
+
+
+def test_wrong_memory_is_a_failure_and_wrong_speed_is_told() -> None:
+    right = {
+        f"r: {kind}": figure(100, "MiB")
+        for kind in ("reserved", "predicted reserved", "tokens/s", "predicted tokens/s")
+    }
+    assert runs.compared("r", right).good
+    assert "expected within" not in runs.compared("r", right).meaning
+    assert not runs.compared("r", right | {"r: predicted reserved": figure(90, "MiB")}).good
+    slow = runs.compared("r", right | {"r: tokens/s": figure(50, "tokens/s")})
+    assert slow.good
+    assert "tokens/s predicted +100.0% (expected within 25%" in slow.meaning
 
 
 def test_the_page_does_not_take_the_place_of_the_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
