@@ -21,9 +21,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
-
-from packaging.requirements import Requirement
-from packaging.specifiers import SpecifierSet
+from typing import TYPE_CHECKING
 
 from lowvram_chat import nvidia_smi
 from lowvram_chat.cli import INSTALL_ADVICE, guarded, parser, print_json
@@ -32,6 +30,9 @@ from lowvram_chat.errors import UsageError
 from lowvram_chat.files import write_text
 from lowvram_chat.hub import endpoint, offline, reachable
 from lowvram_chat.terminal import printable
+
+if TYPE_CHECKING:
+    from packaging.specifiers import SpecifierSet
 
 LIBRARIES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "datasets", "accelerate")
 
@@ -141,6 +142,8 @@ def libraries() -> Finding:
 
 def _required_versions() -> dict[str, SpecifierSet]:
     """Return the versions of each library that pyproject.toml admits; none where the package was not installed by pip."""
+    from packaging.requirements import Requirement  # here, since doctor also runs where libraries are missing
+
     try:
         lines = metadata.requires("lowvram-chat") or []
     except metadata.PackageNotFoundError:

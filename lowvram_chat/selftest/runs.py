@@ -33,7 +33,7 @@ STEPS, SAVE_STEPS, KILLED_AFTER = 30, 10, 15
 RUN_SECONDS = 300
 TIMED_STEPS = 5
 MEMORY_TOLERANCE, SPEED_TOLERANCE = 0.05, 0.25
-"""Largest difference of memory that the self-test calls good, and of speed that it does not remark on."""
+"""Largest relative error of predicted memory that passes, and of predicted speed that needs no remark."""
 ON_A_CPU = (
     *("train.precision=fp32", "train.per_device_train_batch_size=1", "train.gradient_accumulation_steps=1"),
     *("data.max_length=256", "model.load_in=null", "train.compile=false", "model.dtype=float32"),
@@ -208,8 +208,8 @@ def _predicted(recipe: Recipe, on_card: bool) -> Iterator[tuple[str, Metric]]:
 def compared(name: str, figures: Mapping[str, Metric]) -> Outcome:
     """Return the outcome of a recipe's figures.
 
-    A wrong prediction of memory is a failure, since a run may not fit. A wrong prediction of speed is only told: it makes no
-    run wrong, and a card that is hot, or on battery, is slower than itself.
+    A wrong prediction of memory is a failure, since a run may not fit. A wrong prediction of speed is only
+    reported: runs are right at any speed, and heat or battery power can slow a card down.
     """
     errors = {}
     for kind in ("reserved", "tokens/s"):
@@ -218,5 +218,7 @@ def compared(name: str, figures: Mapping[str, Metric]) -> Outcome:
             errors[kind] = predicted.value / measured.value - 1
     words = ", ".join(f"{kind} predicted {error:+.1%}" for kind, error in errors.items())
     if abs(errors.get("tokens/s", 0)) > SPEED_TOLERANCE:
-        words += f" (expected within {SPEED_TOLERANCE:.0%}: another program, heat or a power limit may be slowing this machine)"
+        words += (
+            f" (off by more than {SPEED_TOLERANCE:.0%}: planned times are not reliable on this machine as it runs now)"
+        )
     return Outcome(good=abs(errors.get("reserved", 0)) <= MEMORY_TOLERANCE, meaning=words, figures=figures)

@@ -81,7 +81,7 @@ def test_the_loss_of_a_trainer_is_that_of_the_logits(kind: str, bench: Bench, mo
     build(session(bench, **KINDS[kind]))
 
 
-@pytest.mark.skipif(missing_compiler(torch.device("cpu")) is not None, reason="needs a C++ compiler")
+@pytest.mark.skipif(missing_compiler(torch.device("cpu")) is not None, reason="needs a C++ compiler and Python.h")
 def test_a_compiled_model_is_compared_as_it_is_written(bench: Bench) -> None:
     build(session(bench, train__compile=True))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from importlib import metadata
 
 import pytest
@@ -89,3 +90,11 @@ def test_a_library_outside_the_tested_versions_is_named(monkeypatch: pytest.Monk
     assert ">=2.13" in finding.advice
     assert "transformers" not in finding.advice
     assert "pip install -c constraints.txt" in finding.advice
+
+
+def test_doctor_runs_without_packaging(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in sys.modules if name.split(".")[0] == "packaging"]:
+        monkeypatch.setitem(sys.modules, name, None)
+    finding = doctor._run_check(doctor.libraries)
+    assert not finding.good
+    assert "packaging" in finding.found
