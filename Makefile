@@ -30,7 +30,7 @@ validate: benchmarks/data/vram_measured.csv
 	$(VENV)-validate/bin/python -m pytest benchmarks/test_planner.py -k memory $(STORE)
 
 test: $(READY)
-	$(BIN)/python -m pytest tests -n 2 --dist loadfile
+	$(BIN)/python -m pytest tests -n 2 --dist loadfile --no-loadscope-reorder
 
 # Loss curves, the check of the trainer's loss, the quickstart, resuming, merging, the documented plans, and traced memory.
 LOWEST_TESTS := tests/golden tests/integration/test_trainer_loss.py tests/integration/test_quickstart.py \

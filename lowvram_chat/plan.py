@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,7 +20,7 @@ from typing import TYPE_CHECKING
 from lowvram_chat import api
 from lowvram_chat.cli import guarded, parser, print_json
 from lowvram_chat.errors import UsageError
-from lowvram_chat.quiet import quiet_transformers
+from lowvram_chat.quiet import compilation_switched_off, quiet_transformers
 
 if TYPE_CHECKING:
     from lowvram_chat.recipe.schema import Recipe
@@ -57,15 +56,8 @@ def _run(args: argparse.Namespace) -> int:
         raise UsageError("plan: give one recipe, or --compare with two. Add --help for the usage.")
     if args.compare is not None and (args.search or args.plot is not None):
         raise UsageError("plan: --search and --plot take one recipe. Leave them out, or leave --compare out.")
-    # Nothing is compiled here, and bitsandbytes takes half the time to import when told so.
-    given = os.environ.setdefault("TORCHDYNAMO_DISABLE", "")
-    os.environ["TORCHDYNAMO_DISABLE"] = given or "1"
-    try:
+    with compilation_switched_off():
         return _plan(args) if args.compare is None else _compare(args.compare, as_json=args.json)
-    finally:
-        os.environ["TORCHDYNAMO_DISABLE"] = (
-            given  # torch reads it at each compilation, so a later run would not be compiled
-        )
 
 
 def _plan(args: argparse.Namespace) -> int:

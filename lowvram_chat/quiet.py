@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import sys
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from lowvram_chat.terminal import PrintableFormatter
@@ -112,3 +114,20 @@ def quiet_transformers() -> None:
         if _is_shown not in handler.filters:
             handler.addFilter(_is_shown)
     transformers.utils.logging.disable_progress_bar()
+
+
+@contextlib.contextmanager
+def compilation_switched_off() -> Iterator[None]:
+    """Switch torch.compile off while the context is open: bitsandbytes then takes half the time to import.
+
+    torch reads the variable at each compilation, so a later run of this process would silently not be compiled if it stayed.
+    """
+    given = os.environ.get("TORCHDYNAMO_DISABLE")
+    os.environ["TORCHDYNAMO_DISABLE"] = given or "1"
+    try:
+        yield
+    finally:
+        if given is None:
+            del os.environ["TORCHDYNAMO_DISABLE"]
+        else:
+            os.environ["TORCHDYNAMO_DISABLE"] = given

@@ -34,6 +34,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+LONG_FILES = ("test_notebook", "test_equivalence", "test_invariance", "test_processes", "test_bench", "test_witness")
+"""Files whose tests take a minute or more together, or whose single test does."""
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Add the Python of an environment with an older transformers."""
     parser.addoption("--older", metavar="PYTHON", help="a Python with transformers 4.57 (make test-older)")
@@ -45,7 +49,8 @@ def pytest_unconfigure() -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Skip what this machine cannot do, and say why."""
+    """Put the files that take longest first, and skip what this machine cannot do, and say why."""
+    items.sort(key=lambda item: item.path.stem not in LONG_FILES)  # so that no worker is left alone with one of them
     asked = str(config.getoption("-m"))
     for item in items:
         if "network" in item.keywords and "network" not in asked:
@@ -77,6 +82,14 @@ def own_logging() -> Iterator[None]:
     package = logging.getLogger("lowvram_chat")
     package.handlers.clear()
     package.propagate = True
+
+
+@pytest.fixture(autouse=True)
+def same_environment() -> Iterator[None]:
+    """Refuse a command that leaves a variable behind that switches torch.compile off, for a later run of this process."""
+    before = os.environ.get("TORCHDYNAMO_DISABLE")
+    yield
+    assert os.environ.get("TORCHDYNAMO_DISABLE") == before
 
 
 @pytest.fixture(scope="session")

@@ -11,20 +11,19 @@ predicted with the transformers version that they ran.
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from lowvram_chat.cli import Parser, guarded
-from lowvram_chat.quiet import quiet_transformers
+from lowvram_chat.quiet import compilation_switched_off, quiet_transformers
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code: 0, or 2 where the file is wrong."""
     args = _parser().parse_args(argv)
-    os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # nothing is compiled here
-    return guarded(lambda: _memory(args) if args.command == "memory" else _speed(args))
+    with compilation_switched_off():
+        return guarded(lambda: _memory(args) if args.command == "memory" else _speed(args))
 
 
 def _parser() -> Parser:

@@ -35,6 +35,15 @@ def missing_compiler(device: torch.device) -> str | None:
     return (_missing_for_cuda if device.type == "cuda" else _missing_for_cpu)() or _missing_headers()
 
 
+def switched_off_by() -> str | None:
+    """Return the environment variable that switches torch.compile off: models would run eagerly without an error.
+
+    Source: torch/_dynamo/eval_frame.py, `_optimize`; torch/_dynamo/config.py, `disable`.
+    """
+    variables = ("TORCHDYNAMO_DISABLE", "TORCH_COMPILE_DISABLE")
+    return next((f"{name}=1" for name in variables if os.environ.get(name) == "1"), None)
+
+
 def _missing_for_cuda() -> str | None:
     """Return what compiling for CUDA lacks: Triton, or the C compiler that builds its kernel launchers.
 
@@ -73,19 +82,19 @@ def should_compile(train: Train, device: torch.device) -> bool:
     """Return whether the run is compiled.
 
     Raises:
-        DeviceError: `train.compile` is true and a compiler is missing.
+        DeviceError: `train.compile` is true and a compiler is missing, or torch.compile is switched off.
     """
     if not train.compile:
         return False
-    missing = missing_compiler(device)
-    if missing is None:
+    missing, variable = missing_compiler(device), switched_off_by()
+    if missing is None and variable is None:
         return True
+    reason = f"this machine lacks {missing}" if missing else f"{variable} switches torch.compile off"
     if train.compile == "if_possible":
-        log.info("train.compile: not compiled, since this machine lacks %s", missing)
+        log.info("train.compile: not compiled, since %s", reason)
         return False
-    raise DeviceError(
-        f"train.compile: this machine lacks {missing}. Install it, or add train.compile=if_possible to run uncompiled."
-    )
+    remedy = "Install it" if missing else "Unset that variable"
+    raise DeviceError(f"train.compile: {reason}. {remedy}, or add train.compile=if_possible to run uncompiled.")
 
 
 @contextlib.contextmanager

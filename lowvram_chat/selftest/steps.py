@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from lowvram_chat.errors import CompilationError
-from lowvram_chat.model.compilation import compilation_explained, missing_compiler
+from lowvram_chat.model.compilation import compilation_explained, missing_compiler, switched_off_by
 from lowvram_chat.selftest.check import Outcome, figure, skipped
 from lowvram_chat.selftest.exactness import batch, small_model
 
@@ -88,6 +88,8 @@ def compiled(device: torch.device) -> Outcome:
     missing = missing_compiler(device)
     if missing is not None:
         return skipped(f"torch.compile lacks {missing}; train.compile=if_possible runs without it")
+    if variable := switched_off_by():
+        return skipped(f"{variable} switches torch.compile off")
     model, inputs = small_model(device), batch(device)
     expected = model(input_ids=inputs["input_ids"]).logits.sum()
     started = time.perf_counter()

@@ -58,6 +58,15 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
     "4bit": (["model.load_in=4bit"], "Add an adapter section"),
     "4bit pissa": (["model.load_in=4bit", "adapter.kind=pissa"], "pissa"),
     "flash": (["model.attention=flash_attention_2"], "model.attention=sdpa"),
+    "hub kernel": (
+        ["model.attention=kernels-community/flash-attn2"],
+        "needs the package kernels. Add model.attention=sdpa",
+    ),
+    "another's kernel": (
+        ["model.attention=someone/flash"],
+        "known: sdpa, eager, flash_attention_2, and the hub's kernels-c",
+    ),
+    "attention": (["model.attention=spda"], "Did you mean 'sdpa'?"),
     "packed and masked": (["data.rows=packed", "data.attention_mask=true"], "told apart by their positions"),
     "fp16 sums": (["train.fp16_accumulation=true"], "Leave it out, or set train.precision=fp16"),
     "tracker": (["output.report_to=[nosuch]"], ". Remove it from output.report_to."),
@@ -192,6 +201,15 @@ def test_compiling_without_a_compiler_names_what_is_missing(
     assert "train.compile: this machine lacks a C++ compiler (g++ or clang). Install it, or add" in said
     assert sft.main([str(bench.file("run")), "train.compile=if_possible", "--max-steps", "1"]) == 0
     assert "not compiled, since this machine lacks a C++ compiler" in capsys.readouterr().err
+
+
+def test_compiling_where_it_is_switched_off_is_refused(
+    bench: Bench, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lowvram_chat.model.compilation.missing_compiler", lambda _: None)
+    monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")
+    said = refused([str(bench.file("run")), "train.compile=true"], capsys)
+    assert "TORCHDYNAMO_DISABLE=1 switches torch.compile off. Unset that variable, or add" in said
 
 
 @pytest.mark.parametrize(

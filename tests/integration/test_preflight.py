@@ -95,7 +95,7 @@ def test_a_wrong_fused_loss_is_replaced_by_the_models_own_and_the_run_says_so(
     run = bench.run("r", train__max_steps=3)
     assert result(run)["training_loss"] == result(expected)["training_loss"]
     assert "the trainer computes a loss of" in caplog.text
-    assert "continuing with the model's own loss and PEFT's own adapters" in caplog.text
+    assert "continuing with the model's own loss, more memory and more time" in caplog.text
 
 
 def test_a_wrong_fused_adapter_is_replaced_by_pefts_own(
@@ -132,6 +132,7 @@ def test_a_base_whose_generation_config_contradicts_itself_can_be_trained_and_sa
     shutil.copytree(tiny, folder)
     config = {"do_sample": False, "temperature": 0.6, "top_p": 0.9, "eos_token_id": [3, 5, 999_999]}
     (folder / "generation_config.json").write_text(json.dumps(config), encoding="utf-8")
+    caplog.set_level("INFO")
     run = bench.run("r", model__name=str(folder), train__max_steps=2, train__save_steps=1)
     assert "its generation config does not use temperature, top_p" in caplog.text
     saved = GenerationConfig.from_pretrained(run / "model")
