@@ -17,7 +17,7 @@ A message has the form `<where>: <what is wrong>. <what to do>.`
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 
 class LowVramError(Exception):
@@ -49,7 +49,19 @@ class DeviceError(LowVramError, RuntimeError):
 
 
 class SubstitutionError(DeviceError):
-    """A faster way to compute a loss or a gradient is not exact on this model and device."""
+    """A faster way to compute a loss or a gradient is not exact on this model and device.
+
+    `settings` name the settings to switch off.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        settings: Sequence[str] = ("model.fused_loss", "adapter.fused", "model.document_attention"),
+    ) -> None:
+        """Keep the settings."""
+        super().__init__(message)
+        self.settings = tuple(settings)
 
 
 class CompilationError(DeviceError):

@@ -20,6 +20,7 @@ from lowvram_chat.model.out_of_memory import advised
 from lowvram_chat.model.pretrained import load_model, load_tokenizer
 from lowvram_chat.model.saved import DEVICE_ADVICE, base_of_adapter, float32_bytes
 from lowvram_chat.model.saved_form import complete_config, save_tokenizer
+from lowvram_chat.recipe.choices import portable_attention
 from lowvram_chat.recipe.schema import Model
 from lowvram_chat.training.run_dir import RunDir, read_result
 
@@ -47,7 +48,9 @@ def merge_run(
         OutOfMemory: the model does not fit the device; nothing is kept.
     """
     recipe = run.recipe()
-    settings = Model(name=base, attention=recipe.model.attention) if base else base_of_adapter(run.adapter)
+    settings = (
+        Model(name=base, attention=portable_attention(recipe.model.attention)) if base else base_of_adapter(run.adapter)
+    )
     model = settings.model_copy(update={"fused_gelu": False})
     card = model_card(recipe, read_result(run), merged=True)
     place = device_for_merge(device, model)

@@ -15,6 +15,7 @@ import psutil
 import torch
 
 from lowvram_chat.errors import DeviceError
+from lowvram_chat.recipe.choices import portable_attention
 from lowvram_chat.recipe.optimizers import OPTIMIZERS
 from lowvram_chat.recipe.schema import Recipe
 from lowvram_chat.units import MIB, format_mib
@@ -26,15 +27,29 @@ def check_device(recipe: Recipe) -> torch.device:
     """Return the device of a run, and log what is slow or has no effect on it.
 
     Raises:
-        DeviceError: fp16 without CUDA, bf16 on a GPU without it, or flash attention without its package.
+        DeviceError: fp16 without CUDA, bf16 on a GPU without it, or an attention kernel without CUDA or its package.
     """
     cuda = torch.cuda.is_available()
     _check_precision(recipe.train.precision, cuda=cuda)
-    if recipe.model.attention == "flash_attention_2" and importlib.util.find_spec("flash_attn") is None:
-        raise DeviceError("model.attention: flash_attention_2 needs the package flash-attn. Add model.attention=sdpa.")
+    _check_attention(recipe.model.attention, cuda=cuda)
     if OPTIMIZERS[recipe.optimizer.name].paged and not cuda:
         log.info("optimizer.name: %s pages its states only on CUDA; here they stay in memory", recipe.optimizer.name)
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if cuda else torch.device("cpu")
+
+
+def _check_attention(attention: str, *, cuda: bool) -> None:
+    """Refuse an attention implementation that lacks its package, or a graphics card.
+
+    Raises:
+        DeviceError: what it lacks.
+    """
+    if attention == portable_attention(attention):
+        return
+    module, package = ("flash_attn", "flash-attn") if attention == "flash_attention_2" else ("kernels", "kernels")
+    if importlib.util.find_spec(module) is None:
+        raise DeviceError(f"model.attention: {attention} needs the package {package}. Add model.attention=sdpa.")
+    if not cuda:
+        raise DeviceError(f"model.attention: {attention} needs a CUDA graphics card. Add model.attention=sdpa.")
 
 
 def choose_device(wanted: str, needed_bytes: Callable[[], int]) -> torch.device:

@@ -7,8 +7,6 @@ document's pairs.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,11 +14,10 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from lowvram_chat.model.substitutions import packing_declared
 from lowvram_chat.private_names import check_private_names
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig, PreTrainedModel
+    from transformers import PreTrainedConfig
 
 check_private_names("transformers.PreTrainedConfig._attn_implementation")
 
@@ -61,32 +58,7 @@ AttentionInterface.register(DOCUMENT_ATTENTION, document_attention)
 AttentionMaskInterface.register(DOCUMENT_ATTENTION, sdpa_mask)
 
 
-def use_document_attention(base: PreTrainedModel) -> bool:
-    """Switch a model with plain causal `sdpa` attention to document attention, and return whether it now uses it."""
-    config = base.config
+def is_plain_causal(config: PreTrainedConfig) -> bool:
+    """Return whether every layer of a model with this config attends to all earlier tokens."""
     special_layers = {*(getattr(config, "layer_types", None) or ())} - {"full_attention"}
-    has_special_mask = any(getattr(config, name, None) for name in UNSUPPORTED_MASK_SETTINGS)
-    if attention_implementation(config) != "sdpa" or special_layers or has_special_mask:
-        return False
-    base.set_attn_implementation(DOCUMENT_ATTENTION)
-    return attention_implementation(config) == DOCUMENT_ATTENTION
-
-
-@contextlib.contextmanager
-def document_mask(base: PreTrainedModel, position_ids: torch.Tensor | None) -> Iterator[dict[str, list[int]]]:
-    """Keep the documents of packed rows apart while the context is open, and yield further arguments for the model's call.
-
-    `position_ids` (B, T) restart at 0 with each document; None means that each row is one document.
-    """
-    if position_ids is not None and attention_implementation(base.config) == DOCUMENT_ATTENTION:
-        with packing_declared(packed=False):
-            yield {"documents": _document_lengths(position_ids)}
-    else:
-        with packing_declared(packed=position_ids is not None):
-            yield {}
-
-
-def _document_lengths(position_ids: torch.Tensor) -> list[int]:
-    """Return the number of tokens in each document. Meant for CPU tensors: on a GPU it would synchronize."""
-    starts = (position_ids.flatten() == 0).nonzero().flatten()
-    return torch.diff(starts, append=starts.new_tensor([position_ids.numel()])).tolist()
+    return not special_layers and not any(getattr(config, name, None) for name in UNSUPPORTED_MASK_SETTINGS)

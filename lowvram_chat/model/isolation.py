@@ -8,16 +8,21 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from typing import Literal
 
 import torch
 from transformers import PreTrainedModel
 
-from lowvram_chat.errors import ModelError
+from lowvram_chat.errors import ModelError, SubstitutionError
 from lowvram_chat.model.adapters import ChatModel, base_model_of
 from lowvram_chat.model.device import move_to_device
-from lowvram_chat.model.document_attention import attention_implementation, document_mask, use_document_attention
+from lowvram_chat.model.document_attention import DOCUMENT_ATTENTION, attention_implementation
+from lowvram_chat.model.document_mask import document_mask, use_attention_by_document
 from lowvram_chat.model.scoring import autocast
+from lowvram_chat.model.varlen_attention import VARLEN_ATTENTION
 
+ON_ANY_DEVICE = ("sdpa", "eager", DOCUMENT_ATTENTION)
+"""Attention implementations that run on a CPU and in fp32."""
 DOCUMENT_TOKENS = 8
 """Number of tokens in each of the two test documents."""
 MAX_LEAKAGE = 1e-5
@@ -60,7 +65,8 @@ def _states_after(base: PreTrainedModel, document: torch.Tensor, neighbour: int)
     """Return the fp32 states (1, T, d) of a document (1, T) packed after a document of `neighbour` tokens."""
     row = torch.cat([torch.full_like(document, neighbour), document], dim=1)
     positions = torch.arange(DOCUMENT_TOKENS, device=document.device).repeat(2)[None]
-    with document_mask(base, positions) as documents:
+    ends = DOCUMENT_TOKENS * torch.arange(3, dtype=torch.int32, device=document.device)
+    with document_mask(base, positions, ends) as documents:
         output = base.base_model(row, position_ids=positions, use_cache=False, **documents)
     states: torch.Tensor = output.last_hidden_state[:, DOCUMENT_TOKENS:]
     return states.float()
@@ -82,18 +88,43 @@ def _relative_difference(states: torch.Tensor, reference: torch.Tensor) -> float
     return float((states - reference).abs().max() / reference.abs().max())
 
 
-def isolate_documents(model: ChatModel, device: torch.device, precision: str, *, by_document: bool) -> None:
-    """Prepare a model for packed rows: with document attention if `by_document` and possible, else with its own mask.
+def isolate_documents(
+    model: ChatModel, device: torch.device, precision: str, by_document: Literal["cpu", "cuda"] | None
+) -> None:
+    """Prepare a model for packed rows: with attention by document on this kind of device, if possible, else with its own mask.
 
     Raises:
         ModelError: as `check_isolation`.
+        SubstitutionError: CUDA's attention by document does not run, or lets documents see each other.
     """
     base = base_model_of(model)
-    if by_document and use_document_attention(base):
+    if by_document == "cpu" and use_attention_by_document(base, DOCUMENT_ATTENTION):
         if isolates_documents(model):
             return
         base.set_attn_implementation("sdpa")  # its layers are not given `documents`
-    check_isolation(model, device, precision)
+    if by_document == "cuda" and use_attention_by_document(base, VARLEN_ATTENTION):
+        _check_varlen(model, device, precision)
+    else:
+        check_isolation(model, device, precision)
+
+
+def _check_varlen(model: ChatModel, device: torch.device, precision: str) -> None:
+    """Check CUDA's attention by document on the model, under the conditions of training.
+
+    Raises:
+        SubstitutionError: it does not run, or lets documents see each other.
+    """
+    reason = "packed conversations have other states than alone"
+    try:
+        if _run_check(isolates_documents, model, device, precision):
+            return
+    except ModelError as error:
+        reason = str(error)
+    raise SubstitutionError(
+        f"model.document_attention: torch's attention over documents of varying length is not right here ({reason}). Set "
+        "model.document_attention=false.",
+        settings=("model.document_attention",),
+    )
 
 
 def check_causal(model: ChatModel, device: torch.device, precision: str) -> None:
@@ -131,7 +162,7 @@ def _run_check(check: Callable[[ChatModel], bool], model: ChatModel, device: tor
     """
     attention = attention_implementation(model.config)
     conditions: contextlib.AbstractContextManager[object] = contextlib.nullcontext()
-    if attention == "flash_attention_2":  # runs only on a GPU and only in half precision
+    if attention not in ON_ANY_DEVICE:  # runs only on a GPU and only in half precision
         move_to_device(model, device)
         conditions = autocast(device.type, precision)
     try:

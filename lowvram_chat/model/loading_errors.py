@@ -91,6 +91,10 @@ def _load_error(error: Exception, name: str, loader: str, attention: str) -> Mod
         return UnsupportedAttention(
             f"{name}: transformers has no {attention} attention for it. Set model.attention=eager."
         )
+    if "/" in attention:  # a kernel of the hub, which transformers has just loaded
+        return ModelError(
+            f"model.attention: {attention} cannot be used here ({_first_line(error)}). Set model.attention=sdpa."
+        )
     return ModelError(f"{name}: transformers' {loader} cannot load it ({_first_line(error)}). Use another model.")
 
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 
 from lowvram_chat.model.compilation import is_compiled
-from lowvram_chat.model.document_attention import document_mask
+from lowvram_chat.model.document_mask import document_mask
 from lowvram_chat.model.logits import LogitTransform, logit_transform
 from lowvram_chat.model.tiled_cross_entropy import CPU_TILING, CUDA_TILING, Tiling, tiled_cross_entropy
 
@@ -67,7 +67,7 @@ class LossForward:
         if loss_positions is None:
             return self.original(*args, **kwargs)
         model = self.model
-        with document_mask(model, kwargs.get("position_ids")) as documents:
+        with document_mask(model, kwargs.get("position_ids"), kwargs.pop("document_ends", None)) as documents:
             kwargs |= documents
             if self.transform is None:
                 return {"loss": self.original(*args, use_cache=False, num_items_in_batch=1, **kwargs).loss}

@@ -15,6 +15,7 @@ from lowvram_chat.model.adapters import ChatModel, load_adapter
 from lowvram_chat.model.device import choose_device, move_to_device
 from lowvram_chat.model.out_of_memory import advised
 from lowvram_chat.model.pretrained import check_vocabulary, load_config, load_model, load_tokenizer, positions_of
+from lowvram_chat.recipe.choices import portable_attention
 from lowvram_chat.recipe.schema import Model, Recipe
 from lowvram_chat.recipe.yaml_file import load_recipe
 
@@ -90,7 +91,7 @@ def _open(name: str, folder: Path | None, recipe: Recipe | None, base: Model, de
         model = load_adapter(load_model(base), folder, base)
     else:
         tokenizer = load_tokenizer(source)
-        attention = recipe.model.attention if recipe else "sdpa"
+        attention = portable_attention(recipe.model.attention) if recipe else "sdpa"
         model = load_model(Model.model_validate({"name": source, "dtype": dtype, "attention": attention}))
     check_vocabulary(tokenizer, model.config, name)
     move_to_device(model, device)
@@ -138,4 +139,4 @@ def base_of_adapter(adapter: Path) -> Model:
     model = load_recipe(recipe_file).model
     is_there = model.name.startswith("builtin:") or Path(model.name).is_dir()
     name = model.name if is_there or not Path(saved.name).is_dir() else saved.name
-    return Model(name=name, revision=model.revision, attention=model.attention)
+    return Model(name=name, revision=model.revision, attention=portable_attention(model.attention))

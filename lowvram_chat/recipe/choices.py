@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from typing import Annotated
 
@@ -37,6 +38,30 @@ def _one_of(known: Iterable[str], descriptions: Iterable[str] = ()) -> tuple[Aft
     return AfterValidator(check), choices
 
 
+ATTENTIONS = ("sdpa", "eager", "flash_attention_2")
+HUB_KERNEL = re.compile(r"kernels-community/[\w.-]+(@[\w.-]+)?(:\w+)?")
+"""A compiled attention kernel of the hub. It is code that runs, so transformers loads only those of this organisation."""
+
+
+def _check_attention(name: str) -> str:
+    if name not in ATTENTIONS and not HUB_KERNEL.fullmatch(name):
+        raise ValueError(
+            f"unknown choice; known: {', '.join(ATTENTIONS)}, and the hub's kernels-community/<name>."
+            f"{did_you_mean(name, ATTENTIONS)}".rstrip(".")
+        )
+    return name
+
+
+def portable_attention(name: str) -> str:
+    """Return an attention implementation that computes the same function on every device."""
+    return name if name == "eager" else "sdpa"
+
+
+AttentionName = Annotated[
+    str,
+    AfterValidator(_check_attention),
+    Field(json_schema_extra={"anyOf": [{"enum": [*ATTENTIONS]}, {"pattern": f"^{HUB_KERNEL.pattern}$"}]}),
+]
 OptimizerName = Annotated[str, *_one_of(OPTIMIZERS)]
 AdapterKind = Annotated[str, *_one_of(ADAPTERS)]
 AUTO = "auto"

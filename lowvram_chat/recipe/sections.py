@@ -11,7 +11,16 @@ from typing import Annotated, Literal, get_args
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
 from lowvram_chat.recipe.adapters import REFUSED_TARGETS
-from lowvram_chat.recipe.choices import AdapterKind, FormatName, GpuName, OptimizerName, Positive, Rate, Share
+from lowvram_chat.recipe.choices import (
+    AdapterKind,
+    AttentionName,
+    FormatName,
+    GpuName,
+    OptimizerName,
+    Positive,
+    Rate,
+    Share,
+)
 from lowvram_chat.terminal import UNPRINTABLE
 
 POSITIONS_OF_GPT2 = 1024
@@ -61,8 +70,9 @@ class Model(Section):
     """Data type of the base weights. Weights that are trained must be float32; a frozen base may use a 16-bit type."""
     load_in: Literal["4bit"] | None = None
     """`4bit`: quantise the frozen base weights to nf4 (QLoRA), which needs an adapter; null: keep them in `dtype`."""
-    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
-    """Attention implementation of transformers."""
+    attention: AttentionName = "sdpa"
+    """Attention implementation of transformers: `sdpa`, `eager`, `flash_attention_2` (needs the package flash-attn), or a kernel
+    of the Hugging Face hub such as `kernels-community/flash-attn2` (needs the package kernels)."""
     dropout: Share | None = None
     """Probability of every dropout layer of the base model; null: the model's own values (GPT-2: 0.1)."""
     fused_gelu: bool = True
@@ -71,8 +81,9 @@ class Model(Section):
     """Use the fused linear cross-entropy: it scores only the labelled tokens, in tiles, and never holds all logits.
     false: the model's own loss, for comparison."""
     document_attention: bool = True
-    """For packed rows on a CPU without `compile`: compute attention for each document by itself, without a mask.
-    false: compute it over whole rows with a document mask."""
+    """For packed rows without `compile`: compute attention within each document, without a mask. It applies on a CPU, and in half
+    precision without dropout on graphics cards of compute capability 8.0 and more. false: compute it over whole rows with a
+    document mask."""
     pad_vocabulary: bool = True
     """Pad the vocabulary to a multiple of 64 in the half-precision matrix products of the loss, which makes them faster.
     The weights themselves are not padded."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -13,16 +13,21 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from lowvram_chat.data.rows import Collator
 from lowvram_chat.model.device import move_to_device
+from lowvram_chat.model.document_attention import DOCUMENT_ATTENTION
+from lowvram_chat.model.document_mask import use_attention_by_document
 from lowvram_chat.model.fused_lora import fuse_adapters
 from lowvram_chat.model.isolation import isolates_documents
 from lowvram_chat.model.loss import attach_loss
 from lowvram_chat.model.scoring import autocast
 from lowvram_chat.model.substitutions import fuse_gelu
+from lowvram_chat.model.varlen_attention import FLASH_CAPABILITY, VARLEN_ATTENTION
 from lowvram_chat.selftest.check import Outcome, figure, skipped
 
 TOLERANCES = {"fp32": 1e-4, "bf16": 5e-2, "fp16": 1e-2}
 """Largest accepted difference, relative to the norm of what the libraries compute. Measured on a CPU: 2e-6, 1.2e-2 and 1.6e-3."""
 TOKENS, LABELLED = 96, 64
+PACKED_DOCUMENTS = ((40, 30, 20), (3,) * 30)
+"""Lengths of the documents of a packed row: those of the second are so many that attention on a card runs row by row."""
 
 
 def small_model(device: torch.device) -> GPT2LMHeadModel:
@@ -117,14 +122,32 @@ def packed_isolation(device: torch.device) -> Outcome:
 
 
 def document_attention(device: torch.device) -> Outcome:
-    """Return whether attention by document isolates packed documents, where a run would use it: on a CPU."""
-    from lowvram_chat.model.document_attention import use_document_attention
+    """Compare loss and gradients of packed rows with attention by document with those under a document mask."""
+    on_card = device.type == "cuda"
+    if on_card and torch.cuda.get_device_capability(device) < FLASH_CAPABILITY:
+        return skipped("attention by document needs compute capability 8.0; packed rows run under a mask")
+    name = VARLEN_ATTENTION if on_card else DOCUMENT_ATTENTION
+    differences = {
+        precision: max(_packed_difference(device, name, precision, lengths) for lengths in PACKED_DOCUMENTS)
+        for precision in precisions(device)
+        if precision != "fp32" or not on_card
+    }
+    return compared(differences, "attention by document and its gradients are those under a mask")
 
-    if device.type != "cpu":
-        return skipped("attention by document is for CPUs")
-    model = small_model(device)
-    works = use_document_attention(model) and isolates_documents(model)
-    return Outcome(good=works, meaning="attention by document isolates packed conversations")
+
+def _packed_difference(device: torch.device, attention: str, precision: str, documents: Sequence[int]) -> float:
+    """Return the difference of the gradients of two packed rows of documents of these lengths."""
+    row = batch(device)["input_ids"].flatten()[: sum(documents)].tolist()
+    inputs = Collator(0)([{"input_ids": row, "labels": [-100, *row[1:]], "documents": list(documents)}] * 2)
+    inputs.pop("real_tokens")
+    ours, theirs = small_model(device), small_model(device)
+    use_attention_by_document(ours, attention)
+    for model in (ours, theirs):
+        attach_loss(model)
+        with autocast(device.type, precision):
+            loss = model(**{name: value.to(device) for name, value in inputs.items()})["loss"]
+        loss.backward()
+    return gradient_difference(ours, theirs)
 
 
 def difference_of(ours: nn.Module, theirs: nn.Module, inputs: dict[str, torch.Tensor], precision: str) -> float:

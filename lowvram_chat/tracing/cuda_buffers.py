@@ -7,6 +7,7 @@ Each function takes the positional arguments of its operation and returns the si
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 
@@ -58,6 +59,18 @@ def _flash_backward(gradient: torch.Tensor, query: torch.Tensor, key: torch.Tens
     return [rows, rows * (-(-width // 32) * 32), *([expanded] * 2 if expanded else [])]
 
 
+def _varlen_backward(gradient: torch.Tensor, query: torch.Tensor, key: torch.Tensor, *arguments: Any) -> list[int]:
+    """The same over documents: (T, H, D) tokens, with 128 more rows for each document.
+
+    Source: flash_api.cpp, `mha_varlen_bwd`.
+    """
+    tokens, heads, width = query.shape
+    documents = arguments[3].numel() - 1
+    rows = 4 * heads * (tokens + 128 * documents)
+    expanded = key.element_size() * tokens * heads * width if key.shape[1] != heads else 0
+    return [rows, rows * (-(-width // 32) * 32), *([expanded] * 2 if expanded else [])]
+
+
 def _embedding_backward(gradient: torch.Tensor, ids: torch.Tensor, vocabulary: int, *_: object) -> list[int]:
     """Sorted token ids, their positions, the offsets of equal ids, and partial sums for the largest possible id count.
 
@@ -98,5 +111,8 @@ TEMPORARY_BUFFERS: Mapping[Operator, BufferSizes] = {
 """Operation -> sizes of its kernel's buffers."""
 BUFFER_BEFORE_RESULT = frozenset({"bitsandbytes.gemm_4bit.default"})
 """Operations that allocate their buffers before their results."""
-TEMPORARY_BUFFERS_BY_NAME: Mapping[str, BufferSizes] = {"bitsandbytes.gemm_4bit.default": _gemm_4bit}
+TEMPORARY_BUFFERS_BY_NAME: Mapping[str, BufferSizes] = {
+    "bitsandbytes.gemm_4bit.default": _gemm_4bit,
+    "torch_attn._varlen_attn_backward.default": _varlen_backward,
+}
 """The same for operations that exist only after their library is imported."""

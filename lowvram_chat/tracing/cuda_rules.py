@@ -15,12 +15,14 @@ import importlib
 import math
 from collections.abc import Iterable, Iterator
 from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional
 from torch.utils import _foreach_utils
 
+from lowvram_chat.model.varlen_attention import FLASH_CAPABILITY, MAX_FLASH_WIDTH, why_no_varlen
 from lowvram_chat.private_names import check_private_names
 from lowvram_chat.tracing.cuda_autocast import autocast_type, cuda_autocast
 from lowvram_chat.tracing.cuda_buffers import BUFFER_BEFORE_RESULT, temporary_buffers
@@ -34,6 +36,11 @@ from lowvram_chat.tracing.dispatch import Arguments, Operator, tensor_at
 from lowvram_chat.tracing.operations import ALIGNMENT_BYTES, HALF_TYPES
 from lowvram_chat.tracing.patching import patched
 from lowvram_chat.tracing.rules import DeviceRules
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+    from lowvram_chat.recipe.schema import Recipe
 
 check_private_names(
     "torch._subclasses.fake_tensor.FakeTensor",
@@ -49,10 +56,6 @@ check_private_names(
 
 aten = torch.ops.aten
 
-FLASH_CAPABILITY = (8, 0)
-"""Lowest compute capability of FlashAttention-2: Ampere."""
-MAX_FLASH_WIDTH = 256
-"""Largest head width of FlashAttention-2."""
 CUBLASLT_WORKSPACE_BYTES = 1 << 20
 """What cuBLASLt took for each product with a bias row, before torch let it share the workspace of cuBLAS."""
 MATRIX_PRODUCTS = frozenset({aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default})
@@ -91,6 +94,10 @@ class CudaRules(DeviceRules):
         """Put every substitution of this file in force."""
         with super().active(), cuda_foreach_default(), cuda_autocast(), cuda_functions(self.compute_capability):
             yield
+
+    def has_varlen_attention(self, recipe: Recipe, config: PreTrainedConfig) -> bool:
+        """Return whether packed rows of this recipe have attention by document on this card."""
+        return why_no_varlen(recipe, config, self.compute_capability) is None
 
     def temporaries(self, func: Operator, args: Arguments, result: object) -> Iterable[int]:
         """Return the sizes, in bytes, of the buffers inside an operation's CUDA kernel."""

@@ -78,6 +78,8 @@ KERNELS_PER_OPERATION: Mapping[str, int] = {
     "aten._scaled_dot_product_flash_attention_backward.default": 3,
     "aten._scaled_dot_product_efficient_attention_backward.default": 2,
     "bitsandbytes.gemm_4bit.default": 2,
+    "torch_attn._varlen_attn.default": 2,
+    "torch_attn._varlen_attn_backward.default": 3,
 }
 """Operation -> number of kernels, where it is not one. Source: the operations' files in aten/src/ATen/native/cuda."""
 
@@ -114,8 +116,33 @@ def _gemm_4bit_bytes(states: torch.Tensor, _: object, shape: Sequence[int], *__:
 
 INTERNAL_BYTES: Mapping[str, Callable[..., int]] = {"bitsandbytes.gemm_4bit.default": _gemm_4bit_bytes}
 """Operation -> bytes that its own kernels exchange, which the trace cannot see."""
-FLOPS_BY_NAME: Mapping[str, Callable[..., int]] = {"bitsandbytes.gemm_4bit.default": _gemm_4bit_flops}
-"""Operation -> FLOPs, where PyTorch's registry has no entry."""
+
+
+def _varlen_flops(query: torch.Tensor, *arguments: object, out_val: object = None) -> int:
+    """FLOPs of attention over documents, if each row (T tokens, the longest length that is given) holds two of one length.
+
+    PyTorch's registry would count every document as one of the longest length.
+    """
+    longest = arguments[4]
+    assert isinstance(longest, int)
+    return 2 * query.numel() * longest  # two products of T / 2 multiply-adds for each element
+
+
+def _varlen_backward_flops(
+    gradient: torch.Tensor, query: torch.Tensor, *arguments: object, out_val: object = None
+) -> int:
+    """FLOPs of the backward pass: five products where the forward pass has two, as in PyTorch's registry."""
+    longest = arguments[6]
+    assert isinstance(longest, int)
+    return 5 * query.numel() * longest
+
+
+FLOPS_BY_NAME: Mapping[str, Callable[..., int]] = {
+    "bitsandbytes.gemm_4bit.default": _gemm_4bit_flops,
+    "torch_attn._varlen_attn.default": _varlen_flops,
+    "torch_attn._varlen_attn_backward.default": _varlen_backward_flops,
+}
+"""Operation -> FLOPs, where PyTorch's registry has no entry or another meaning."""
 
 
 @cache

@@ -12,6 +12,7 @@ from lowvram_chat.model.loading_errors import errors_explained, with_supported_a
 from lowvram_chat.model.loss import attach_loss
 from lowvram_chat.model.pretrained import check_gradient_checkpointing, check_positions
 from lowvram_chat.model.substitutions import fuse_gelu, set_dropout
+from lowvram_chat.recipe.choices import portable_attention
 from lowvram_chat.recipe.schema import Adapter, Model, Recipe
 
 if TYPE_CHECKING:
@@ -23,8 +24,6 @@ LanguageModel: TypeAlias = "PreTrainedModel | PeftModel"
 
 EQUIVALENT_ADAPTERS = {"pissa": "lora"}
 """Adapter kind -> a kind that takes the same memory. PiSSA differs only in its initial values, which need an SVD."""
-EQUIVALENT_ATTENTION = {"flash_attention_2": "sdpa"}
-"""Attention -> an implementation that takes the same memory and does not need the flash-attn package."""
 
 
 def build_meta_model(recipe: Recipe, device: str = "meta") -> LanguageModel:
@@ -65,8 +64,8 @@ def _base_model(settings: Model, max_length: int) -> PreTrainedModel:
             )
         return model
 
-    attention = EQUIVALENT_ATTENTION.get(settings.attention, settings.attention)
-    model = with_supported_attention(build, attention, settings.name)
+    # SDPA takes as much memory as the kernels of other packages, which need not be installed here.
+    model = with_supported_attention(build, portable_attention(settings.attention), settings.name)
     if settings.load_in == "4bit":
         from lowvram_chat.tracing.four_bit import quantise
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 import torch
 import transformers
@@ -15,6 +16,11 @@ from transformers.utils import import_utils
 from lowvram_chat.private_names import check_private_names
 from lowvram_chat.tracing.dispatch import Arguments, Operator
 from lowvram_chat.tracing.patching import patched
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+    from lowvram_chat.recipe.schema import Recipe
 
 DETECTS_FAKE_TENSORS = int(transformers.__version__.partition(".")[0]) >= 5
 """Whether transformers treats fake tensors differently from real ones. Version 4 does not know them."""
@@ -39,6 +45,10 @@ class DeviceRules:
     def active(self) -> contextlib.AbstractContextManager[None]:
         """Return a context in which this device's substitutions are in force."""
         return hide_fake_tensors()
+
+    def has_varlen_attention(self, recipe: Recipe, config: PreTrainedConfig) -> bool:
+        """Return whether packed rows of this recipe have attention by document, on a card (`model.varlen_attention`)."""
+        return False
 
     def temporaries(self, func: Operator, args: Arguments, result: object) -> Iterable[int]:
         """Return the sizes, in bytes, of the buffers that an operation's kernel holds while it runs.

@@ -12,6 +12,9 @@ from typing import ParamSpec, TypeVar
 import torch
 
 from lowvram_chat.model import loss as loss_module
+from lowvram_chat.model.adapters import base_model_of
+from lowvram_chat.model.document_mask import use_attention_by_document
+from lowvram_chat.model.varlen_attention import VARLEN_ATTENTION
 from lowvram_chat.recipe.schema import Recipe
 from lowvram_chat.tracing.materialise import Materialised, materialise
 from lowvram_chat.tracing.model import build_meta_model
@@ -59,6 +62,8 @@ def trace_run(recipe: Recipe, rules: DeviceRules, steps: Sequence[Sequence[Micro
 def _trace(recipe: Recipe, rules: DeviceRules, steps: Sequence[Sequence[MicroBatchShape]]) -> RunTrace:
     """Return the trace, in an environment that `trace_run` has prepared."""
     model = build_meta_model(recipe)
+    if recipe.data.rows == "packed" and rules.has_varlen_attention(recipe, model.config):
+        use_attention_by_document(base_model_of(model), VARLEN_ATTENTION)
     make_optimizer = prepare_optimizer(recipe, model)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)

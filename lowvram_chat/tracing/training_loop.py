@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional
 
+from lowvram_chat.data.packing import documents_at_once
 from lowvram_chat.model.adapters import ChatModel
 from lowvram_chat.model.compared_parameters import compared_parameters
 from lowvram_chat.model.fused_lora import unfused
@@ -177,6 +178,7 @@ class TracedRun:
         }
         if shape.packed:
             batch["position_ids"] = torch.arange(shape.length).remainder_(max(1, shape.length // 2)).repeat(rows, 1)
+            batch["document_ends"] = torch.arange(documents_at_once(rows, shape.length) + 1, dtype=torch.int32)
         if self.recipe.data.attention_mask:
             batch["attention_mask"] = torch.ones(rows, shape.length, dtype=torch.int64)
         self.recorder.label(batch.values(), "batch")

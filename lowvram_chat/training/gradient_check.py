@@ -126,12 +126,28 @@ def _trainer_gradients(
     batches, labelled = trainer.get_batch_samples(
         iter(map(trainer.held_out_collator, micro_batches)), len(micro_batches), device
     )
-    with always_folded():
+    with always_folded(), _as_prepared(trainer):
         for batch in batches:
             trainer.training_step(model, batch, num_items_in_batch=labelled)  # type: ignore[no-untyped-call]
     scaler = trainer.accelerator.scaler
     scale = scaler.get_scale() if scaler is not None and scaler.is_enabled() else 1.0
     return {name: [_gradient(p) / scale for p in group.values()] for name, group in groups.items()}
+
+
+@contextlib.contextmanager
+def _as_prepared(trainer: ChatTrainer) -> Iterator[None]:
+    """Let the trainer's steps compute their losses in the run's precision, as accelerate does once training begins."""
+
+    def in_precision() -> contextlib.ExitStack:
+        stack = contextlib.ExitStack()
+        stack.enter_context(autocast(trainer.args.device.type, trainer.precision))
+        return stack
+
+    trainer.compute_loss_context_manager = in_precision  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        del trainer.compute_loss_context_manager  # the class's own is back
 
 
 def _gradient(parameter: nn.Parameter) -> torch.Tensor:

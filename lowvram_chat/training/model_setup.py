@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from peft import PeftModel
@@ -19,10 +20,13 @@ from lowvram_chat.model.loss import attach_loss
 from lowvram_chat.model.pretrained import absolute_name, check_gradient_checkpointing, load_config, load_model
 from lowvram_chat.model.saved_form import complete_config, save_tokenizer
 from lowvram_chat.model.substitutions import DROPOUT_SETTINGS
+from lowvram_chat.model.varlen_attention import why_no_varlen
 from lowvram_chat.recipe.schema import Recipe
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+log = logging.getLogger(__name__)
 
 TrainedModel = PreTrainedModel | PeftModel
 
@@ -76,12 +80,25 @@ def build_checked_model(recipe: Recipe, device: torch.device, *, compiled: bool)
     built = build_model(recipe, device, on_cpu=on_cpu)
     check_causal(built.model, device, recipe.train.precision)
     if recipe.data.rows == "packed":
-        # A compiled model needs fixed shapes, which documents of varying length do not have.
-        by_document = recipe.model.document_attention and on_cpu and not compiled
-        isolate_documents(built.model, device, recipe.train.precision, by_document=by_document)
+        by_document = _attention_by_document(recipe, built.model, device, compiled=compiled)
+        isolate_documents(built.model, device, recipe.train.precision, by_document)
     if compiled:
         compile_blocks(built.model)
     return built
+
+
+def _attention_by_document(
+    recipe: Recipe, model: TrainedModel, device: torch.device, *, compiled: bool
+) -> Literal["cpu", "cuda"] | None:
+    """Return the device whose attention by document a run with packed rows uses; None: it uses a document mask."""
+    if device.type != "cuda":
+        # A compiled model needs fixed shapes, which documents of varying length do not have.
+        return "cpu" if recipe.model.document_attention and not compiled else None
+    reason = why_no_varlen(recipe, model.config, torch.cuda.get_device_capability(device))
+    if reason is None:
+        return "cuda"
+    log.info("packed rows: attention runs under a document mask, because %s", reason)
+    return None
 
 
 def save_model(built: BuiltModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:

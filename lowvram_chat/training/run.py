@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import logging
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -49,11 +50,13 @@ def _train(recipe: Recipe, plan: Plan | None, *, device: torch.device, resume: b
             leave_process_group()
             return result
         except SubstitutionError as error:
-            changed = without_substitutions(recipe)
-            if changed is None:
+            switched_off = [setting for setting in error.settings if _is_on(recipe, setting)]
+            if not switched_off:
                 raise
+            changed = _switch_off(recipe, switched_off)
             log.warning("%s", error)
-            log.warning("continuing with the model's own loss and PEFT's own adapters, which need more memory and time")
+            instead = " and ".join(INSTEAD[setting] for setting in switched_off)
+            log.warning("continuing with %s, more memory and more time", instead)
         except CompilationError as error:
             if recipe.train.compile != "if_possible":
                 raise
@@ -63,9 +66,10 @@ def _train(recipe: Recipe, plan: Plan | None, *, device: torch.device, resume: b
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
-            changed = halve(recipe) if phase_of(error) in HALVED_PHASES else None
-            if recipe.memory.on_oom == "stop" or changed is None:
+            smaller = halve(recipe) if phase_of(error) in HALVED_PHASES else None
+            if recipe.memory.on_oom == "stop" or smaller is None:
                 raise OutOfMemory(advice(recipe, error)) from None
+            changed = smaller
             log.warning("out of memory: continuing with %s", micro_batch_overrides(changed))
             force = True  # a run that has begun goes on, whatever the new plan says
             # Before its start, the checkpoints in the folder are those of the run that it continues or replaces.
@@ -93,10 +97,25 @@ def leave_process_group() -> None:
         torch.distributed.destroy_process_group()
 
 
-def without_substitutions(recipe: Recipe) -> Recipe | None:
-    """Return the recipe with the model's own loss and PEFT's own adapters; None if it has them already."""
-    adapter = recipe.adapter and recipe.adapter.model_copy(update={"fused": False})
-    plain = recipe.model_copy(
-        update={"model": recipe.model.model_copy(update={"fused_loss": False}), "adapter": adapter}
-    )
-    return None if plain == recipe else plain
+INSTEAD: Mapping[str, str] = {
+    "model.fused_loss": "the model's own loss",
+    "adapter.fused": "PEFT's own adapters",
+    "model.document_attention": "a document mask",
+}
+"""Setting that is switched off where it is not exact -> what takes its place."""
+
+
+def _is_on(recipe: Recipe, setting: str) -> bool:
+    """Return whether a setting of `INSTEAD` has an effect in this recipe."""
+    section, _, name = setting.partition(".")
+    if setting == "model.document_attention" and recipe.data.rows != "packed":
+        return False
+    return bool(getattr(getattr(recipe, section), name, False))
+
+
+def _switch_off(recipe: Recipe, settings: Iterable[str]) -> Recipe:
+    """Return the recipe with these settings false."""
+    for setting in settings:
+        section, _, name = setting.partition(".")
+        recipe = recipe.model_copy(update={section: getattr(recipe, section).model_copy(update={name: False})})
+    return recipe

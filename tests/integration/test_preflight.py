@@ -53,6 +53,25 @@ def test_the_checks_change_nothing_of_the_run(bench: Bench, monkeypatch: pytest.
     assert [result(with_checks)[name] for name in names] == [result(without)[name] for name in names]
 
 
+def test_the_checked_step_runs_in_the_run_s_precision(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = ChatTrainer.compute_loss
+    types: list[torch.dtype | None] = []
+    in_backward: list[bool] = []
+
+    def recorded(self: ChatTrainer, *args: Any, **kwargs: Any) -> torch.Tensor:
+        types.append(torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None)
+        loss: torch.Tensor = original(self, *args, **kwargs)
+        if loss.requires_grad:
+            loss.register_hook(lambda _: in_backward.append(torch.is_autocast_enabled("cpu")))
+        return loss
+
+    monkeypatch.setattr(ChatTrainer, "compute_loss", recorded)
+    monkeypatch.setattr(ChatTrainer, "train", lambda *_, **__: None)
+    api.train(bench.recipe("r", train__precision="bf16"))
+    assert types == [torch.bfloat16] * 3  # once for the loss, and two micro-batches for the gradients
+    assert in_backward == [False] * 2
+
+
 def twice(self: ChatTrainer, *args: Any, original: Any = ChatTrainer.compute_loss, **kwargs: Any) -> torch.Tensor:
     """Return the right loss, with twice its gradient."""
     right: torch.Tensor = original(self, *args, **kwargs)

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from lowvram_chat.data.packing import documents_at_once
 from lowvram_chat.errors import LowVramError
 
 CHECKS = {
@@ -45,9 +46,12 @@ def ignore_values() -> None:
 def answer_for(*, packed: bool) -> None:
     """Let transformers find full rows in this process from now on: one document each, or several in each packed row.
 
-    It asks the card whether positions restart and whether an attention mask is all ones, and reads a zero.
+    It asks the card whether positions restart and whether an attention mask is all ones, and reads a zero. Packed batches have as
+    many documents as a plan allows for.
     """
     from transformers import masking_utils
+
+    from lowvram_chat.data import rows
 
     find, is_all = masking_utils.find_packed_sequence_indices, masking_utils.fast_all
 
@@ -59,6 +63,10 @@ def answer_for(*, packed: bool) -> None:
         is_all(mask)
         return True
 
+    def most_documents(position_ids: torch.Tensor) -> torch.Tensor:
+        return torch.arange(documents_at_once(*position_ids.shape) + 1, dtype=torch.int32)
+
+    vars(rows).update(_document_ends=most_documents)
     vars(masking_utils).update(find_packed_sequence_indices=found, fast_all=is_full)
 
 

@@ -32,8 +32,8 @@ from lowvram_chat.model.document_attention import (
     DOCUMENT_ATTENTION,
     attention_implementation,
     document_attention,
-    use_document_attention,
 )
+from lowvram_chat.model.document_mask import use_attention_by_document
 from lowvram_chat.model.isolation import check_causal, check_isolation, isolate_documents, isolates_documents
 from lowvram_chat.model.loss import attach_loss
 
@@ -202,7 +202,7 @@ def test_attention_by_document_is_attention_under_a_mask(
     for by_document in (False, True):
         model = make().eval()
         attach_loss(model)
-        isolate_documents(model, torch.device("cpu"), "fp32", by_document=by_document)
+        isolate_documents(model, torch.device("cpu"), "fp32", "cpu" if by_document else None)
         assert (attention_implementation(model.config) == DOCUMENT_ATTENTION) is by_document
         if checkpointed:
             model.train().gradient_checkpointing_enable({"use_reentrant": False})
@@ -228,7 +228,7 @@ def test_document_attention_uses_no_mask(monkeypatch: pytest.MonkeyPatch) -> Non
 
     model = small()
     attach_loss(model)
-    isolate_documents(model, torch.device("cpu"), "fp32", by_document=True)
+    isolate_documents(model, torch.device("cpu"), "fp32", "cpu")
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", recorded)
     ids = torch.arange(1, 17)[None]
     positions = torch.cat([torch.arange(10), torch.arange(6)])[None]
@@ -243,7 +243,7 @@ def test_a_model_with_a_sliding_window_keeps_its_mask() -> None:
             num_key_value_heads=1, sliding_window=12,
         )
     )  # fmt: skip
-    isolate_documents(model, torch.device("cpu"), "fp32", by_document=True)
+    isolate_documents(model, torch.device("cpu"), "fp32", "cpu")
     assert attention_implementation(model.config) == "sdpa"
 
 
@@ -254,8 +254,8 @@ def test_a_model_with_a_sliding_window_keeps_its_mask() -> None:
 def test_a_config_with_a_special_mask_is_not_switched_to_document_attention(setting: dict[str, Any]) -> None:
     model = small()
     vars(model.config).update(setting)
-    assert not use_document_attention(model)
-    assert use_document_attention(small())
+    assert not use_attention_by_document(model, DOCUMENT_ATTENTION)
+    assert use_attention_by_document(small(), DOCUMENT_ATTENTION)
 
 
 def test_a_model_whose_layers_are_not_given_the_documents_keeps_its_mask(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -264,7 +264,7 @@ def test_a_model_whose_layers_are_not_given_the_documents_keeps_its_mask(monkeyp
 
     monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, DOCUMENT_ATTENTION, without_documents)
     model = small()
-    isolate_documents(model, torch.device("cpu"), "fp32", by_document=True)
+    isolate_documents(model, torch.device("cpu"), "fp32", "cpu")
     assert attention_implementation(model.config) == "sdpa"
 
 

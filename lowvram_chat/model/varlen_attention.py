@@ -1,0 +1,102 @@
+"""Attention within each document of a packed row on a graphics card, in one kernel for all documents and without a mask.
+
+transformers keeps packed documents apart with a mask (B, 1, T, T). Under a mask CUDA selects the memory-efficient kernel, which
+multiplies every pair of tokens in a row. `torch.nn.attention.varlen.varlen_attn` is FlashAttention-2 over documents of varying
+length: it multiplies only the pairs within each document, and needs no mask.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.nn.attention.varlen import varlen_attn
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+from lowvram_chat.errors import ModelError
+from lowvram_chat.model.document_attention import is_plain_causal
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+    from lowvram_chat.recipe.schema import Recipe
+
+VARLEN_ATTENTION = "varlen_by_document"
+"""Name of the attention implementation in transformers' tables; for a batch without documents it equals `sdpa`."""
+FLASH_CAPABILITY = (8, 0)
+"""Lowest compute capability of FlashAttention-2: Ampere."""
+MAX_FLASH_WIDTH, WIDTH_STEP = 256, 8
+"""Largest head width of FlashAttention-2, and what a width must be a multiple of."""
+ATTENTION_DROPOUTS = ("attention_dropout", "attention_probs_dropout_prob", "attn_pdrop")
+"""Config fields of the dropout probability of attention."""
+
+
+def why_no_varlen(recipe: Recipe, config: PreTrainedConfig, capability: tuple[int, int]) -> str | None:
+    """Return why packed rows of a recipe keep the document mask on a card of this compute capability; None if they do not."""
+    train = recipe.train
+    dropout = next((name for name in ATTENTION_DROPOUTS if getattr(config, name, None)), None)
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    obstacles = {
+        "model.document_attention is false": not recipe.model.document_attention,
+        f"model.attention is {recipe.model.attention}": recipe.model.attention != "sdpa",
+        "train.compile needs batches of one shape": bool(train.compile),
+        f"train.precision is {train.precision}": train.precision == "fp32",
+        f"the card has compute capability {capability[0]}.{capability[1]}": capability < FLASH_CAPABILITY,
+        f"the model's {dropout} is not 0 (model.dropout=0.0 removes it)": dropout is not None,
+        f"its heads are {width} wide": width > MAX_FLASH_WIDTH or width % WIDTH_STEP != 0,
+        "not all of its layers have plain causal attention": not is_plain_causal(config),
+    }
+    return next((reason for reason, applies in obstacles.items() if applies), None)
+
+
+def varlen_attention(  # noqa: PLR0917  (transformers' signature)
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    document_ends: torch.Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """Return the attention output (B, T, H, D) of (B, H, T, D) heads, causal within each document.
+
+    `document_ends` are those of `data.rows.Collator`, for the whole batch or for each row. No document exceeds T, which is given
+    as the longest length, so that the host need not wait for the device.
+
+    Raises:
+        ModelError: the layer has dropout, which the kernel lacks.
+    """
+    if document_ends is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    if kwargs.get("dropout"):
+        raise ModelError("model.document_attention: the attention of this model has dropout. Set model.dropout=0.0.")
+    rows, length = query.shape[0], query.shape[2]
+    grouped, scale = query.shape[1] != key.shape[1], kwargs.get("scaling")
+
+    def attend(ends: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        causal = (-1, 0)
+        output = varlen_attn(q, k, v, ends, ends, length, length, scale=scale, window_size=causal, enable_gqa=grouped)
+        assert isinstance(output, torch.Tensor)
+        return output
+
+    q, k, v = (_tokens(heads) for heads in (query, key, value))
+    if document_ends.dim() == 1:
+        output = attend(document_ends, q, k, v)
+    else:
+        by_row = zip(document_ends, q.split(length), k.split(length), v.split(length), strict=True)
+        output = torch.cat([attend(*row) for row in by_row])
+    return output.unflatten(0, (rows, length)), None
+
+
+def _tokens(heads: torch.Tensor) -> torch.Tensor:
+    """Return heads (B, H, T, D) as tokens (B * T, H, D), in the type of autocast, which does not know the kernel."""
+    device = heads.device.type
+    if torch.is_autocast_enabled(device):
+        heads = heads.to(torch.get_autocast_dtype(device))
+    return heads.transpose(1, 2).flatten(0, 1)
+
+
+AttentionInterface.register(VARLEN_ATTENTION, varlen_attention)
+AttentionMaskInterface.register(VARLEN_ATTENTION, sdpa_mask)
