@@ -21,10 +21,13 @@ figure is published for the RTX 3050."""
 
 USABLE_SHARES = {"linux": 0.97, "windows": 0.95}
 """Share of a card that a process may use, where it was not measured. Our estimate."""
-SHARE_OF_PEAK = 0.75
-"""Share of a GPU's peak rate that matrix products reach. From a first model made by hand, like the next constant."""
-SHARE_OF_BANDWIDTH = 0.80
-"""Share of the memory bandwidth that other operations reach."""
+SERVER_CARDS = frozenset(
+    {
+        *("p100", "v100", "t4", "a2", "a10", "a16", "a30", "a40", "a100", "a800"),
+        *("l4", "l40", "l40s", "h100", "h200", "h800", "b100", "b200", "gh200"),
+    }
+)
+"""Cards whose hosts are servers, whose processors launch kernels more slowly than those of desktops and laptops."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +62,11 @@ class Gpu:
     """Memory of a CUDA context: the estimate, or what the self-test measured."""
     is_calibrated: bool = False
     """Whether the rates were measured by the self-test of this machine."""
+
+    @property
+    def in_server(self) -> bool:
+        """Whether its host is taken to be a server, by the card's name."""
+        return not SERVER_CARDS.isdisjoint(self.title.lower().replace("-", " ").split())
 
     def usable_mib(self, system: str) -> int:
         """Return the memory that a process can use on "linux" or "windows", MiB."""

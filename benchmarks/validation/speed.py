@@ -16,7 +16,7 @@ from benchmarks.validation.published_runs import PUBLISHED, Published
 from lowvram_chat.cli import print_json
 from lowvram_chat.gpus import GPUS
 from lowvram_chat.timing import fusion
-from lowvram_chat.timing.roofline import Rates, seconds_per_step
+from lowvram_chat.timing.roofline import Rates, range_of_seconds, seconds_per_step
 from lowvram_chat.timing.speed import card_rates
 from lowvram_chat.tracing.operations import Operation
 
@@ -106,6 +106,12 @@ def predicted_seconds(
     eager = _traced(step)
     work = fusion.fuse(eager, pads=pads) if compiled else eager
     return seconds_per_step(work, rates, step.micro_batches, system)
+
+
+def predicted_range(step: PlainStep, rates: Rates, *, compiled: bool) -> tuple[float, float]:
+    """Return the shortest and the longest time of an optimizer step that are to be expected; arguments as above."""
+    eager = _traced(step)
+    return range_of_seconds(fusion.fuse(eager) if compiled else eager, rates, step.micro_batches)
 
 
 def _seconds(row: Published) -> float:

@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.validation.csv_rows import MeasuredRow, number, read_rows, table_width, wrong_cell
-from benchmarks.validation.speed import predicted_seconds
+from benchmarks.validation.speed import predicted_range, predicted_seconds
 from benchmarks.validation.speed_rows import REQUIRED_COLUMNS, CannotTrace, Run, published_run
 from lowvram_chat.cli import print_json
 from lowvram_chat.errors import LowVramError
@@ -32,6 +32,8 @@ class SpeedPrediction:
     published_tokens_per_second: float
     predicted_tokens_per_second: float | None
     """None where the row cannot be predicted."""
+    predicted_range: tuple[float, float] | None
+    """The lowest and the highest speed that a plan prints beside it."""
     error_percent: float | None
     """(predicted - published) / published; None where the row cannot be predicted."""
     reason: str | None
@@ -44,6 +46,9 @@ class SpeedReport:
 
     rows: tuple[SpeedPrediction, ...]
     predicted_rows: int
+    rows_in_range: int
+    """Rows whose published speed lies in the predicted range."""
+    rows_within_20_percent: int
     median_error_percent: float | None
     max_error_percent: float | None
 
@@ -57,7 +62,7 @@ def predict_speed(row: MeasuredRow) -> SpeedPrediction:
     published = number(row, "measured_tokens_per_second")
     predicted, reason = None, None
     try:
-        predicted = _tokens_per_second(row, published_run(row))
+        lowest, predicted, highest = _tokens_per_second(row, published_run(row))
     except CannotTrace as error:
         reason = str(error)
     return SpeedPrediction(
@@ -65,6 +70,7 @@ def predict_speed(row: MeasuredRow) -> SpeedPrediction:
         gpu=row["gpu"],
         published_tokens_per_second=published,
         predicted_tokens_per_second=None if predicted is None else round(predicted, 1),
+        predicted_range=None if predicted is None else (round(lowest, 1), round(highest, 1)),
         error_percent=None if predicted is None else round(100 * (predicted / published - 1), 2),
         reason=reason,
     )
@@ -76,9 +82,19 @@ def summarise(rows: Sequence[SpeedPrediction]) -> SpeedReport:
     return SpeedReport(
         rows=tuple(rows),
         predicted_rows=len(errors),
+        rows_in_range=sum(map(is_in_range, rows)),
+        rows_within_20_percent=sum(error <= 20 for error in errors),
         median_error_percent=round(statistics.median(errors), 2) if errors else None,
         max_error_percent=max(errors, default=None),
     )
+
+
+def is_in_range(row: SpeedPrediction) -> bool:
+    """Return whether the published speed lies in the predicted range."""
+    if row.predicted_range is None:
+        return False
+    lowest, highest = row.predicted_range
+    return lowest <= row.published_tokens_per_second <= highest
 
 
 def run(path: Path, *, as_json: bool) -> SpeedReport:
@@ -104,13 +120,14 @@ def run(path: Path, *, as_json: bool) -> SpeedReport:
 
 def table(report: SpeedReport) -> Table:
     """Return the report as a table for the terminal."""
-    columns = Table("run", "card", "published tokens/s", "predicted tokens/s", "error %")
+    columns = Table("run", "card", "published tokens/s", "predicted tokens/s", "range", "error %")
     for row in report.rows:
         columns.add_row(
             row.id,
             row.gpu,
             f"{row.published_tokens_per_second:,.0f}",
             "-" if row.predicted_tokens_per_second is None else f"{row.predicted_tokens_per_second:,.0f}",
+            "-" if row.predicted_range is None else " to ".join(f"{speed:,.0f}" for speed in row.predicted_range),
             "-" if row.error_percent is None else f"{row.error_percent:+.1f}",
         )
     return columns
@@ -122,7 +139,8 @@ def summary(report: SpeedReport) -> str:
         return f"none of the {len(report.rows)} rows can be predicted"
     return (
         f"{report.predicted_rows} of {len(report.rows)} rows predicted; absolute error: median "
-        f"{report.median_error_percent:.1f} %, largest {report.max_error_percent:.1f} %"
+        f"{report.median_error_percent:.1f} %, largest {report.max_error_percent:.1f} %; {report.rows_within_20_percent} within "
+        f"20 %, {report.rows_in_range} in the predicted range"
     )
 
 
@@ -135,15 +153,21 @@ def _check(row: MeasuredRow) -> None:
         return
 
 
-def _tokens_per_second(row: MeasuredRow, specified: Run) -> float:
-    """Return the predicted speed of a row.
+def _tokens_per_second(row: MeasuredRow, specified: Run) -> tuple[float, float, float]:
+    """Return the lowest, the predicted and the highest speed of a row.
 
     Raises:
         CannotTrace: the model's code fails, as that of another transformers version may.
         UsageError: transformers cannot build the model.
     """
     try:
-        return specified.step.tokens / predicted_seconds(specified.step, specified.rates, compiled=specified.compiled)
+        step, rates, compiled = specified
+        shortest, longest = predicted_range(step, rates, compiled=compiled)
+        return (
+            step.tokens / longest,
+            step.tokens / predicted_seconds(step, rates, compiled=compiled),
+            step.tokens / shortest,
+        )
     except LowVramError as error:
         raise wrong_cell(row, "config", str(error)) from None
     except Exception as error:  # whatever the model's code raises

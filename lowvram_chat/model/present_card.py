@@ -11,16 +11,7 @@ import logging
 import torch
 
 from lowvram_chat import nvidia_smi
-from lowvram_chat.gpus import (
-    CONTEXT_MIB,
-    DEFAULT_GPU,
-    GPUS,
-    SHARE_OF_BANDWIDTH,
-    SHARE_OF_PEAK,
-    USABLE_SHARES,
-    known_gpu,
-    this_system,
-)
+from lowvram_chat.gpus import CONTEXT_MIB, DEFAULT_GPU, GPUS, USABLE_SHARES, known_gpu, this_system
 from lowvram_chat.model.calibration import Calibration, load, processor_name
 from lowvram_chat.nvidia_smi import SmiCard
 from lowvram_chat.recipe.card import card_of
@@ -115,16 +106,16 @@ def _card(found: SmiCard, capability: float, available_mib: int) -> Card:
 
 
 def _calibrated(card: Card, calibration: Calibration) -> Card:
-    """Return the card with the rates that the self-test of this machine measured, as the peaks that the time model expects."""
-    half, single, bytes_rate = calibration.half_tflops, calibration.single_tflops, calibration.gb_per_second
-    measured = {
-        "fp16_tflops": half and half / SHARE_OF_PEAK,
-        "fp32_tflops": single and single / SHARE_OF_PEAK,
-        "gb_per_second": bytes_rate and bytes_rate / SHARE_OF_BANDWIDTH,
-        "launch_microseconds": calibration.launch_microseconds,
-        "context_mib": calibration.context_mib,
+    """Return the card with what the self-test of this machine measured: rates that were reached, in place of peaks."""
+    rates = {
+        "fp16_tflops": calibration.half_tflops,
+        "fp32_tflops": calibration.single_tflops,
+        "gb_per_second": calibration.gb_per_second,
     }
-    return card.model_copy(update={name: value for name, value in measured.items() if value} | {"calibrated": True})
+    measured = {"launch_microseconds": calibration.launch_microseconds, "context_mib": calibration.context_mib}
+    if all(rates.values()):
+        measured |= rates | {"calibrated": True}
+    return card.model_copy(update={name: value for name, value in measured.items() if value})
 
 
 def _from_the_table(found: SmiCard, capability: float, usable: int) -> Card:

@@ -256,11 +256,13 @@ class Card(Section):
     fp16_accumulation_gain: Rate = 1.0
     """Speed of fp16 products with fp16 accumulation relative to fp32 accumulation: 2 on GeForce RTX."""
     launch_microseconds: Rate | None = None
-    """Time that Python, PyTorch and the driver need for an operation; null: 20 on Linux, 30 on Windows."""
+    """Time that Python, PyTorch and the driver need for an operation; null: 12 on Linux and 18 on Windows, and 30 and 45 beside a
+    server's card."""
     context_mib: Positive | None = None
     """Memory of a CUDA context, in MiB; null: 300."""
     calibrated: bool = False
-    """Whether the self-test of this machine measured these figures. `doctor --selftest` sets it."""
+    """Whether the self-test of this machine measured these figures: rates that products reached, in place of peaks. `doctor
+    --selftest` sets it."""
 
 
 class Memory(Section):

@@ -51,6 +51,7 @@ def _speed_document(speed: Speed) -> dict[str, object]:
         "gpu": speed.gpu,
         "watts": speed.watts,
         "tokens_per_second": round(speed.tokens_per_second, 1),
+        "tokens_per_second_range": [round(rate, 1) for rate in speed.range_of_tokens_per_second],
         "seconds_per_step": round(speed.seconds_per_step, 5),
         "utilisation": round(speed.utilisation, 4),
         "seconds_per_baseline_epoch": round(epoch, 1),

@@ -16,10 +16,6 @@ from lowvram_chat.timing.speed import Speed, predict_speed, speeds_by_power_limi
 from lowvram_chat.timing.whole_run import steps_of
 from lowvram_chat.units import MIB, count, format_duration, format_mib
 
-FITTED_ERROR_PERCENT, OTHER_ERROR_PERCENT = 6, 17
-"""Median error of the time model on the 11 published speeds that its constants were chosen with, and on 36 others.
-
-Source: python -m benchmarks.validation speed, without and with benchmarks/data/speeds_measured.csv."""
 PEAK_PHASES = {
     "load": "while the model is loaded",
     "checks": "in the checks before the first step",
@@ -58,8 +54,8 @@ def speed_lines(recipe: Recipe, plan: Plan) -> str:
             "and memory.card takes them"
         )
     lines = [
-        f"predicted speed on {card.title}, for rows of data.max_length tokens (median error "
-        f"{FITTED_ERROR_PERCENT} % on the published speeds it was fitted to, {OTHER_ERROR_PERCENT} % on others):"
+        f"predicted speed on {card.title}, for rows of data.max_length tokens, and the range that held nine in ten published "
+        "speeds:"
     ]
     steps = steps_of(recipe)
     return "\n".join([*lines, *(_speed_line(speed, steps) for speed in speeds_by_power_limit(recipe, plan.work))])
@@ -73,8 +69,10 @@ def _speed_line(speed: Speed, steps: int | None) -> str:
         else f"; the run's {count(steps, 'step')}: {format_duration(steps * speed.seconds_per_step)}"
     )
     watts = f"{speed.watts} W: " if speed.watts else ""
+    lowest, highest = speed.range_of_tokens_per_second
     return (
-        f"  {watts}{speed.tokens_per_second:,.0f} tokens/s, {1000 * speed.seconds_per_step:,.0f} ms per step, "
+        f"  {watts}{speed.tokens_per_second:,.0f} tokens/s ({lowest:,.0f} to {highest:,.0f}), "
+        f"{1000 * speed.seconds_per_step:,.0f} ms per step, "
         f"{speed.utilisation:.0%} of the peak rate{run}"
     )
 

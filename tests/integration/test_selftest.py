@@ -18,6 +18,8 @@ from lowvram_chat.results import record
 from lowvram_chat.results.record import CheckResult, Record
 from lowvram_chat.selftest import exactness, rates, runs, steps, suite
 from lowvram_chat.selftest.check import Check, Outcome, figure
+from lowvram_chat.timing.constants import SHARE_OF_BANDWIDTH, SHARE_OF_TENSOR_CORES
+from lowvram_chat.timing.speed import card_rates
 from tests.runs import Bench, curve
 from tests.samples import ROOT
 from tests.unit.test_present_card import LAPTOP_3050, driver
@@ -141,8 +143,10 @@ def test_a_plan_for_the_card_uses_what_was_measured(monkeypatch: pytest.MonkeyPa
     assert card.is_calibrated
     assert card.context_mib == 222
     assert card.launch_seconds == pytest.approx(42e-6)
-    assert next(iter(card.fp16_tflops.values())) == pytest.approx(10.0)
-    assert card.gb_per_second == pytest.approx(150.0)
+    assert (next(iter(card.fp16_tflops.values())), card.gb_per_second) == (7.5, 120.0)
+    rates = card_rates(card, next(iter(card.fp16_tflops)))  # peaks of which the model reaches what was measured
+    assert rates.half_tflops * SHARE_OF_TENSOR_CORES == pytest.approx(7.5, rel=0.02)
+    assert rates.gb_per_second * SHARE_OF_BANDWIDTH == pytest.approx(120.0)
 
 
 def test_calibration_takes_the_figures_of_the_checks() -> None:

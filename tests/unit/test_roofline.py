@@ -6,21 +6,33 @@ from typing import Any
 
 import pytest
 
-from lowvram_chat.gpus import SHARE_OF_BANDWIDTH, SHARE_OF_PEAK
-from lowvram_chat.timing.fusion import fuse
-from lowvram_chat.timing.roofline import (
+from lowvram_chat.timing.constants import (
+    FLOPS_PER_TESTED_PRODUCT,
     SECONDS_PER_KERNEL,
     SECONDS_PER_LAUNCH,
-    SHARE_OF_PEAK_UNALIGNED,
+    SECONDS_PER_PRODUCT,
+    SERVER_SECONDS_PER_LAUNCH,
+    SHARE_OF_BANDWIDTH,
+    SHARE_OF_SHADERS,
+    SHARE_OF_TENSOR_CORES,
+    SHARE_OF_TENSOR_CORES_UNALIGNED,
+)
+from lowvram_chat.timing.fusion import fuse
+from lowvram_chat.timing.roofline import (
     Rates,
+    peak_of,
+    range_of_seconds,
     seconds_on_card,
     seconds_per_step,
     sum_over_step,
+    sustained_tflops,
 )
 from lowvram_chat.tracing.operations import Access, Operation
 
 RATES = Rates(half_tflops=10.0, single_tflops=5.0, gb_per_second=100.0)
 LAUNCH = SECONDS_PER_LAUNCH["linux"]
+PRODUCT = SECONDS_PER_KERNEL + SECONDS_PER_PRODUCT
+"""Overhead of the kernel of a matrix product."""
 MB = 10**6
 
 
@@ -49,7 +61,7 @@ def moved(operations: list[Operation]) -> int:
 
 def test_an_operation_takes_the_longer_of_its_products_and_its_bytes() -> None:
     few_bytes = operation({"a": MB}, flops=10**10)
-    assert seconds_on_card(few_bytes, RATES) == pytest.approx(1e-3 / SHARE_OF_PEAK + SECONDS_PER_KERNEL)
+    assert seconds_on_card(few_bytes, RATES) == pytest.approx(1e-3 / SHARE_OF_TENSOR_CORES + PRODUCT)
     many_bytes = operation({"a": 1000 * MB}, flops=10**10)
     assert seconds_on_card(many_bytes, RATES) == pytest.approx(1e-2 / SHARE_OF_BANDWIDTH + SECONDS_PER_KERNEL)
 
@@ -58,9 +70,56 @@ def test_unaligned_rows_slow_products_on_tensor_cores_only() -> None:
     half = operation(flops=10**10, unaligned=(Access("a", 1),))
     single = half._replace(precision="single")
     on_shaders = Rates(half_tflops=10.0, single_tflops=5.0, gb_per_second=100.0, half_on_tensor_cores=False)
-    assert seconds_on_card(half, RATES) == pytest.approx(1e-3 / SHARE_OF_PEAK_UNALIGNED + SECONDS_PER_KERNEL)
-    assert seconds_on_card(half, on_shaders) == pytest.approx(1e-3 / SHARE_OF_PEAK + SECONDS_PER_KERNEL)
-    assert seconds_on_card(single, RATES) == pytest.approx(2e-3 / SHARE_OF_PEAK + SECONDS_PER_KERNEL)
+    assert seconds_on_card(half, RATES) == pytest.approx(1e-3 / SHARE_OF_TENSOR_CORES_UNALIGNED + PRODUCT)
+    assert seconds_on_card(half, on_shaders) == pytest.approx(1e-3 / SHARE_OF_SHADERS + PRODUCT)
+    assert seconds_on_card(single, RATES) == pytest.approx(2e-3 / SHARE_OF_SHADERS + PRODUCT)
+
+
+def test_a_power_limit_bounds_the_products_in_half_precision() -> None:
+    assert sustained_tflops(72, (8, 9)) == pytest.approx(50.4)  # an L4, of 121 TFLOPS
+    assert sustained_tflops(80, (8, 6)) > 14.25  # an RTX 3050 Laptop is not bound
+    bound = Rates(half_tflops=100.0, single_tflops=50.0, gb_per_second=1000.0, sustained_tflops=20.0)
+    half = operation(flops=10**12)
+    assert seconds_on_card(half, bound) == pytest.approx(1 / 20 + PRODUCT)
+    assert seconds_on_card(half._replace(precision="single"), bound) < 1 / 20
+
+
+def test_attention_that_skips_the_masked_half_reaches_more_than_that_which_does_not() -> None:
+    flash, masked = (
+        seconds_on_card(operation(flops=10**12, name=f"aten._scaled_dot_product_{kind}_attention.default"), RATES)
+        for kind in ("flash", "efficient")
+    )
+    assert masked > 2 * flash
+
+
+@pytest.mark.parametrize("measured", [3.0, 14.0, 400.0])
+def test_a_measured_rate_is_predicted_again(measured: float) -> None:
+    rates = Rates(half_tflops=peak_of(measured, on_tensor_cores=True), single_tflops=1.0, gb_per_second=10.0**6)
+    product = operation(flops=int(FLOPS_PER_TESTED_PRODUCT))
+    predicted = FLOPS_PER_TESTED_PRODUCT / seconds_on_card(product, rates) / 1e12
+    assert predicted == pytest.approx(measured, rel=0.01 if measured < 100 else 0.1)
+
+
+def test_the_range_is_wider_for_launches_that_nobody_measured() -> None:
+    launches = [[operation()] * 1000, []]
+    shortest, longest = range_of_seconds(launches, RATES, 1)
+    assert shortest == pytest.approx(700 * LAUNCH, rel=0.01)
+    assert longest == pytest.approx(1600 * LAUNCH, rel=0.01)
+    measured = Rates(half_tflops=10.0, single_tflops=5.0, gb_per_second=100.0, launch_seconds=LAUNCH)
+    shortest, longest = range_of_seconds(launches, measured, 1)
+    assert shortest == pytest.approx(longest, rel=0.01)
+    busy = [[operation({"a": 800 * MB})], []]
+    middle = seconds_per_step(busy, RATES, 1)
+    shortest, longest = range_of_seconds(busy, RATES, 1)
+    assert (shortest / middle, middle / longest) == pytest.approx((0.8, 0.8), rel=0.01)
+
+
+def test_servers_launch_more_slowly_and_the_trainer_takes_its_time() -> None:
+    launches = [[operation()] * 1000, []]
+    server = Rates(half_tflops=10.0, single_tflops=5.0, gb_per_second=100.0, in_server=True)
+    assert seconds_per_step(launches, server, 1) == pytest.approx(1000 * SERVER_SECONDS_PER_LAUNCH["linux"], rel=0.01)
+    trained = seconds_per_step([launches[0], launches[0], []], RATES, 3, host_launches=(10, 100))
+    assert trained == pytest.approx((3 * 1010 + 100) * LAUNCH, rel=0.01)
 
 
 def test_a_step_of_small_operations_takes_as_long_as_the_host_needs_to_launch_them() -> None:

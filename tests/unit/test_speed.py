@@ -10,8 +10,12 @@ from typing import Any
 
 import pytest
 
+from benchmarks.validation.csv_rows import read_rows
 from benchmarks.validation.published_runs import LADDER
 from benchmarks.validation.speed import compare, largest_error, median_error, table
+from benchmarks.validation.speed_file import predict_speed as predicted_row
+from benchmarks.validation.speed_file import summarise
+from benchmarks.validation.speed_rows import REQUIRED_COLUMNS
 from lowvram_chat.gpus import GPUS
 from lowvram_chat.planning.prediction import make_plan
 from lowvram_chat.recipe.schema import Recipe
@@ -54,9 +58,19 @@ def speed(folder: str, *, compiled: bool = False, fp16_accumulation: bool = Fals
 
 def test_the_published_speeds_are_met_within_the_error_that_is_claimed() -> None:
     rows = compare()
-    assert median_error(rows) <= 0.065
-    assert largest_error(rows) <= 0.125
+    assert median_error(rows) <= 0.045
+    assert largest_error(rows) <= 0.15
     assert table(rows).row_count == len(rows) == 13
+
+
+def test_nine_in_ten_of_the_other_published_speeds_are_met_and_in_the_range() -> None:
+    rows = read_rows(ROOT / "benchmarks" / "data" / "speeds_measured.csv", REQUIRED_COLUMNS)
+    report = summarise([predicted_row(row) for row in rows])
+    assert report.predicted_rows == 36
+    assert report.median_error_percent is not None
+    assert report.median_error_percent <= 8
+    assert report.rows_within_20_percent >= 33
+    assert report.rows_in_range >= 33
 
 
 def test_each_step_of_the_ladder_is_predicted_faster_than_the_one_before() -> None:
@@ -94,7 +108,8 @@ def test_the_fast_recipe_does_the_baseline_s_work_sooner() -> None:
     compiled = predict_speed(fast, operations, watts=80, compiled=True)
     assert eager.tokens_per_step == 2048
     assert seconds_of_the_baseline_s_work(eager) < 3.75 * 3600
-    assert seconds_of_the_baseline_s_work(compiled) < 3 * 3600
+    assert seconds_of_the_baseline_s_work(compiled) < 3.25 * 3600
+    assert seconds_of_the_baseline_s_work(compiled) < seconds_of_the_baseline_s_work(eager)
     assert seconds_of_the_baseline_s_work(compiled) * compiled.utilisation == pytest.approx(87 * 60, rel=0.01)
 
 

@@ -73,13 +73,19 @@ def test_predicted_and_unpredicted_rows_are_all_listed(tmp_path: Path, capsys: p
     assert main(["speed", str(path), "--json"]) == 0
     lines = capsys.readouterr().out.splitlines()
     document = json.loads(lines[-1])
-    assert list(document) == ["rows", "predicted_rows", "median_error_percent", "max_error_percent"]
+    assert list(document) == [
+        *("rows", "predicted_rows", "rows_in_range", "rows_within_20_percent"),
+        *("median_error_percent", "max_error_percent"),
+    ]
     assert [row["id"] for row in document["rows"]] == ["r1", "r2", "r3"]
     assert document["predicted_rows"] == 2
     first, unknown, last = document["rows"]
     assert first["predicted_tokens_per_second"] > last["predicted_tokens_per_second"] > 0
     assert first["error_percent"] == pytest.approx(100 * (first["predicted_tokens_per_second"] / 1000 - 1), abs=0.02)
+    lowest, highest = first["predicted_range"]
+    assert lowest < first["predicted_tokens_per_second"] < highest
     assert unknown["predicted_tokens_per_second"] is None
+    assert unknown["predicted_range"] is None
     assert "Abacus 9" in unknown["reason"]
     assert any(line.startswith("not predicted: r2: ") for line in lines)
     assert lines[-2].startswith("2 of 3 rows predicted")
