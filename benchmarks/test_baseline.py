@@ -16,7 +16,7 @@ PUBLISHED_HOURS = BASELINE_SECONDS / 3600
 OWN_RECIPE_ERROR = 0.12
 """How far the prediction of the baseline's own recipe may be from its published time."""
 LORA = ("adapter.kind=lora",)
-MAX_HOURS = {"fast_fp16": 3.0, f"fast_fp16 {LORA[0]}": 2.0}
+MAX_HOURS = {"fast_fp16": 3.25, f"fast_fp16 {LORA[0]}": 2.0}
 """The longest time at 80 W that passes, for the fastest recipe, full and as LoRA; the others must beat the baseline."""
 GPT2 = [name for name in RECIPES if load_recipe(RECIPES[name]).model.name == "openai-community/gpt2"]
 CASES = [*((name, ()) for name in GPT2), ("fast_fp16", LORA)]
