@@ -23,6 +23,7 @@ check_private_names(
     "torch.ops.aten._local_scalar_dense.default._schema",
     "torch.ops.aten._reshape_alias.default",
     "torch.ops.aten._scaled_dot_product_efficient_attention_backward.default",
+    "torch.ops.aten._scaled_dot_product_flash_attention.default",
     "torch.ops.aten._scaled_dot_product_flash_attention_backward.default",
     "torch.ops.aten._unsafe_view.default",
     "torch.ops.profiler._record_function_enter_new.default",
@@ -137,7 +138,20 @@ def _varlen_backward_flops(
     return 5 * query.numel() * longest
 
 
+def _in_place_product_flops(_: torch.Tensor, left: torch.Tensor, right: torch.Tensor, **__: object) -> int:
+    """FLOPs of a product (M, K) x (K, N), or of a batch of them, that is added to its first argument."""
+    return 2 * left.numel() * right.shape[-1]
+
+
 FLOPS_BY_NAME: Mapping[str, Callable[..., int]] = {
+    "aten._scaled_dot_product_flash_attention_for_cpu.default": flop_registry[
+        torch.ops.aten._scaled_dot_product_flash_attention
+    ],
+    "aten._scaled_dot_product_flash_attention_for_cpu_backward.default": flop_registry[
+        torch.ops.aten._scaled_dot_product_flash_attention_backward
+    ],
+    "aten.addmm_.default": _in_place_product_flops,
+    "aten.baddbmm_.default": _in_place_product_flops,
     "bitsandbytes.gemm_4bit.default": _gemm_4bit_flops,
     "torch_attn._varlen_attn.default": _varlen_flops,
     "torch_attn._varlen_attn_backward.default": _varlen_backward_flops,

@@ -26,8 +26,10 @@ EQUIVALENT_ADAPTERS = {"pissa": "lora"}
 """Adapter kind -> a kind that takes the same memory. PiSSA differs only in its initial values, which need an SVD."""
 
 
-def build_meta_model(recipe: Recipe, device: str = "meta") -> LanguageModel:
+def build_meta_model(recipe: Recipe, device: str = "meta", *, on_cpu: bool = False) -> LanguageModel:
     """Return the recipe's model in training mode, as `training.session.build_model` builds it, with random weights.
+
+    `on_cpu`: with the variants that are fastest on a CPU.
 
     Raises:
         NotFoundError, ModelError: an unknown model, too few positions, or an adapter target that the model lacks.
@@ -36,8 +38,8 @@ def build_meta_model(recipe: Recipe, device: str = "meta") -> LanguageModel:
         base = _base_model(recipe.model, recipe.data.max_length)
         if recipe.train.gradient_checkpointing:
             check_gradient_checkpointing(base)
-        attach_loss(base, fused=recipe.model.fused_loss, pad_vocabulary=recipe.model.pad_vocabulary)
-        model = base if recipe.adapter is None else _add_adapter(base, recipe.adapter)
+        attach_loss(base, fused=recipe.model.fused_loss, pad_vocabulary=recipe.model.pad_vocabulary, on_cpu=on_cpu)
+        model = base if recipe.adapter is None else _add_adapter(base, recipe.adapter, on_cpu=on_cpu)
     return prepare_for_training(model, recipe)
 
 
@@ -75,12 +77,12 @@ def _base_model(settings: Model, max_length: int) -> PreTrainedModel:
     return model
 
 
-def _add_adapter(base: PreTrainedModel, adapter: Adapter) -> PeftModel:
+def _add_adapter(base: PreTrainedModel, adapter: Adapter, *, on_cpu: bool) -> PeftModel:
     """Return the model with its adapter. Trained parameters are fp32, as `training.trainer` makes them."""
     from lowvram_chat.model.adapters import add_adapter
 
     kind = EQUIVALENT_ADAPTERS.get(adapter.kind, adapter.kind)
-    model = add_adapter(base, adapter.model_copy(update={"kind": kind}))
+    model = add_adapter(base, adapter.model_copy(update={"kind": kind}), on_cpu=on_cpu)
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()

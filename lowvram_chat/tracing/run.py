@@ -49,19 +49,23 @@ class RunTrace:
     """The operations of the step `LISTED_STEP`: a list for each micro-batch, and one for the optimizer's update."""
 
 
-def trace_run(recipe: Recipe, rules: DeviceRules, steps: Sequence[Sequence[MicroBatchShape]]) -> RunTrace:
+def trace_run(
+    recipe: Recipe, rules: DeviceRules, steps: Sequence[Sequence[MicroBatchShape]], *, on_cpu: bool = False
+) -> RunTrace:
     """Return the trace of a run of these optimizer steps, each a list of micro-batches.
+
+    `on_cpu`: with the variants that are fastest on a CPU.
 
     Raises:
         NotFoundError, ModelError: the model or its adapter is not available.
     """
     with _no_garbage_collection(), _readable_4bit_weights(recipe):
-        return _trace(recipe, rules, steps)
+        return _trace(recipe, rules, steps, on_cpu=on_cpu)
 
 
-def _trace(recipe: Recipe, rules: DeviceRules, steps: Sequence[Sequence[MicroBatchShape]]) -> RunTrace:
+def _trace(recipe: Recipe, rules: DeviceRules, steps: Sequence[Sequence[MicroBatchShape]], *, on_cpu: bool) -> RunTrace:
     """Return the trace, in an environment that `trace_run` has prepared."""
-    model = build_meta_model(recipe)
+    model = build_meta_model(recipe, on_cpu=on_cpu)
     if recipe.data.rows == "packed" and rules.has_varlen_attention(recipe, model.config):
         use_attention_by_document(base_model_of(model), VARLEN_ATTENTION)
     make_optimizer = prepare_optimizer(recipe, model)

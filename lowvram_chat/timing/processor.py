@@ -1,0 +1,44 @@
+"""Predicts how long a step takes on this machine's processor, from its operations and the rates that the self-test measured.
+
+A processor runs one operation after the other: each takes the longer of its products and its memory traffic, and the time that the
+host needs for any operation. The constants were chosen with the profiles of four runs on an AMD EPYC with AVX-512 (two cores).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from lowvram_chat.timing.roofline import sum_over_step
+from lowvram_chat.tracing.operations import Operation, Work
+
+SHARE_OF_PRODUCTS, SHARE_OF_ATTENTION = 0.95, 0.75
+"""Share of the measured rate of GPT-2's products that a run's products reach, and attention, FLOPs counted without the mask."""
+SHARE_OF_BANDWIDTH, SHARE_OF_COMPUTED = 0.6, 0.25
+"""Share of the measured bandwidth that elementwise operations and sums reach, and those that compute exponentials."""
+COMPUTED = ("gelu", "softmax", "tanh", "silu", "exp", "amax")
+"""Parts of the names of operations that compute exponentials, or follow one that does."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProcessorRates:
+    """What the self-test measures on a processor."""
+
+    single_tflops: float
+    """Rate of GPT-2's fp32 products."""
+    gb_per_second: float
+    """Bandwidth of a large elementwise operation."""
+    launch_seconds: float
+    """Time that the host needs for an operation."""
+
+
+def seconds_of(operation: Operation, rates: ProcessorRates) -> float:
+    """Return how long an operation takes."""
+    share = SHARE_OF_COMPUTED if any(name in operation.name for name in COMPUTED) else SHARE_OF_BANDWIDTH
+    memory = operation.nbytes / (1e9 * rates.gb_per_second * share)
+    reached = SHARE_OF_ATTENTION if "attention" in operation.name else SHARE_OF_PRODUCTS
+    return max(operation.flops / (1e12 * rates.single_tflops * reached), memory) + rates.launch_seconds
+
+
+def seconds_per_step(work: Work, rates: ProcessorRates, micro_batches: int) -> float:
+    """Return how long an optimizer step of `micro_batches` takes."""
+    return sum_over_step(work, micro_batches, lambda operation: seconds_of(operation, rates))
