@@ -1,7 +1,7 @@
 """Predicts the steps of six runs on this machine's processor, and measures them.
 
-The prediction knows the recipe and the rates that the self-test measures. These are measured right before and right after each run
-and averaged, because the speed of a shared machine varies.
+The prediction knows the recipe and the rates that the self-test measures. These are measured right before and right after each
+run and averaged, because the speed of a shared machine varies.
 """
 
 from __future__ import annotations

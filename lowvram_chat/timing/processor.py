@@ -1,7 +1,7 @@
 """Predicts how long a step takes on this machine's processor, from its operations and the rates that the self-test measured.
 
-A processor runs one operation after the other: each takes the longer of its products and its memory traffic, and the time that the
-host needs for any operation. The constants were chosen with the profiles of four runs on an AMD EPYC with AVX-512 (two cores).
+A processor runs one operation after the other: each takes the longer of its products and its memory traffic, and the time that
+the host needs for any operation. The constants were chosen with the profiles of four runs on an AMD EPYC with AVX-512, two cores.
 """
 
 from __future__ import annotations
