@@ -67,6 +67,10 @@ SILENCED_MESSAGES = (
         beginning="mtime may not be reliable on this filesystem",
         reason="checkpoints are numbered, and their numbers are then used instead of their times",
     ),
+    SilencedMessage(
+        beginning="`loss_type=None` was set in the config but it is unrecognized",
+        reason="GPT-2's config names no loss, and what transformers then uses is the loss of causal language models",
+    ),
 )
 """All other messages of transformers, from warnings on, reach the user."""
 

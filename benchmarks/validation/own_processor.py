@@ -16,10 +16,7 @@ import torch
 from lowvram_chat.recipe.schema import Recipe
 from lowvram_chat.results.measure import measure_steps
 from lowvram_chat.selftest.rates import bandwidth, launch_latency, product_rate
-from lowvram_chat.timing.processor import ProcessorRates, seconds_per_step
-from lowvram_chat.tracing.rules import DeviceRules
-from lowvram_chat.tracing.run import trace_run
-from lowvram_chat.tracing.training_loop import MicroBatchShape
+from lowvram_chat.timing.processor import ProcessorRates, predicted_seconds
 
 CPU = torch.device("cpu")
 STEPS = 4
@@ -80,18 +77,6 @@ def predict_and_measure(case: str) -> OwnStep:
         launch_seconds=(before.launch_seconds + after.launch_seconds) / 2,
     )
     return OwnStep(recipe=recipe, predicted=predicted_seconds(recipe, rates), measured=measured)
-
-
-def predicted_seconds(recipe: Recipe, rates: ProcessorRates) -> float:
-    """Return the predicted time of a recipe's step with rows of the maximum length.
-
-    The packed rows that are measured hold one document each, so their attention is that of other rows.
-    """
-    shape = MicroBatchShape(recipe.data.max_length)
-    rows = recipe.model_copy(update={"data": recipe.data.model_copy(update={"rows": "padded"})})
-    count = recipe.train.gradient_accumulation_steps
-    work = trace_run(rows, DeviceRules(plain_rows=True), [[shape] * min(2, count)] * 2, on_cpu=True).work
-    return seconds_per_step(work, rates, count)
 
 
 def _measured_rates() -> ProcessorRates:

@@ -12,7 +12,7 @@ import torch
 
 from lowvram_chat import nvidia_smi
 from lowvram_chat.gpus import CONTEXT_MIB, DEFAULT_GPU, GPUS, USABLE_SHARES, known_gpu, this_system
-from lowvram_chat.model.calibration import Calibration, load, processor_name
+from lowvram_chat.model.calibration import Calibration, load
 from lowvram_chat.nvidia_smi import SmiCard
 from lowvram_chat.recipe.card import card_of
 from lowvram_chat.recipe.choices import AUTO
@@ -31,24 +31,6 @@ def for_this_machine(recipe: Recipe) -> Recipe:
         return recipe
     available = found.memory_mib if found.free_mib is None else found.free_mib
     return _with_card(recipe, _card(found, found.compute_capability, available))
-
-
-def with_this_processor(recipe: Recipe) -> Recipe:
-    """Return the recipe planned for this machine's processor as if it were a card, with the rates that the self-test measured.
-
-    Only its speed means anything: a plan counts what CUDA's allocator would hold.
-    """
-    import psutil
-
-    card = Card(
-        name="this machine's processor",
-        memory_mib=psutil.virtual_memory().total // MIB,
-        compute_capability=8.6,
-        tensor_cores=False,
-    )
-    calibration = load(processor_name())
-    card = card if calibration is None else _calibrated(card, calibration)
-    return recipe.model_copy(update={"memory": Memory(card=card)})
 
 
 def describe(recipe: Recipe) -> str:

@@ -6,6 +6,7 @@ does not change the memory. What ran earlier in the same process does. An out-of
 
 from __future__ import annotations
 
+import copy
 import logging
 import tempfile
 import time
@@ -172,8 +173,11 @@ def with_random_weights(recipe: Recipe, folder: Path) -> Recipe:
     """Write a randomly initialised model of the recipe's architecture and return the recipe that loads it."""
     from transformers import AutoModelForCausalLM
 
-    AutoModelForCausalLM.from_config(config_for(recipe.model)).save_pretrained(folder)
-    load_tokenizer("builtin:tiny-gpt2").save_pretrained(folder)
+    tokenizer, config = load_tokenizer("builtin:tiny-gpt2"), copy.copy(config_for(recipe.model))
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):  # the Trainer would warn that they differ
+        setattr(config, name, getattr(tokenizer, name))
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
     model = recipe.model.model_copy(update={"name": str(folder), "revision": None})
     return recipe.model_copy(update={"model": model})
 

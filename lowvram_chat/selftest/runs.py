@@ -13,14 +13,17 @@ from pathlib import Path
 
 import torch
 
-from lowvram_chat.model.present_card import for_this_machine, with_this_processor
+from lowvram_chat.model import calibration
+from lowvram_chat.model.present_card import for_this_machine
 from lowvram_chat.planning.prediction import longest_rows_run, make_plan
 from lowvram_chat.planning.replay import replay
+from lowvram_chat.quiet import quiet_transformers
 from lowvram_chat.recipe.schema import Recipe
 from lowvram_chat.recipe.yaml_file import dump_recipe, load_recipe
 from lowvram_chat.results.measure import StepTimer, random_rows, training_steps_only, with_random_weights
 from lowvram_chat.results.record import Metric
 from lowvram_chat.selftest.check import Outcome, figure, skipped
+from lowvram_chat.timing.processor import ProcessorRates, predicted_seconds
 from lowvram_chat.timing.speed import predict_speed
 from lowvram_chat.training import budget
 from lowvram_chat.training.callbacks import peak_memory
@@ -172,15 +175,12 @@ def measured_and_predicted(name: str, recipe: Recipe, device_name: str) -> Mappi
 
     It is called in a process of its own, so that the peaks are this recipe's.
     """
-    from lowvram_chat.quiet import quiet_libraries, quiet_transformers
-
-    quiet_libraries()
     quiet_transformers()
     device = torch.device(device_name)
     on_card = device.type == "cuda"
     with tempfile.TemporaryDirectory(prefix="lowvram-chat-selftest-", ignore_cleanup_errors=True) as folder:
         steps = training_steps_only(recipe, Path(folder), TIMED_STEPS)
-        figures = dict(_predicted(for_this_machine(steps) if on_card else with_this_processor(steps), on_card))
+        figures = dict(_predicted_on_card(for_this_machine(steps)) if on_card else _predicted_on_cpu(steps))
         budget.cap_process_memory(steps, device)
         timer = StepTimer()
         session = Session.prepare(
@@ -196,13 +196,29 @@ def measured_and_predicted(name: str, recipe: Recipe, device_name: str) -> Mappi
     return {key if ":" in key else f"{name}: {key}": value for key, value in figures.items()}
 
 
-def _predicted(recipe: Recipe, on_card: bool) -> Iterator[tuple[str, Metric]]:
-    """Yield the predicted reserved peak of rows of the maximum length (on a card), and the predicted speed."""
-    if on_card:
-        reserved = replay(longest_rows_run(recipe)).peak_reserved_bytes / MIB
-        yield "predicted reserved", Metric(value=round(reserved, 1), unit="MiB", kind="predicted")
-    rate = predict_speed(recipe, make_plan(recipe).work).tokens_per_second
-    yield "predicted tokens/s", Metric(value=round(rate, 1), unit="tokens/s", kind="predicted")
+def _predicted_on_card(recipe: Recipe) -> Iterator[tuple[str, Metric]]:
+    """Yield the predicted reserved peak of rows of the maximum length, and the predicted speed."""
+    reserved = replay(longest_rows_run(recipe)).peak_reserved_bytes / MIB
+    yield "predicted reserved", Metric(value=round(reserved, 1), unit="MiB", kind="predicted")
+    yield "predicted tokens/s", _predicted_rate(predict_speed(recipe, make_plan(recipe).work).tokens_per_second)
+
+
+def _predicted_on_cpu(recipe: Recipe) -> Iterator[tuple[str, Metric]]:
+    """Yield the predicted speed, if the rates of this processor were measured."""
+    found = calibration.load(calibration.processor_name())
+    if found is None or not (found.single_tflops and found.gb_per_second and found.launch_microseconds):
+        return
+    rates = ProcessorRates(
+        single_tflops=found.single_tflops,
+        gb_per_second=found.gb_per_second,
+        launch_seconds=found.launch_microseconds / 1e6,
+    )
+    tokens = recipe.train.effective_batch_size * recipe.data.max_length
+    yield "predicted tokens/s", _predicted_rate(tokens / predicted_seconds(recipe, rates))
+
+
+def _predicted_rate(tokens_per_second: float) -> Metric:
+    return Metric(value=round(tokens_per_second, 1), unit="tokens/s", kind="predicted")
 
 
 def compared(name: str, figures: Mapping[str, Metric]) -> Outcome:

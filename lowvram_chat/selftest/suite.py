@@ -14,7 +14,7 @@ from lowvram_chat import __version__
 from lowvram_chat.model import calibration
 from lowvram_chat.model.calibration import SWITCHES, Calibration
 from lowvram_chat.model.device import choose_device
-from lowvram_chat.quiet import quiet_libraries, quiet_transformers
+from lowvram_chat.quiet import quiet_transformers
 from lowvram_chat.results import machine
 from lowvram_chat.results.processes import run_in_new_process
 from lowvram_chat.results.record import CheckResult, Metric, Record
@@ -113,7 +113,6 @@ def _keep(found: Calibration) -> None:
 
 def run_group(group: str, device: str) -> list[CheckResult]:
     """Return the results of a group's checks, in a process of their own."""
-    quiet_libraries()
     quiet_transformers()
     return [check.run(torch.device(device)) for check in GROUPS[group]]
 

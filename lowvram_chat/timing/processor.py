@@ -8,8 +8,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from lowvram_chat.recipe.schema import Recipe
 from lowvram_chat.timing.roofline import sum_over_step
 from lowvram_chat.tracing.operations import Operation, Work
+from lowvram_chat.tracing.rules import DeviceRules
+from lowvram_chat.tracing.run import trace_run
+from lowvram_chat.tracing.training_loop import MicroBatchShape
 
 SHARE_OF_PRODUCTS, SHARE_OF_ATTENTION = 0.95, 0.75
 """Share of the measured rate of GPT-2's products that a run's products reach, and attention, FLOPs counted without the mask."""
@@ -42,3 +46,15 @@ def seconds_of(operation: Operation, rates: ProcessorRates) -> float:
 def seconds_per_step(work: Work, rates: ProcessorRates, micro_batches: int) -> float:
     """Return how long an optimizer step of `micro_batches` takes."""
     return sum_over_step(work, micro_batches, lambda operation: seconds_of(operation, rates))
+
+
+def predicted_seconds(recipe: Recipe, rates: ProcessorRates) -> float:
+    """Return the predicted time of a recipe's step in fp32 with rows of the maximum length, packed rows of one document each.
+
+    Raises:
+        NotFoundError, ModelError: as `trace_run`.
+    """
+    shape, count = MicroBatchShape(recipe.data.max_length), recipe.train.gradient_accumulation_steps
+    rows = recipe.model_copy(update={"data": recipe.data.model_copy(update={"rows": "padded"})})
+    work = trace_run(rows, DeviceRules(plain_rows=True), [[shape] * min(2, count)] * 2, on_cpu=True).work
+    return seconds_per_step(work, rates, count)
