@@ -3,9 +3,11 @@
 Source: the project's collected facts, for the compute capability, the memory, the FP16 tensor rate with fp32 accumulation by
 power limit, the FP32 rate, the bandwidth, and the usable memory of 4 GB cards.
 
-The rows made by `_card` are computed from cores and boost clocks, and the bandwidths are those of data sheets. Our own
-estimates, which nobody has measured, are the usable memory of the other cards, the power limits of cards with a
-single one (except 45 W), and the FP16 rate of the T600 (twice its FP32 rate).
+The rows made by `_card` are computed from cores and boost clocks, and the bandwidths are those of data sheets. The rates of the
+A10 and of the RTX 4060, and the lower power limits of the RTX 2060 and 3060 Laptop, were written down from memory and agree
+with cores x 2 x boost clock; nobody has compared them with the published pages. Our own estimates, which nobody has measured,
+are the usable memory of the other cards, the power limits of cards with a single one (except 45 W), and the FP16 rate of the
+T600 (twice its FP32 rate).
 """
 
 from __future__ import annotations
