@@ -8,6 +8,7 @@ import pytest
 
 from benchmarks.suite import Keeper
 from benchmarks.validation.own_processor import CASES, predict_and_measure
+from lowvram_chat.results.processes import run_in_new_process
 from lowvram_chat.results.record import Metric
 
 MAX_ERROR = 0.15
@@ -15,7 +16,7 @@ MAX_ERROR = 0.15
 
 @pytest.mark.parametrize("case", CASES)
 def test_a_step_takes_as_long_as_predicted(case: str, keeper: Keeper) -> None:
-    step = predict_and_measure(case)
+    step = run_in_new_process(predict_and_measure, case)
     metrics = {
         "predicted": Metric(value=round(step.predicted, 4), unit="s", kind="predicted"),
         "measured": Metric(

@@ -148,6 +148,23 @@ def figures_table(cases: Cases) -> str:
     return _table(["case", *(name.replace("_", " ") for name in names)], rows)
 
 
+def selftest_table() -> str:
+    """Return what self-tests measured of the shipped recipes, and what was predicted: a row for each machine and recipe."""
+    head = ["machine", "recipe", "measured MiB", "predicted MiB", "measured tokens/s", "predicted tokens/s"]
+    rows = []
+    for record in load_all([*RESULTS.glob("*/selftest")]):
+        here = record.machine
+        name = here.card or f"{here.processor_model or here.processor}, {here.threads} threads"
+        for recipe in (figure.partition(":")[0] for figure in record.metrics if figure.endswith(": tokens/s")):
+            figures = (f"{recipe}: {figure}" for figure in SELFTEST_FIGURES)
+            rows.append([name, f"`{recipe}`", *(_figure(record, figure) for figure in figures)])
+    return _table(head, rows)
+
+
+SELFTEST_FIGURES = ("reserved", "predicted reserved", "tokens/s", "predicted tokens/s")
+"""What a self-test records of a recipe: the memory on cards only."""
+
+
 def _with_unit(metric: Metric) -> str:
     if metric.unit == "1":
         return f"{metric.value:.0%}"
@@ -169,6 +186,7 @@ TABLES: Mapping[str, Mapping[str, Table]] = {
         "turns": ("turns", "", turns_table),
         "ablation": ("ablation", "tiny: ", ablation_table),
     },
+    "benchmarks.md": {},
     "data.md": {
         "tokenize": ("tokenize", "", figures_table),
     },
@@ -214,7 +232,7 @@ def updated_page(page: str) -> str:
     text = (DOCS / page).read_text(encoding="utf-8")
     for name, (benchmark, prefix, make) in TABLES[page].items():
         text = insert_table(text, name, make(cases_of(benchmark, prefix)), page)
-    return text
+    return insert_table(text, "selftests", selftest_table(), page) if page == "benchmarks.md" else text
 
 
 def main() -> None:

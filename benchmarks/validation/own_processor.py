@@ -14,7 +14,6 @@ from typing import Any
 import torch
 
 from lowvram_chat.recipe.schema import Recipe
-from lowvram_chat.results.measure import measure_steps
 from lowvram_chat.selftest.rates import bandwidth, launch_latency, product_rate
 from lowvram_chat.timing.processor import ProcessorRates, predicted_seconds
 
@@ -66,7 +65,9 @@ def recipe_of(case: str) -> Recipe:
 
 
 def predict_and_measure(case: str) -> OwnStep:
-    """Return the predicted and the measured time of a case's step."""
+    """Return the predicted and the measured time of a case's step. It is meant for a process of its own."""
+    from lowvram_chat.results.measure import measure_steps  # imports libraries that use a card where there is one
+
     recipe = recipe_of(case)
     before = _measured_rates()
     measured = measure_steps(recipe, STEPS, "speed")["seconds"]
