@@ -7,7 +7,7 @@ import statistics
 import pytest
 
 from benchmarks.suite import Keeper
-from benchmarks.validation.own_processor import CASES, predict_and_measure
+from benchmarks.validation.own_runs import CASES
 from lowvram_chat.results.processes import run_in_new_process
 from lowvram_chat.results.record import Metric
 
@@ -16,6 +16,8 @@ MAX_ERROR = 0.15
 
 @pytest.mark.parametrize("case", CASES)
 def test_a_step_takes_as_long_as_predicted(case: str, keeper: Keeper) -> None:
+    from benchmarks.validation.own_processor import predict_and_measure  # and with it libraries that use a card
+
     step = run_in_new_process(predict_and_measure, case)
     metrics = {
         "predicted": Metric(value=round(step.predicted, 4), unit="s", kind="predicted"),

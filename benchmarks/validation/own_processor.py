@@ -7,40 +7,18 @@ run and averaged, because the speed of a shared machine varies.
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
+from benchmarks.validation.own_runs import recipe_of
 from lowvram_chat.recipe.schema import Recipe
+from lowvram_chat.results.measure import measure_steps
 from lowvram_chat.selftest.rates import bandwidth, launch_latency, product_rate
 from lowvram_chat.timing.processor import ProcessorRates, predicted_seconds
 
 CPU = torch.device("cpu")
 STEPS = 4
-TINY: dict[str, Any] = {"model": {"name": "builtin:tiny-gpt2"}, "train": {"per_device_train_batch_size": 16}}
-CASES: Mapping[str, dict[str, Any]] = {
-    "tiny, full": TINY,
-    "tiny, LoRA": TINY | {"adapter": {}},
-    "GPT-2 small, full": {},
-    "GPT-2 small, LoRA": {"adapter": {}},
-    "GPT-2 small, packed": {"data": {"rows": "packed", "max_length": 512}, "train": {"per_device_train_batch_size": 1}},
-    "GPT-2 small, checkpointed": {"train": {"gradient_checkpointing": True}},
-}
-"""Name of a run -> what it changes in `BASE`."""
-BASE: dict[str, dict[str, Any]] = {
-    "model": {"name": "openai-community/gpt2", "dropout": 0.0},
-    "data": {"source": "unused.jsonl", "max_length": 256},
-    "train": {
-        "precision": "fp32",
-        "per_device_train_batch_size": 2,
-        "gradient_accumulation_steps": 2,
-        "compile": False,
-        "dataloader_num_workers": 0,
-    },
-    "optimizer": {"name": "adamw"},
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,17 +35,8 @@ class OwnStep:
         return self.predicted / statistics.median(self.measured) - 1
 
 
-def recipe_of(case: str) -> Recipe:
-    """Return the recipe of a case."""
-    changes = CASES[case]
-    sections = {name: section | changes.get(name, {}) for name, section in BASE.items()}
-    return Recipe.model_validate(changes | sections)
-
-
 def predict_and_measure(case: str) -> OwnStep:
     """Return the predicted and the measured time of a case's step. It is meant for a process of its own."""
-    from lowvram_chat.results.measure import measure_steps  # imports libraries that use a card where there is one
-
     recipe = recipe_of(case)
     before = _measured_rates()
     measured = measure_steps(recipe, STEPS, "speed")["seconds"]
