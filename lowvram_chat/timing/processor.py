@@ -6,6 +6,7 @@ the host needs for any operation. The constants were chosen with the profiles of
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from lowvram_chat.recipe.schema import Recipe
@@ -17,10 +18,13 @@ from lowvram_chat.tracing.training_loop import MicroBatchShape
 
 SHARE_OF_PRODUCTS, SHARE_OF_ATTENTION = 0.95, 0.75
 """Share of the measured rate of GPT-2's products that a run's products reach, and attention, FLOPs counted without the mask."""
-SHARE_OF_BANDWIDTH, SHARE_OF_COMPUTED = 0.6, 0.25
-"""Share of the measured bandwidth that elementwise operations and sums reach, and those that compute exponentials."""
-COMPUTED = ("gelu", "softmax", "tanh", "silu", "exp", "amax")
-"""Parts of the names of operations that compute exponentials, or follow one that does."""
+SHARE_OF_BANDWIDTH = 0.6
+"""Share of the measured bandwidth that elementwise operations and sums reach."""
+OTHER_SHARES: Mapping[str, float] = {
+    **dict.fromkeys(("gelu", "softmax", "tanh", "silu", "exp", "amax"), 0.25),
+    "optimizer_update_8bit": 0.05,
+}
+"""Part of an operation's name -> its share: those that compute exponentials, or follow one that does, and 8-bit optimizers."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +41,7 @@ class ProcessorRates:
 
 def seconds_of(operation: Operation, rates: ProcessorRates) -> float:
     """Return how long an operation takes."""
-    share = SHARE_OF_COMPUTED if any(name in operation.name for name in COMPUTED) else SHARE_OF_BANDWIDTH
+    share = next((share for name, share in OTHER_SHARES.items() if name in operation.name), SHARE_OF_BANDWIDTH)
     memory = operation.nbytes / (1e9 * rates.gb_per_second * share)
     reached = SHARE_OF_ATTENTION if "attention" in operation.name else SHARE_OF_PRODUCTS
     return max(operation.flops / (1e12 * rates.single_tflops * reached), memory) + rates.launch_seconds
