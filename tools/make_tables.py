@@ -150,9 +150,12 @@ def figures_table(cases: Cases) -> str:
 
 def selftest_table() -> str:
     """Return what self-tests measured of the shipped recipes, and what was predicted: a row for each machine and recipe."""
+    records = load_all(found) if (found := [*RESULTS.glob("*/selftest")]) else []
+    if not records:
+        return "No self-test has been stored yet."
     head = ["machine", "recipe", "measured MiB", "predicted MiB", "measured tokens/s", "predicted tokens/s"]
     rows = []
-    for record in load_all([*RESULTS.glob("*/selftest")]):
+    for record in records:
         here = record.machine
         name = here.card or f"{here.processor_model or here.processor}, {here.threads} threads"
         for recipe in (figure.partition(":")[0] for figure in record.metrics if figure.endswith(": tokens/s")):

@@ -22,7 +22,7 @@ SHARE_OF_BANDWIDTH = 0.6
 """Share of the measured bandwidth that elementwise operations and sums reach."""
 OTHER_SHARES: Mapping[str, float] = {
     **dict.fromkeys(("gelu", "softmax", "tanh", "silu", "exp", "amax"), 0.25),
-    "optimizer_update_8bit": 0.05,
+    "optimizer_update_8bit": 0.02,
 }
 """Part of an operation's name -> its share: those that compute exponentials, or follow one that does, and 8-bit optimizers."""
 
