@@ -16,25 +16,17 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-def documents_per_row(length: int) -> int:
-    """Return the largest number of documents in a packed row (length,).
-
-    On a graphics card the buffers of attention by document grow by 128 rows of fp32 heads with each document, and a plan must
-    hold whatever the data are. A conversation with its template's marks is rarely shorter than 32 tokens.
-    """
-    return max(8, length // 32)
-
-
 def documents_at_once(rows: int, length: int) -> int:
-    """Return up to how many documents of a packed batch (rows, length) attention on a graphics card runs at once.
+    """Return how many documents of a packed batch (rows, length) attention on a graphics card takes at once, at most.
 
-    Above it runs row by row, which takes more time and no more memory.
+    Its buffers grow by 128 rows of fp32 heads with each document, and a plan must hold whatever the data are. More documents are
+    taken in groups of this number, one group after the other.
     """
-    return max(rows * (length // 64), documents_per_row(length))
+    return max(8, rows * (length // 64))
 
 
-def best_fit_decreasing(lengths: Iterable[int], capacity: int, most: int | None = None) -> list[list[int]]:
-    """Return bins of indices into `lengths`, each of at most `capacity` and at most `most` items.
+def best_fit_decreasing(lengths: Iterable[int], capacity: int) -> list[list[int]]:
+    """Return bins of indices into `lengths`, each of at most `capacity`.
 
     Items are placed in order of decreasing length, each into the fullest bin that still has space for it. The amounts of
     space left in the bins are the bits of one integer, so that a shift finds the smallest sufficient one: 200,000 rows take
@@ -59,7 +51,7 @@ def best_fit_decreasing(lengths: Iterable[int], capacity: int, most: int | None 
             bins.append([])
         bins[bin_number].append(item)
         left = space - size
-        if left and len(bins[bin_number]) != most:
+        if left:
             bins_by_space[left].append(bin_number)
             spaces |= 1 << left
     return bins
@@ -92,7 +84,7 @@ def pack_rows(rows: datasets.Dataset, max_length: int) -> datasets.Dataset:
     import datasets
 
     lengths = list(rows["length"][:])
-    bins = best_fit_decreasing(lengths, max_length, documents_per_row(max_length) - 1)  # the padding is a document, too
+    bins = best_fit_decreasing(lengths, max_length)
     filled = [sum(lengths[item] for item in items) for items in bins]
     log.info(
         "packed: %s rows into %s of %d tokens, %.1f %% full",

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from lowvram_chat.data.packing import documents_at_once
 
@@ -21,9 +21,11 @@ if TYPE_CHECKING:
 IGNORED_LABEL = -100
 """Label of a token that carries no loss; the default of torch.nn.functional.cross_entropy."""
 
-MODEL_INPUTS = ("input_ids", "labels", "loss_positions", "position_ids", "document_ends", "attention_mask")
+MODEL_INPUTS = ("input_ids", "labels", "loss_positions", "position_ids", "document_groups", "attention_mask")
 """Keys of a batch that are passed to the model, where the batch has them."""
 
+DocumentGroups: TypeAlias = "tuple[tuple[int, torch.Tensor], ...]"
+"""For each group of documents its number of tokens, and 0 and the end of each document in it (N + 1,)."""
 Batch = dict[str, Any]
 """Tensors of a batch by name, and `real_tokens`, the number of its tokens without padding."""
 
@@ -90,9 +92,9 @@ class Collator:
 
     `loss_positions` (N,) are the indices, in the flattened (B * T,) batch, of the tokens that predict a labelled token. They
     are computed here, on the host, so that the loss need not synchronize with the device. Packed rows also give
-    `position_ids` (B, T), and `document_ends` int32: (N + 1,), which are 0 and the end of each document in the flattened batch;
-    of more than `packing.documents_at_once` documents (B, D + 1), which are the same for each row, filled up with empty documents
-    at its end. `attention_mask` (B, T) is made only where it is requested.
+    `position_ids` (B, T), and `document_groups`: the documents of the flattened batch in groups of at most
+    `packing.documents_at_once`, each its number of tokens, and 0 and the end of each of its documents (N + 1,) int32.
+    `attention_mask` (B, T) is made only where it is requested.
     """
 
     def __init__(
@@ -131,27 +133,31 @@ class Collator:
         if "documents" in rows[0]:
             documents = [*(row["documents"] for row in rows), *[[]] * (shape[0] - len(rows))]
             batch["position_ids"] = torch.stack([_positions(parts, shape[1]) for parts in documents])
-            batch["document_ends"] = _document_ends(batch["position_ids"])
+            batch["document_groups"] = _document_groups(batch["position_ids"])
         if self.attention_mask:
             unmasked = torch.tensor([*lengths, *[1] * (shape[0] - len(rows))])  # a wholly masked row would give NaN
             batch["attention_mask"] = (torch.arange(shape[1]) < unmasked[:, None]).long()
         return batch
 
 
-def _document_ends(position_ids: torch.Tensor) -> torch.Tensor:
-    """Return the `document_ends` of a batch with these positions (B, T)."""
+def _document_groups(position_ids: torch.Tensor) -> DocumentGroups:
+    """Return the `document_groups` of a batch with these positions (B, T)."""
     import torch
 
-    rows, length = position_ids.shape
-    starts = [(row == 0).nonzero().flatten().int() for row in position_ids]
-    count = sum(map(len, starts))
-    if count <= documents_at_once(rows, length):
-        flat = [row + number * length for number, row in enumerate(starts)]
-        return torch.cat([*flat, torch.tensor([rows * length], dtype=torch.int32)])
-    ends = torch.full((rows, max(map(len, starts)) + 1), length, dtype=torch.int32)
-    for number, row in enumerate(starts):
-        ends[number, : len(row)] = row
-    return ends
+    starts = (position_ids.flatten() == 0).nonzero().flatten().int()
+    ends = torch.cat([starts, starts.new_tensor([position_ids.numel()])])
+    size, groups = documents_at_once(*position_ids.shape), []
+    for first in range(0, len(starts), size):
+        group = ends[first : first + size + 1] - ends[first]
+        groups.append((int(group[-1]), group))
+    return tuple(groups)
+
+
+def on_device(value: Any, device: torch.device) -> Any:
+    """Return a tensor of a batch on a device, or a tuple with its tensors there; anything else as it is."""
+    if isinstance(value, tuple):
+        return tuple(on_device(part, device) for part in value)
+    return value.to(device) if hasattr(value, "to") else value
 
 
 def _positions(documents: Sequence[int], length: int) -> torch.Tensor:

@@ -15,6 +15,8 @@ from lowvram_chat.model.varlen_attention import VARLEN_ATTENTION
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from lowvram_chat.data.rows import DocumentGroups
+
 
 def use_attention_by_document(base: PreTrainedModel, name: str) -> bool:
     """Switch a model with plain causal `sdpa` attention to an implementation, and return whether it now uses it.
@@ -29,19 +31,19 @@ def use_attention_by_document(base: PreTrainedModel, name: str) -> bool:
 
 @contextlib.contextmanager
 def document_mask(
-    base: PreTrainedModel, position_ids: torch.Tensor | None, document_ends: torch.Tensor | None = None
+    base: PreTrainedModel, position_ids: torch.Tensor | None, document_groups: DocumentGroups | None = None
 ) -> Iterator[dict[str, Any]]:
     """Keep the documents of packed rows apart while the context is open, and yield further arguments for the model's call.
 
-    `position_ids` (B, T) restart at 0 with each document; None means that each row is one document. `document_ends` are as in
+    `position_ids` (B, T) restart at 0 with each document; None means that each row is one document. `document_groups` are as in
     `data.rows.Collator`; without them, a model with `VARLEN_ATTENTION` uses a mask.
     """
     attention = attention_implementation(base.config)
     arguments: dict[str, Any] = {}
     if attention == DOCUMENT_ATTENTION and position_ids is not None:
         arguments = {"documents": _document_lengths(position_ids)}
-    elif attention == VARLEN_ATTENTION and document_ends is not None:
-        arguments = {"document_ends": document_ends}
+    elif attention == VARLEN_ATTENTION and document_groups is not None:
+        arguments = {"document_groups": document_groups}
     with packing_declared(packed=position_ids is not None and not arguments):
         yield arguments
 

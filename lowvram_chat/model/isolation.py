@@ -66,7 +66,7 @@ def _states_after(base: PreTrainedModel, document: torch.Tensor, neighbour: int)
     row = torch.cat([torch.full_like(document, neighbour), document], dim=1)
     positions = torch.arange(DOCUMENT_TOKENS, device=document.device).repeat(2)[None]
     ends = DOCUMENT_TOKENS * torch.arange(3, dtype=torch.int32, device=document.device)
-    with document_mask(base, positions, ends) as documents:
+    with document_mask(base, positions, ((2 * DOCUMENT_TOKENS, ends),)) as documents:
         output = base.base_model(row, position_ids=positions, use_cache=False, **documents)
     states: torch.Tensor = output.last_hidden_state[:, DOCUMENT_TOKENS:]
     return states.float()

@@ -67,7 +67,7 @@ class LossForward:
         if loss_positions is None:
             return self.original(*args, **kwargs)
         model = self.model
-        with document_mask(model, kwargs.get("position_ids"), kwargs.pop("document_ends", None)) as documents:
+        with document_mask(model, kwargs.get("position_ids"), kwargs.pop("document_groups", None)) as documents:
             kwargs |= documents
             if self.transform is None:
                 return {"loss": self.original(*args, use_cache=False, num_items_in_batch=1, **kwargs).loss}

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lowvram_chat.data.rows import MODEL_INPUTS
+from lowvram_chat.data.rows import MODEL_INPUTS, on_device
 from lowvram_chat.model.compilation import uncompiled
 from lowvram_chat.model.out_of_memory import is_out_of_memory
 from lowvram_chat.units import count
@@ -95,7 +95,7 @@ def _score(model: nn.Module, batches: Iterator[Mapping[str, Any]], precision: st
     with uncompiled(model):
         for batch in batches:
             tokens += batch["loss_positions"].numel()
-            inputs = {name: batch[name].to(device) for name in MODEL_INPUTS if name in batch}
+            inputs = {name: on_device(batch[name], device) for name in MODEL_INPUTS if name in batch}
             with autocast(device.type, precision):
                 total += model(**inputs)["loss"]
     return Score(nats=total.item(), tokens=tokens)

@@ -21,6 +21,7 @@ from lowvram_chat.model.document_attention import is_plain_causal
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
+    from lowvram_chat.data.rows import DocumentGroups
     from lowvram_chat.recipe.schema import Recipe
 
 VARLEN_ATTENTION = "varlen_by_document"
@@ -57,18 +58,18 @@ def varlen_attention(  # noqa: PLR0917  (transformers' signature)
     key: torch.Tensor,
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
-    document_ends: torch.Tensor | None = None,
+    document_groups: DocumentGroups | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """Return the attention output (B, T, H, D) of (B, H, T, D) heads, causal within each document.
 
-    `document_ends` are those of `data.rows.Collator`, for the whole batch or for each row. No document exceeds T, which is given
-    as the longest length, so that the host need not wait for the device.
+    `document_groups` are those of `data.rows.Collator`. No document exceeds T, which is given as the longest length, so that the
+    host need not wait for the device.
 
     Raises:
         ModelError: the layer has dropout, which the kernel lacks.
     """
-    if document_ends is None:
+    if document_groups is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     if kwargs.get("dropout"):
         raise ModelError("model.document_attention: the attention of this model has dropout. Set model.dropout=0.0.")
@@ -82,11 +83,10 @@ def varlen_attention(  # noqa: PLR0917  (transformers' signature)
         return output
 
     q, k, v = (_tokens(heads) for heads in (query, key, value))
-    if document_ends.dim() == 1:
-        output = attend(document_ends, q, k, v)
-    else:
-        by_row = zip(document_ends, q.split(length), k.split(length), v.split(length), strict=True)
-        output = torch.cat([attend(*row) for row in by_row])
+    sizes = [tokens for tokens, _ in document_groups]
+    parts = zip(document_groups, q.split(sizes), k.split(sizes), v.split(sizes), strict=True)
+    outputs = [attend(ends, *heads) for (_, ends), *heads in parts]
+    output = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
     return output.unflatten(0, (rows, length)), None
 
 

@@ -11,7 +11,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from lowvram_chat.data.rows import Collator
+from lowvram_chat.data.rows import Collator, on_device
 from lowvram_chat.model.device import move_to_device
 from lowvram_chat.model.document_attention import DOCUMENT_ATTENTION
 from lowvram_chat.model.document_mask import use_attention_by_document
@@ -27,7 +27,7 @@ TOLERANCES = {"fp32": 1e-4, "bf16": 5e-2, "fp16": 1e-2}
 """Largest accepted difference, relative to the norm of what the libraries compute. Measured on a CPU: 2e-6, 1.2e-2 and 1.6e-3."""
 TOKENS, LABELLED = 96, 64
 PACKED_DOCUMENTS = ((40, 30, 20), (3,) * 30)
-"""Lengths of the documents of a packed row: those of the second are so many that attention on a card runs row by row."""
+"""Lengths of the documents of a packed row: those of the second are so many that attention on a card takes them in groups."""
 
 
 def small_model(device: torch.device) -> GPT2LMHeadModel:
@@ -145,7 +145,7 @@ def _packed_difference(device: torch.device, attention: str, precision: str, doc
     for model in (ours, theirs):
         attach_loss(model)
         with autocast(device.type, precision):
-            loss = model(**{name: value.to(device) for name, value in inputs.items()})["loss"]
+            loss = model(**{name: on_device(value, device) for name, value in inputs.items()})["loss"]
         loss.backward()
     return gradient_difference(ours, theirs)
 

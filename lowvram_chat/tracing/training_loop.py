@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.nn import functional
@@ -29,7 +30,7 @@ from lowvram_chat.tracing.recorder import Span, TraceRecorder
 CHECKED_ROWS, CHECKED_TOKENS = 2, 32
 """Conversations on which a run is checked, and their tokens, as in `training.probe_documents`."""
 
-Batch = dict[str, torch.Tensor]
+Batch = dict[str, Any]
 
 LISTED_STEP = 1
 """Index of the step whose operations are listed: the second, in which the optimizer states exist."""
@@ -171,14 +172,16 @@ class TracedRun:
         """Return a batch like `data.rows.Collator`'s, in which every token but a row's first can carry loss."""
         rows = rows or self.recipe.train.per_device_train_batch_size
         loss_tokens = max(1, int(rows * (shape.length - 1) * shape.labelled))
-        batch = {
+        batch: Batch = {
             "input_ids": torch.zeros(rows, shape.length, dtype=torch.int64),
             "labels": torch.zeros(rows, shape.length, dtype=torch.int64),
             "loss_positions": torch.arange(loss_tokens),
         }
         if shape.packed:
             batch["position_ids"] = torch.arange(shape.length).remainder_(max(1, shape.length // 2)).repeat(rows, 1)
-            batch["document_ends"] = torch.arange(documents_at_once(rows, shape.length) + 1, dtype=torch.int32)
+            ends = torch.arange(documents_at_once(rows, shape.length) + 1, dtype=torch.int32)
+            self.recorder.label([ends], "batch")
+            batch["document_groups"] = ((rows * shape.length, ends),)
         if self.recipe.data.attention_mask:
             batch["attention_mask"] = torch.ones(rows, shape.length, dtype=torch.int64)
         self.recorder.label(batch.values(), "batch")

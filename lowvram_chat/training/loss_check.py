@@ -15,7 +15,7 @@ from importlib import metadata
 import torch
 from torch.nn import functional as F
 
-from lowvram_chat.data.rows import IGNORED_LABEL, TokenRow
+from lowvram_chat.data.rows import IGNORED_LABEL, TokenRow, on_device
 from lowvram_chat.errors import SubstitutionError
 from lowvram_chat.model.compilation import uncompiled
 from lowvram_chat.model.scoring import autocast
@@ -100,7 +100,7 @@ def _trainer_loss(trainer: CheckedTrainer, documents: list[TokenRow]) -> float:
     rows = rows_of(trainer, documents)
     device = trainer.args.device
     batches, labelled_tokens = trainer.get_batch_samples(iter([trainer.held_out_collator(rows)]), 1, device)
-    inputs = {name: value.to(device) if torch.is_tensor(value) else value for name, value in batches[0].items()}
+    inputs = {name: on_device(value, device) for name, value in batches[0].items()}
     with autocast(device.type, trainer.precision):
         loss = trainer.compute_loss(trainer.trained_model, inputs, num_items_in_batch=labelled_tokens)
     return float(loss)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, cast
 
 import torch
 
-from lowvram_chat.data.rows import MODEL_INPUTS, Collator
+from lowvram_chat.data.rows import MODEL_INPUTS, Collator, on_device
 from lowvram_chat.model.compilation import compilation_explained, is_compiled
 from lowvram_chat.model.scoring import autocast, row_lengths
 from lowvram_chat.training.gradient_check import check_gradients
@@ -97,7 +97,7 @@ def run_longest_batch(
     was_training = model.training
     model.train()
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        inputs = {name: batch[name].to(device) for name in MODEL_INPUTS if name in batch}
+        inputs = {name: on_device(batch[name], device) for name in MODEL_INPUTS if name in batch}
         with torch.set_grad_enabled(backward), autocast(device.type, precision):
             loss = model(**inputs)["loss"]
         if backward:

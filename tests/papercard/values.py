@@ -63,10 +63,11 @@ def answer_for(*, packed: bool) -> None:
         is_all(mask)
         return True
 
-    def most_documents(position_ids: torch.Tensor) -> torch.Tensor:
-        return torch.arange(documents_at_once(*position_ids.shape) + 1, dtype=torch.int32)
+    def most_documents(position_ids: torch.Tensor) -> rows.DocumentGroups:
+        ends = torch.arange(documents_at_once(*position_ids.shape) + 1, dtype=torch.int32)
+        return ((position_ids.numel(), ends),)
 
-    vars(rows).update(_document_ends=most_documents)
+    vars(rows).update(_document_groups=most_documents)
     vars(masking_utils).update(find_packed_sequence_indices=found, fast_all=is_full)
 
 

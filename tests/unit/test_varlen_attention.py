@@ -14,7 +14,8 @@ from torch.nn import functional as F
 from transformers import GPT2Config, LlamaConfig, MistralConfig, PreTrainedConfig, PreTrainedModel
 
 from lowvram_chat import api
-from lowvram_chat.data.packing import best_fit_decreasing, documents_at_once, documents_per_row
+from lowvram_chat.data import rows as rows_module
+from lowvram_chat.data.packing import documents_at_once
 from lowvram_chat.data.rows import Collator
 from lowvram_chat.errors import ModelError, SubstitutionError
 from lowvram_chat.model import varlen_attention as varlen_module
@@ -66,7 +67,7 @@ def kernel(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     yield calls
 
 
-def packed_batch(documents: list[list[int]]) -> dict[str, torch.Tensor]:
+def packed_batch(documents: list[list[int]]) -> dict[str, Any]:
     """Return a batch of packed rows of documents of these lengths, as the collator makes it."""
     generator = torch.Generator().manual_seed(1)
     rows = []
@@ -81,7 +82,7 @@ def packed_batch(documents: list[list[int]]) -> dict[str, torch.Tensor]:
 FEW, MANY = [[7, 1, 8], [16], [10, 5]], [[1] * 16, [2] * 8, [3] * 5]
 
 
-@pytest.mark.parametrize("documents", [FEW, MANY], ids=["at once", "row by row"])
+@pytest.mark.parametrize("documents", [FEW, MANY], ids=["at once", "in groups"])
 @pytest.mark.parametrize("make", [small, llama])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_attention_by_document_on_a_card_is_attention_under_a_mask(
@@ -105,29 +106,23 @@ def test_attention_by_document_on_a_card_is_attention_under_a_mask(
         assert a is not None and b is not None
         assert float((a - b).norm()) <= (5e-2 if loose else 1e-5) * float(b.norm()) + 1e-6
     layers = len(model.base_model.h if hasattr(model.base_model, "h") else model.base_model.layers)
-    assert kernel == layers * ([7] if documents is FEW else [16] * 3)  # the padding of a row is a document
+    assert kernel == layers * ([7] if documents is FEW else [8, 8, 8, 6])  # the padding of a row is a document
 
 
-def test_the_collator_gives_the_ends_of_documents_within_the_planned_number() -> None:
-    assert packed_batch(FEW)["document_ends"].tolist() == [0, 7, 8, 16, 32, 42, 47, 48]
-    ends = packed_batch(MANY)["document_ends"]
-    assert ends.shape == (3, 17)  # 16 documents in the first row
-    assert ends[1].tolist() == [0, 2, 4, 6, 8, 10, 12, 14, *[16] * 9]
-    assert ends[2].tolist() == [0, 3, 6, 9, 12, 15, *[16] * 11]
+def test_the_collator_groups_the_documents() -> None:
+    ((tokens, ends),) = packed_batch(FEW)["document_groups"]
+    assert (tokens, ends.tolist()) == (48, [0, 7, 8, 16, 32, 42, 47, 48])
+    groups = packed_batch(MANY)["document_groups"]
+    assert [tokens for tokens, _ in groups] == [8, 8, 16, 16]  # at most 8 documents each
+    assert groups[2][1].tolist() == [0, 2, 4, 6, 8, 10, 12, 14, 16]
 
 
 @pytest.mark.parametrize(("rows", "length"), [(1, 1024), (4, 1024), (8, 128), (2, 16)])
-def test_no_batch_has_larger_buffers_than_planned(rows: int, length: int) -> None:
-    def padded_tokens(tokens: int, documents: int) -> int:
-        return tokens + 128 * documents
-
-    planned = padded_tokens(rows * length, documents_at_once(rows, length))
-    assert padded_tokens(length, documents_per_row(length)) <= planned
-
-
-def test_a_packed_row_has_no_more_documents_than_planned() -> None:
-    bins = best_fit_decreasing([4] * 100, 1024, 31)
-    assert [len(items) for items in bins] == [31, 31, 31, 7]
+def test_no_group_has_larger_buffers_than_planned(rows: int, length: int) -> None:
+    positions = torch.arange(length).remainder(3).repeat(rows, 1)
+    at_once = documents_at_once(rows, length)
+    for tokens, ends in rows_module._document_groups(positions):
+        assert tokens + 128 * (len(ends) - 1) <= rows * length + 128 * at_once
 
 
 GPT2, LLAMA = GPT2Config(attn_pdrop=0.0), LlamaConfig()
@@ -157,7 +152,7 @@ def test_dropout_is_not_left_out_in_silence() -> None:
     heads = torch.zeros(1, 2, 4, 8)
     with pytest.raises(ModelError, match=r"Set model\.dropout=0\.0"):
         varlen_attention(
-            torch.nn.Module(), heads, heads, heads, None, torch.tensor([0, 4], dtype=torch.int32), dropout=0.1
+            torch.nn.Module(), heads, heads, heads, None, ((4, torch.tensor([0, 4], dtype=torch.int32)),), dropout=0.1
         )
 
 
@@ -238,6 +233,6 @@ def test_the_plan_for_an_older_card_keeps_the_mask() -> None:
 
 def test_the_selftest_compares_it_with_the_mask(kernel: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     assert exactness._packed_difference(CPU, VARLEN_ATTENTION, "bf16", exactness.PACKED_DOCUMENTS[1]) < 5e-2
-    assert set(kernel) == {30}
+    assert set(kernel) == {8, 4}  # 60 documents in groups of 8
     monkeypatch.setattr(varlen_module, "varlen_attn", leaking)
     assert exactness._packed_difference(CPU, VARLEN_ATTENTION, "bf16", exactness.PACKED_DOCUMENTS[0]) > 0.1
