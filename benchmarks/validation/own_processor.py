@@ -1,4 +1,4 @@
-"""Predicts the steps of six runs on this machine's processor, and measures them.
+"""Predicts the steps of runs on this machine's processor, and measures them.
 
 The prediction knows the recipe and the rates that the self-test measures. These are measured right before and right after each
 run and averaged, because the speed of a shared machine varies.

@@ -1,4 +1,4 @@
-"""The six runs whose steps are predicted and measured on this machine's processor."""
+"""The runs whose steps are predicted and measured on this machine's processor."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ CASES: Mapping[str, dict[str, Any]] = {
     "GPT-2 small, LoRA": {"adapter": {}},
     "GPT-2 small, packed": {"data": {"rows": "packed", "max_length": 512}, "train": {"per_device_train_batch_size": 1}},
     "GPT-2 small, checkpointed": {"train": {"gradient_checkpointing": True}},
+    "GPT-2 small, 8-bit AdamW": {"optimizer": {"name": "adamw_8bit"}},
 }
 """Name of a run -> what it changes in `BASE`."""
 BASE: dict[str, dict[str, Any]] = {
