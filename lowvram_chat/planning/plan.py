@@ -36,8 +36,11 @@ class Plan:
     """As `torch.cuda.max_memory_allocated` would report it."""
     peak_reserved_bytes: int
     """As `torch.cuda.max_memory_reserved` would report it: the maximum over all orders of batches tried."""
+    reserved_on: Mapping[str, int]
+    """"linux", "windows" -> the same there, for each system of `limits`. Packed rows have a mask on Windows, where torch has no
+    FlashAttention."""
     longest_reserved_bytes: int
-    """The same for a run in which every row has the maximum length."""
+    """As `peak_reserved_bytes`, for a run in which every row has the maximum length."""
     context_bytes: int
     """The CUDA context, which lies outside the allocator."""
     paged_bytes: int
@@ -69,7 +72,7 @@ class Plan:
 
     def on_card_bytes_on(self, system: str) -> int:
         """Return the peak memory on the card on "linux" or "windows", context included."""
-        return self.peak_reserved_bytes + self.outside_allocator_bytes(system)
+        return self.reserved_on[system] + self.outside_allocator_bytes(system)
 
     def outside_allocator_bytes(self, system: str) -> int:
         """Return the memory on the card that torch's allocator does not hold."""

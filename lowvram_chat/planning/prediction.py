@@ -12,13 +12,14 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 
 from lowvram_chat.errors import LowVramError, ModelError
 from lowvram_chat.gpus import this_system
+from lowvram_chat.model import flash_attention
 from lowvram_chat.planning.plan import LIMIT_SETTING, Plan, TensorGroup
 from lowvram_chat.planning.replay import Replay, live_storages_at, replay
 from lowvram_chat.planning.runs import composed_runs, traced_steps
@@ -89,15 +90,16 @@ def _tracing_explained(recipe: Recipe) -> Iterator[None]:
 def longest_rows_run(recipe: Recipe) -> list[Event]:
     """Return the events of a run in which every row has the maximum length. Raises as `make_plan`."""
     with _tracing_explained(recipe):
-        return next(composed_runs(_cached_trace(_cache_key(recipe))))
+        return next(composed_runs(_cached_trace(_cache_key(recipe), this_system())))
 
 
-def card_rules(recipe: Recipe) -> CudaRules:
-    """Return the tracing rules of the recipe's card."""
+def card_rules(recipe: Recipe, system: str | None = None) -> CudaRules:
+    """Return the tracing rules of the recipe's card on "linux" or "windows" (default: this system)."""
     capability = card_of(recipe.memory).compute_capability
     return CudaRules(
         capability,
         cublas_workspace_bytes=HOPPER_WORKSPACE_BYTES if capability >= HOPPER else CUBLAS_WORKSPACE_BYTES,
+        has_flash=flash_attention.is_built(system),
         plain_rows=not recipe.data.attention_mask,
     )
 
@@ -126,26 +128,49 @@ def _local_config(name: str) -> str:
     return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
 
 
-@lru_cache(maxsize=1)
-def _cached_trace(key: _CacheKey) -> RunTrace:
-    return trace_run(key.recipe, card_rules(key.recipe), traced_steps(key.recipe))
+@lru_cache(maxsize=2)
+def _cached_trace(key: _CacheKey, system: str) -> RunTrace:
+    return trace_run(key.recipe, card_rules(key.recipe, system), traced_steps(key.recipe))
+
+
+class _Runs:
+    """The runs that a plan considers, and their replays."""
+
+    def __init__(self, runs: Iterable[list[Event]]) -> None:
+        self.events = list(runs)
+        self.replays = [replay(events) for events in self.events]
+        self.worst = max(range(len(self.events)), key=lambda number: self.replays[number].peak_reserved_bytes)
+
+    @property
+    def peak_reserved_bytes(self) -> int:
+        return self.replays[self.worst].peak_reserved_bytes
+
+    def fit(self, limit_bytes: int) -> bool:
+        """Return whether every run completes within the limit, with cached segments released where that is necessary."""
+        return all(
+            result.peak_reserved_bytes <= limit_bytes or replay(events, limit_bytes).out_of_memory_at is None
+            for events, result in zip(self.events, self.replays, strict=True)
+        )
 
 
 @lru_cache(maxsize=64)
 def _cached_plan(key: _CacheKey) -> Plan:
-    recipe, traced = key.recipe, _cached_trace(key)
-    runs = list(composed_runs(traced))
-    replays = [replay(events) for events in runs]
-    worst = max(range(len(runs)), key=lambda number: replays[number].peak_reserved_bytes)
-    events, peak = runs[worst], replays[worst]
+    recipe, traced = key.recipe, _cached_trace(key, this_system())
+    here = _Runs(composed_runs(traced))
+    events, peak = here.events[here.worst], here.replays[here.worst]
     limits, context = limits_of(recipe.memory), card_of(recipe.memory).context_mib * MIB
+    runs = {
+        system: here if _same_memory(recipe, system) else _Runs(composed_runs(_cached_trace(key, system)))
+        for system in limits
+    }
     outside = {"linux": context, "windows": context + traced.paged_bytes}
     paged = {"paged optimizer state": traced.paged_bytes} if traced.paged_bytes and this_system() == "windows" else {}
     return Plan(
         budget=card_of(recipe.memory).title if recipe.memory.limit_mib is None else LIMIT_SETTING,
-        peak_allocated_bytes=max(result.peak_allocated_bytes for result in replays),
+        peak_allocated_bytes=max(result.peak_allocated_bytes for result in here.replays),
         peak_reserved_bytes=peak.peak_reserved_bytes,
-        longest_reserved_bytes=replays[0].peak_reserved_bytes,
+        reserved_on={system: run.peak_reserved_bytes for system, run in runs.items()},
+        longest_reserved_bytes=here.replays[0].peak_reserved_bytes,
         context_bytes=context,
         paged_bytes=traced.paged_bytes,
         categories=_categories(events, peak) | {"context": context} | paged,
@@ -154,7 +179,7 @@ def _cached_plan(key: _CacheKey) -> Plan:
         parameters=traced.parameters,
         trained=traced.trained,
         limits=limits,
-        fits_on={system: _fits(runs, replays, limit - outside[system]) for system, limit in limits.items()},
+        fits_on={system: runs[system].fit(limit - outside[system]) for system, limit in limits.items()},
         work=traced.work,
     )
 
@@ -173,6 +198,7 @@ def _memory_settings(recipe: Recipe) -> Recipe:
             ),
             "train": type(train)(
                 precision=train.precision,
+                compile=bool(train.compile) and data.rows == "packed",  # compiled packed rows have a mask
                 gradient_checkpointing=train.gradient_checkpointing,
                 per_device_train_batch_size=train.per_device_train_batch_size,
                 gradient_accumulation_steps=min(2, train.gradient_accumulation_steps),
@@ -184,12 +210,12 @@ def _memory_settings(recipe: Recipe) -> Recipe:
     )
 
 
-def _fits(runs: Sequence[Sequence[Event]], replays: Sequence[Replay], limit_bytes: int) -> bool:
-    """Return whether every run completes within the limit, with cached segments released where that is necessary."""
-    return all(
-        result.peak_reserved_bytes <= limit_bytes or replay(events, limit_bytes).out_of_memory_at is None
-        for events, result in zip(runs, replays, strict=True)
-    )
+def _same_memory(recipe: Recipe, system: str) -> bool:
+    """Return whether a run needs the same memory on "linux" or "windows" as here.
+
+    Torch has FlashAttention on Linux alone. Without it, packed rows have a mask; other rows need the same memory.
+    """
+    return recipe.data.rows != "packed" or flash_attention.is_built(system) == flash_attention.is_built()
 
 
 def _categories(events: Sequence[Event], result: Replay) -> dict[str, int]:

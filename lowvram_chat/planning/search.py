@@ -104,7 +104,7 @@ def largest_micro_batch(recipe: Recipe, system: str, plan: Callable[[Recipe], Pl
     peaks: dict[int, int] = {}
     while fails - fits > 1:
         planned = plan(apply_change(recipe, {"train.per_device_train_batch_size": rows}))
-        peaks[rows] = planned.on_card_bytes
+        peaks[rows] = planned.on_card_bytes_on(system)
         fits, fails = (rows, fails) if planned.fits_on[system] else (fits, rows)
         rows = min(max(_interpolated_rows(peaks, planned.limits[system], rows), fits + 1), fails - 1)
     return fits

@@ -81,9 +81,9 @@ class Model(Section):
     """Use the fused linear cross-entropy: it scores only the labelled tokens, in tiles, and never holds all logits.
     false: the model's own loss, for comparison."""
     document_attention: bool = True
-    """For packed rows without `compile`: compute attention within each document, without a mask. It applies on a CPU, and in half
-    precision without dropout on graphics cards of compute capability 8.0 and more. false: compute it over whole rows with a
-    document mask."""
+    """For packed rows without `compile`: compute attention within each document, without a mask. It applies on a CPU, and to
+    graphics cards of compute capability 8.0 and more on Linux, in half precision without dropout. false: compute it over whole
+    rows with a document mask."""
     pad_vocabulary: bool = True
     """Pad the vocabulary to a multiple of 64 in the half-precision matrix products of the loss, which makes them faster.
     The weights themselves are not padded."""

@@ -22,7 +22,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional
 from torch.utils import _foreach_utils
 
-from lowvram_chat.model.varlen_attention import FLASH_CAPABILITY, MAX_FLASH_WIDTH, why_no_varlen
+from lowvram_chat.model.flash_attention import FLASH_CAPABILITY, MAX_FLASH_WIDTH
+from lowvram_chat.model.varlen_attention import why_no_varlen
 from lowvram_chat.private_names import check_private_names
 from lowvram_chat.tracing.cuda_autocast import autocast_type, cuda_autocast
 from lowvram_chat.tracing.cuda_buffers import BUFFER_BEFORE_RESULT, temporary_buffers
@@ -69,7 +70,8 @@ class CudaRules(DeviceRules):
     from there on, and 0 where CUBLAS_WORKSPACE_CONFIG is `:0:0`. cuBLASLt shares that workspace in the torch versions that
     this package runs with; in older ones a product with a bias row takes `cublaslt_workspace_bytes` of its own (torch 2.6:
     1 MiB).
-    `processors` is the number of multiprocessors: sums over many rows are split among them.
+    `processors` is the number of multiprocessors: sums over many rows are split among them. `has_flash`: torch's build has
+    FlashAttention.
     Source: aten/src/ATen/cuda/CublasHandlePool.cpp, `parseChosenWorkspaceSize`; CUDABlas.cpp, `CublasLtWorkspace`
     (TORCH_CUBLASLT_UNIFIED_WORKSPACE).
     """
@@ -81,23 +83,26 @@ class CudaRules(DeviceRules):
         cublas_workspace_bytes: int = 0,
         cublaslt_workspace_bytes: int = 0,
         processors: int = PROCESSORS,
+        has_flash: bool = True,
         plain_rows: bool = False,
     ) -> None:
         super().__init__(plain_rows=plain_rows)
         self.compute_capability = compute_capability
         self.cublas_workspace_bytes = cublas_workspace_bytes
         self.cublaslt_workspace_bytes = cublaslt_workspace_bytes
+        self.has_flash = has_flash
         self.grid = Grid(processors, threads_per_processor(compute_capability))
 
     @contextlib.contextmanager
     def active(self) -> Iterator[None]:
         """Put every substitution of this file in force."""
-        with super().active(), cuda_foreach_default(), cuda_autocast(), cuda_functions(self.compute_capability):
+        has_flash = self.has_flash and self.compute_capability >= FLASH_CAPABILITY
+        with super().active(), cuda_foreach_default(), cuda_autocast(), cuda_functions(has_flash=has_flash):
             yield
 
     def has_varlen_attention(self, recipe: Recipe, config: PreTrainedConfig) -> bool:
         """Return whether packed rows of this recipe have attention by document on this card."""
-        return why_no_varlen(recipe, config, self.compute_capability) is None
+        return why_no_varlen(recipe, config, self.compute_capability, has_flash=self.has_flash) is None
 
     def temporaries(self, func: Operator, args: Arguments, result: object) -> Iterable[int]:
         """Return the sizes, in bytes, of the buffers inside an operation's CUDA kernel."""
@@ -121,13 +126,13 @@ class CudaRules(DeviceRules):
         return tensors[::-1] if func is aten.native_dropout.default else tensors
 
 
-def cuda_functions(compute_capability: tuple[int, int]) -> contextlib.AbstractContextManager[None]:
+def cuda_functions(*, has_flash: bool) -> contextlib.AbstractContextManager[None]:
     """Return a context in which the functions of `torch.nn.functional` behave as on CUDA."""
     return patched(
         functional,
         dropout=cuda_dropout,
         log_softmax=cuda_log_softmax,
-        scaled_dot_product_attention=partial(cuda_attention, compute_capability=compute_capability),
+        scaled_dot_product_attention=partial(cuda_attention, has_flash=has_flash),
     )
 
 
@@ -164,7 +169,7 @@ def cuda_attention(  # noqa: PLR0917  (the signature of the function it replaces
     scale: float | None = None,
     enable_gqa: bool = False,
     *,
-    compute_capability: tuple[int, int],
+    has_flash: bool,
 ) -> torch.Tensor:
     """Attention (B, H, T, D) by the kernel that CUDA selects: flash, else memory-efficient, else plain arithmetic.
 
@@ -174,7 +179,7 @@ def cuda_attention(  # noqa: PLR0917  (the signature of the function it replaces
     mask = None if attn_mask is None else _bias(attn_mask, query)
     options = {"dropout_p": dropout_p, "is_causal": is_causal, "scale": scale}
     results: tuple[torch.Tensor, ...]
-    if mask is None and _has_flash(query, compute_capability):
+    if mask is None and has_flash and _suits_flash(query):
         results = aten._scaled_dot_product_flash_attention(query, key, value, **options)
         return results[0]
     if enable_gqa:
@@ -187,9 +192,9 @@ def cuda_attention(  # noqa: PLR0917  (the signature of the function it replaces
     return results[0]
 
 
-def _has_flash(query: torch.Tensor, compute_capability: tuple[int, int]) -> bool:
-    """Return whether CUDA has a flash kernel for unmasked attention of such queries."""
-    return query.dtype in HALF_TYPES and compute_capability >= FLASH_CAPABILITY and query.shape[-1] <= MAX_FLASH_WIDTH
+def _suits_flash(query: torch.Tensor) -> bool:
+    """Return whether FlashAttention takes such queries."""
+    return query.dtype in HALF_TYPES and query.shape[-1] <= MAX_FLASH_WIDTH
 
 
 def _autocast(tensor: torch.Tensor) -> torch.Tensor:

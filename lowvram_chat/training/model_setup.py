@@ -12,6 +12,7 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedModel
 
+from lowvram_chat.model import flash_attention
 from lowvram_chat.model.adapters import add_adapter, save_adapter
 from lowvram_chat.model.compilation import compile_blocks
 from lowvram_chat.model.fingerprint import Fingerprint, fingerprint
@@ -94,7 +95,8 @@ def _attention_by_document(
     if device.type != "cuda":
         # A compiled model needs fixed shapes, which documents of varying length do not have.
         return "cpu" if recipe.model.document_attention and not compiled else None
-    reason = why_no_varlen(recipe, model.config, torch.cuda.get_device_capability(device))
+    capability = torch.cuda.get_device_capability(device)
+    reason = why_no_varlen(recipe, model.config, capability, has_flash=flash_attention.is_built())
     if reason is None:
         return "cuda"
     log.info("packed rows: attention runs under a document mask, because %s", reason)

@@ -27,6 +27,8 @@ class Case:
     overrides: Sequence[str] = ()
     capability: int = 86
     kind: Kind = "full rows"
+    has_flash: bool = True
+    """Whether torch has FlashAttention, which its builds for Windows lack."""
 
 
 LORA = ("adapter.kind=lora", "optimizer.name=adamw")
@@ -73,6 +75,9 @@ def all_cases() -> Iterator[Case]:
     for capability in OTHER_CAPABILITIES:
         for recipe in ("full_fp16", "lora_fp16", "fast_fp16"):
             yield Case(f"{recipe}, compute capability {capability / 10}", recipe, capability=capability)
+    for name in ("full_fp16", "lora_fp16"):
+        yield Case(f"{name}, kernels of Windows", name, has_flash=False)
+        yield Case(f"{name}, packed, kernels of Windows", name, ("data.rows=packed",), has_flash=False)
     for kind in get_args(Kind)[1:]:
         for recipe in ("full_fp16", "lora_fp16", "quickstart"):
             yield Case(f"{recipe}, {kind}", recipe, kind=kind)

@@ -101,6 +101,8 @@ def run(case: Case, folder: Path, connection: Connection) -> None:
     """Send the result of a case, or its error."""
     os.environ["PAPERCARD_MIB"] = str(CARD_MIB)
     start_process()
+    if not case.has_flash:
+        leave_flash_out()
     sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115, PTH123
     try:
         connection.send(peaks(case, folder))
@@ -117,6 +119,16 @@ def start_process() -> None:
     # A library asked for the number of cards when it was imported. A real driver does not survive a fork; this one does.
     torch.cuda._is_in_bad_fork = lambda: False
     ignore_values()
+
+
+def leave_flash_out() -> None:
+    """Let torch and the package take FlashAttention for missing, as in the builds for Windows."""
+    import torch
+
+    from lowvram_chat.model import flash_attention
+
+    torch.backends.cuda.enable_flash_sdp(False)
+    flash_attention.is_built = lambda system=None: False
 
 
 def peaks(case: Case, folder: Path) -> dict[str, Any]:

@@ -235,9 +235,8 @@ def test_a_plan_and_a_search_from_python_are_of_the_micro_batch_decided_on(monke
 
 def test_a_run_fits_only_if_it_does_in_every_order_of_its_batches() -> None:
     runs = [[Event(storage, True)] for storage in storages(30 * MIB, 90 * MIB)]
-    replays = [replay(events) for events in runs]
-    assert prediction._fits(runs, replays, 90 * MIB)
-    assert not prediction._fits(runs, replays, 64 * MIB)
+    assert prediction._Runs(runs).fit(90 * MIB)
+    assert not prediction._Runs(runs).fit(64 * MIB)
 
 
 def test_a_limit_holds_the_context_too() -> None:

@@ -18,12 +18,16 @@ from lowvram_chat.data import rows as rows_module
 from lowvram_chat.data.packing import documents_at_once
 from lowvram_chat.data.rows import Collator
 from lowvram_chat.errors import ModelError, SubstitutionError
+from lowvram_chat.model import flash_attention
 from lowvram_chat.model import varlen_attention as varlen_module
 from lowvram_chat.model.document_attention import attention_implementation
 from lowvram_chat.model.document_mask import use_attention_by_document
 from lowvram_chat.model.isolation import isolate_documents
 from lowvram_chat.model.loss import attach_loss
 from lowvram_chat.model.varlen_attention import VARLEN_ATTENTION, varlen_attention, why_no_varlen
+from lowvram_chat.planning import plan as plan_module
+from lowvram_chat.planning import prediction
+from lowvram_chat.planning.plan import Plan
 from lowvram_chat.planning.prediction import card_rules, make_plan
 from lowvram_chat.recipe.schema import Recipe
 from lowvram_chat.selftest import exactness
@@ -144,8 +148,15 @@ REASONS: dict[str, tuple[PreTrainedConfig, dict[str, Any], tuple[int, int], str]
 def test_where_a_card_keeps_the_mask(name: str) -> None:
     config, changes, capability, reason = REASONS[name]
     recipe = Recipe.model_validate({"train": {"precision": "fp16"} | changes.pop("train", {}), **changes})
-    found = why_no_varlen(recipe, config, capability)
+    found = why_no_varlen(recipe, config, capability, has_flash=True)
     assert (reason in found) if reason and found else (found or "") == reason
+
+
+def test_windows_keeps_the_mask() -> None:
+    recipe = Recipe.model_validate({"train": {"precision": "fp16"}})
+    assert "without FlashAttention, as on Windows" in str(why_no_varlen(recipe, GPT2, (8, 6), has_flash=False))
+    assert flash_attention.is_built("linux")
+    assert not flash_attention.is_built("windows")
 
 
 def test_dropout_is_not_left_out_in_silence() -> None:
@@ -222,6 +233,40 @@ def test_the_plan_has_no_mask_on_a_card_of_compute_capability_8() -> None:
     assert not any("efficient_attention" in name for name in names)
     assert without.peak_allocated_bytes < with_mask.peak_allocated_bytes - 50 * 2**20  # a mask for each layer
     assert without.peak_reserved_bytes <= with_mask.peak_reserved_bytes
+
+
+def kernels(plan: Plan) -> set[str]:
+    """Return the attention kernels of a plan's step."""
+    names = {operation.name for part in plan.work for operation in part}
+    return {name for name in names if "attention" in name or "attn" in name}
+
+
+@pytest.mark.parametrize("compiled", ["true", "if_possible"])
+def test_the_plan_of_a_compiled_run_has_the_mask(compiled: str) -> None:
+    with_mask = make_plan(planned(**{"model.document_attention": False}))
+    plan = make_plan(planned(**{"train.compile": compiled}))
+    assert plan.peak_reserved_bytes == with_mask.peak_reserved_bytes
+    assert all("efficient_attention" in name for name in kernels(plan))
+
+
+def test_a_plan_for_windows_has_the_kernels_of_windows(monkeypatch: pytest.MonkeyPatch) -> None:
+    with_mask = make_plan(planned(**{"model.document_attention": False}))
+    packed = make_plan(planned())
+    assert packed.reserved_on == {"linux": packed.peak_reserved_bytes, "windows": with_mask.peak_reserved_bytes}
+    assert packed.on_card_bytes_on("windows") > packed.on_card_bytes_on("linux")
+
+    padded = make_plan(planned(**{"data.rows": "padded"}))
+    assert padded.reserved_on["windows"] == padded.reserved_on["linux"] == padded.peak_reserved_bytes
+    assert all("flash_attention" in name for name in kernels(padded))
+    prediction._cached_plan.cache_clear()
+    prediction._cached_trace.cache_clear()
+    for module in (flash_attention, prediction, plan_module):
+        monkeypatch.setattr(module, "this_system", lambda: "windows")
+    there = make_plan(planned(**{"data.rows": "padded"}))
+    assert there.peak_reserved_bytes == padded.peak_reserved_bytes
+    assert all("efficient_attention" in name for name in kernels(there))
+    prediction._cached_plan.cache_clear()
+    prediction._cached_trace.cache_clear()
 
 
 def test_the_plan_for_an_older_card_keeps_the_mask() -> None:
