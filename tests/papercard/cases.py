@@ -81,6 +81,9 @@ def all_cases() -> Iterator[Case]:
     for kind in get_args(Kind)[1:]:
         for recipe in ("full_fp16", "lora_fp16", "quickstart"):
             yield Case(f"{recipe}, {kind}", recipe, kind=kind)
+    yield Case("full_fp16, attention mask, mixed rows", "full_fp16", ("data.attention_mask=true",), kind="mixed rows")
+    yield Case("full_fp16, packed, mixed rows", "full_fp16", ("data.rows=packed",), kind="mixed rows")
+    yield Case("gpt2, adapter dora, evaluated", SMALL, VARIANTS["adapter dora"], kind="evaluated")
     yield Case("full_fp16 paged, resumed", "full_fp16", ("optimizer.name=paged_adamw_8bit",), kind="resumed")
 
 

@@ -25,6 +25,8 @@ from tests.papercard.cases import Case, Kind, all_cases
 from tests.papercard.values import answer_for, ignore_values
 
 if TYPE_CHECKING:
+    import datasets
+
     from lowvram_chat.recipe.schema import Model, Recipe
 
 ROOT = Path(__file__).parents[2]
@@ -200,11 +202,14 @@ def train(recipe: Recipe, folder: Path, kind: Kind = "full rows") -> None:
     device = torch.device("cuda", 0)
     recipe = recipe.model_copy(update={"output": recipe.output.model_copy(update={"dir": str(folder / "run")})})
     rows = random_rows(recipe, STEPS)
-    if kind == "mixed rows":
+    packed = recipe.data.rows == "packed"
+    if kind == "mixed rows" and packed:
+        rows = replace(rows, train=packed_short_documents(recipe))
+    elif kind == "mixed rows":
         rows = replace(rows, train=rows.train.map(shortened, with_indices=True))
     if kind == "evaluated":
         rows = replace(rows, held_out=rows.train.select(range(2 * recipe.train.per_device_eval_batch_size)))
-    answer_for(packed=recipe.data.rows == "packed")
+    answer_for(packed=packed)
     if kind == "resumed":
         first = recipe.train.model_copy(update={"max_steps": 2, "save_steps": 2})
         Session.prepare(recipe.model_copy(update={"train": first}), device=device, rows=rows).run(resume=False)
@@ -217,6 +222,25 @@ def shortened(row: dict[str, Any], place: int) -> dict[str, Any]:
     length = len(row["input_ids"])
     kept = length if place % 5 == 0 else 2 + (place * 7919) % (length - 2)
     return {"input_ids": row["input_ids"][:kept], "labels": row["labels"][:kept], "length": kept}
+
+
+def packed_short_documents(recipe: Recipe) -> datasets.Dataset:
+    """Return packed rows of random tokens in documents of 2 to 60 tokens: more than a batch computes attention over at once."""
+    import datasets
+
+    from lowvram_chat.data.packing import pack_rows
+    from lowvram_chat.results.measure import random_rows
+
+    plain = recipe.model_copy(update={"data": recipe.data.model_copy(update={"rows": "padded"})})
+    documents: list[dict[str, Any]] = []
+    for row in random_rows(plain, STEPS).train:
+        start = 0
+        while start < row["length"]:
+            length = 2 + (len(documents) * 7919) % 59
+            tokens = row["input_ids"][start : start + length]
+            documents.append({"input_ids": tokens, "labels": [-100, *tokens[1:]], "length": len(tokens)})
+            start += length
+    return pack_rows(datasets.Dataset.from_list(documents), recipe.data.max_length)
 
 
 def versions() -> dict[str, str]:
