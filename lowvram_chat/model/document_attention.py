@@ -23,8 +23,6 @@ check_private_names("transformers.PreTrainedConfig._attn_implementation")
 
 DOCUMENT_ATTENTION = "sdpa_by_document"
 """Name of the attention implementation in transformers' tables; for a batch without documents it equals `sdpa`."""
-UNSUPPORTED_MASK_SETTINGS = ("sliding_window", "attention_chunk_size")
-"""Config fields of models whose tokens see only part of the earlier tokens."""
 
 
 def attention_implementation(config: PreTrainedConfig) -> str | None:
@@ -56,9 +54,3 @@ def document_attention(  # noqa: PLR0917  (transformers' signature)
 
 AttentionInterface.register(DOCUMENT_ATTENTION, document_attention)
 AttentionMaskInterface.register(DOCUMENT_ATTENTION, sdpa_mask)
-
-
-def is_plain_causal(config: PreTrainedConfig) -> bool:
-    """Return whether every layer of a model with this config attends to all earlier tokens."""
-    special_layers = {*(getattr(config, "layer_types", None) or ())} - {"full_attention"}
-    return not special_layers and not any(getattr(config, name, None) for name in UNSUPPORTED_MASK_SETTINGS)

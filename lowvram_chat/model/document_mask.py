@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lowvram_chat.model.document_attention import DOCUMENT_ATTENTION, attention_implementation, is_plain_causal
+from lowvram_chat.model.document_attention import DOCUMENT_ATTENTION, attention_implementation
+from lowvram_chat.model.flash_attention import is_plain_causal
 from lowvram_chat.model.substitutions import packing_declared
 from lowvram_chat.model.varlen_attention import VARLEN_ATTENTION
 

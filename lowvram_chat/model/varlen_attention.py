@@ -16,43 +16,12 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from lowvram_chat.errors import ModelError
-from lowvram_chat.model.document_attention import is_plain_causal
-from lowvram_chat.model.flash_attention import FLASH_CAPABILITY, MAX_FLASH_WIDTH, WIDTH_STEP
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig
-
     from lowvram_chat.data.rows import DocumentGroups
-    from lowvram_chat.recipe.schema import Recipe
 
 VARLEN_ATTENTION = "varlen_by_document"
 """Name of the attention implementation in transformers' tables; for a batch without documents it equals `sdpa`."""
-ATTENTION_DROPOUTS = ("attention_dropout", "attention_probs_dropout_prob", "attn_pdrop")
-"""Config fields of the dropout probability of attention."""
-
-
-def why_no_varlen(
-    recipe: Recipe, config: PreTrainedConfig, capability: tuple[int, int], *, has_flash: bool
-) -> str | None:
-    """Return why packed rows of a recipe keep the document mask on a card of this compute capability; None if they do not.
-
-    `has_flash`: torch's build has FlashAttention.
-    """
-    train = recipe.train
-    dropout = next((name for name in ATTENTION_DROPOUTS if getattr(config, name, None)), None)
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    obstacles = {
-        "model.document_attention is false": not recipe.model.document_attention,
-        f"model.attention is {recipe.model.attention}": recipe.model.attention != "sdpa",
-        "train.compile needs batches of one shape": bool(train.compile),
-        f"train.precision is {train.precision}": train.precision == "fp32",
-        f"the card has compute capability {capability[0]}.{capability[1]}": capability < FLASH_CAPABILITY,
-        "torch was built without FlashAttention, as on Windows": not has_flash,
-        f"the model's {dropout} is not 0 (model.dropout=0.0 removes it)": dropout is not None,
-        f"its heads are {width} wide": width > MAX_FLASH_WIDTH or width % WIDTH_STEP != 0,
-        "not all of its layers have plain causal attention": not is_plain_causal(config),
-    }
-    return next((reason for reason, applies in obstacles.items() if applies), None)
 
 
 def varlen_attention(  # noqa: PLR0917  (transformers' signature)

@@ -22,8 +22,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional
 from torch.utils import _foreach_utils
 
-from lowvram_chat.model.flash_attention import FLASH_CAPABILITY, MAX_FLASH_WIDTH
-from lowvram_chat.model.varlen_attention import why_no_varlen
+from lowvram_chat.model.flash_attention import FLASH_CAPABILITY, MAX_FLASH_WIDTH, why_no_varlen
 from lowvram_chat.private_names import check_private_names
 from lowvram_chat.tracing.cuda_autocast import autocast_type, cuda_autocast
 from lowvram_chat.tracing.cuda_buffers import BUFFER_BEFORE_RESULT, temporary_buffers

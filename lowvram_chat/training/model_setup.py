@@ -21,7 +21,6 @@ from lowvram_chat.model.loss import attach_loss
 from lowvram_chat.model.pretrained import absolute_name, check_gradient_checkpointing, load_config, load_model
 from lowvram_chat.model.saved_form import complete_config, save_tokenizer
 from lowvram_chat.model.substitutions import DROPOUT_SETTINGS
-from lowvram_chat.model.varlen_attention import why_no_varlen
 from lowvram_chat.recipe.schema import Recipe
 
 if TYPE_CHECKING:
@@ -96,7 +95,7 @@ def _attention_by_document(
         # A compiled model needs fixed shapes, which documents of varying length do not have.
         return "cpu" if recipe.model.document_attention and not compiled else None
     capability = torch.cuda.get_device_capability(device)
-    reason = why_no_varlen(recipe, model.config, capability, has_flash=flash_attention.is_built())
+    reason = flash_attention.why_no_varlen(recipe, model.config, capability, has_flash=flash_attention.is_built())
     if reason is None:
         return "cuda"
     log.info("packed rows: attention runs under a document mask, because %s", reason)

@@ -24,7 +24,7 @@ from lowvram_chat.model.document_attention import attention_implementation
 from lowvram_chat.model.document_mask import use_attention_by_document
 from lowvram_chat.model.isolation import isolate_documents
 from lowvram_chat.model.loss import attach_loss
-from lowvram_chat.model.varlen_attention import VARLEN_ATTENTION, varlen_attention, why_no_varlen
+from lowvram_chat.model.varlen_attention import VARLEN_ATTENTION, varlen_attention
 from lowvram_chat.planning import plan as plan_module
 from lowvram_chat.planning import prediction
 from lowvram_chat.planning.plan import Plan
@@ -148,13 +148,15 @@ REASONS: dict[str, tuple[PreTrainedConfig, dict[str, Any], tuple[int, int], str]
 def test_where_a_card_keeps_the_mask(name: str) -> None:
     config, changes, capability, reason = REASONS[name]
     recipe = Recipe.model_validate({"train": {"precision": "fp16"} | changes.pop("train", {}), **changes})
-    found = why_no_varlen(recipe, config, capability, has_flash=True)
+    found = flash_attention.why_no_varlen(recipe, config, capability, has_flash=True)
     assert (reason in found) if reason and found else (found or "") == reason
 
 
 def test_windows_keeps_the_mask() -> None:
     recipe = Recipe.model_validate({"train": {"precision": "fp16"}})
-    assert "without FlashAttention, as on Windows" in str(why_no_varlen(recipe, GPT2, (8, 6), has_flash=False))
+    assert "without FlashAttention, as on Windows" in str(
+        flash_attention.why_no_varlen(recipe, GPT2, (8, 6), has_flash=False)
+    )
     assert flash_attention.is_built("linux")
     assert not flash_attention.is_built("windows")
 
