@@ -163,12 +163,20 @@ def train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False, forc
         OutOfMemory: the device ran out of memory; the run folder is as it was at the last checkpoint.
     """
     from lowvram_chat.errors import UsageError
-    from lowvram_chat.training.run_dir import is_main_process
-    from lowvram_chat.training.start import check_start, finished_result
+    from lowvram_chat.training.start import owned_run
 
     recipe = checked_recipe(recipe)
     if resume and overwrite:
         raise UsageError("train: resume and overwrite exclude each other. Give one of them.")
+    with owned_run(recipe):
+        return _train(recipe, resume=resume, overwrite=overwrite, force=force)
+
+
+def _train(recipe: Recipe, *, resume: bool, overwrite: bool, force: bool) -> dict[str, Any]:
+    """Train in a run folder that no other process writes to. Raises as `train`."""
+    from lowvram_chat.training.run_dir import is_main_process
+    from lowvram_chat.training.start import check_start, finished_result
+
     run = check_start(recipe, resume=resume, overwrite=overwrite)
     if resume and (finished := finished_result(run, recipe)):
         return finished
@@ -217,7 +225,7 @@ def merge(
         OutOfMemory: the model does not fit the device; nothing is kept.
     """
     from lowvram_chat.errors import UsageError
-    from lowvram_chat.exporting.merge_target import check_merge
+    from lowvram_chat.exporting.merge_target import check_merge, owned_target
     from lowvram_chat.quiet import quiet_transformers
 
     if dtype not in SAVED_DTYPES:
@@ -226,13 +234,14 @@ def merge(
     check_path("run", run)
     if out is not None:
         check_path("out", out)
-    folder, target = check_merge(run, None if out is None else Path(out), base=base, overwrite=overwrite)
-    look_for_hub(base or folder.recipe().model.name)
-    quiet_transformers()
+    with owned_target(run, None if out is None else Path(out)):
+        folder, target = check_merge(run, None if out is None else Path(out), base=base, overwrite=overwrite)
+        look_for_hub(base or folder.recipe().model.name)
+        quiet_transformers()
 
-    from lowvram_chat.exporting.merge import merge_run
+        from lowvram_chat.exporting.merge import merge_run
 
-    return merge_run(folder, target, base=base, dtype=dtype, device=device)
+        return merge_run(folder, target, base=base, dtype=dtype, device=device)
 
 
 def evaluate(

@@ -16,6 +16,12 @@ from lowvram_chat.errors import UsageError
 log = logging.getLogger(__name__)
 
 
+def cache_folder() -> Path:
+    """Return the folder of token rows, locks and self-tests: `LOWVRAM_CHAT_CACHE`, or else one beside the Hugging Face caches."""
+    home = os.environ.get("HF_HOME", str(Path.home() / ".cache" / "huggingface"))
+    return Path(os.environ.get("LOWVRAM_CHAT_CACHE", Path(home) / "lowvram_chat"))
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a UTF-8 file under another name first, then move it into place.
 

@@ -7,7 +7,6 @@ import functools
 import hashlib
 import json
 import logging
-import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -21,6 +20,7 @@ from lowvram_chat.data.reader import ReadConversation, Reader, ReaderState
 from lowvram_chat.data.sources import Source
 from lowvram_chat.data.stream import RowStream, crc32
 from lowvram_chat.errors import DataError
+from lowvram_chat.files import cache_folder
 from lowvram_chat.recipe.schema import Data
 from lowvram_chat.units import count
 
@@ -47,12 +47,6 @@ class Tokenized:
     facts: Facts
     name: str
     """Name of the source."""
-
-
-def cache_folder() -> Path:
-    """Return the folder of the token rows: `LOWVRAM_CHAT_CACHE`, or else one beside the Hugging Face caches."""
-    home = os.environ.get("HF_HOME", str(Path.home() / ".cache" / "huggingface"))
-    return Path(os.environ.get("LOWVRAM_CHAT_CACHE", Path(home) / "lowvram_chat"))
 
 
 def tokenize(source: Source, tokenizer: PreTrainedTokenizerBase, data: Data, limit: int | None) -> Tokenized:

@@ -2,10 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 
 from lowvram_chat.errors import ModelError, UsageError
+from lowvram_chat.locks import owned
 from lowvram_chat.training.run_dir import RunDir, open_run
+
+
+@contextlib.contextmanager
+def owned_target(run_path: str | Path, out: Path | None) -> Iterator[None]:
+    """Own a run folder and the folder that its merged model goes to while the context is open.
+
+    Raises:
+        UsageError: another process owns one of them.
+    """
+    run = RunDir(Path(run_path).expanduser())
+    target = run.merged if out is None else out.expanduser()
+    with contextlib.ExitStack() as owned_folders:
+        for folder in {folder.resolve(): folder for folder in (run.path, target)}.values():
+            owned_folders.enter_context(owned(folder, "Wait until it has ended, or choose another folder."))
+        yield
 
 
 def check_merge(run_path: str | Path, out: Path | None, *, base: str | None, overwrite: bool) -> tuple[RunDir, Path]:

@@ -16,8 +16,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from lowvram_chat import nvidia_smi
-from lowvram_chat.data.tokenize import cache_folder
-from lowvram_chat.files import write_text
+from lowvram_chat.files import cache_folder, write_text
 from lowvram_chat.recipe.schema import Recipe
 
 log = logging.getLogger(__name__)

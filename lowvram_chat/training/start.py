@@ -2,15 +2,32 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+from collections.abc import Iterator
 from typing import Any
 
+from lowvram_chat.locks import owned
 from lowvram_chat.recipe.schema import Recipe
 from lowvram_chat.training.resume import changed_settings, check_resumed, is_same
 from lowvram_chat.training.run_dir import RunDir, check_new, check_sources_outside, is_main_process, read_result
 from lowvram_chat.units import count
 
 log = logging.getLogger(__name__)
+
+
+@contextlib.contextmanager
+def owned_run(recipe: Recipe) -> Iterator[None]:
+    """Own the run folder of a recipe while the context is open, in the process that writes it.
+
+    Raises:
+        UsageError: another process owns it.
+    """
+    if not is_main_process():
+        yield
+        return
+    with owned(RunDir.of(recipe).path, "Wait until it has ended, or set output.dir to another folder."):
+        yield
 
 
 def check_start(recipe: Recipe, *, resume: bool, overwrite: bool) -> RunDir:

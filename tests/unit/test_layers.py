@@ -32,6 +32,7 @@ FOR_ALL = (
     "nvidia_smi",
     "units",
     "files",
+    "locks",
     "private_names",
     "terminal",
     "wording",
