@@ -33,6 +33,23 @@ def write_text(path: Path, text: str) -> None:
     patiently(lambda: partial.replace(path))
 
 
+def sync(path: Path) -> None:
+    """Wait until a file or folder is on the disk: otherwise a power failure may leave its name without its content.
+
+    Windows has no such call for folders.
+
+    Raises:
+        OSError: the disk is full or fails.
+    """
+    if path.is_dir() and os.name == "nt":
+        return
+    descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 HELD_BY_ANOTHER = (5, 32, 33)
 """Windows errors of a file or folder that another program has open. Source: winerror.h, ERROR_ACCESS_DENIED,
 ERROR_SHARING_VIOLATION, ERROR_LOCK_VIOLATION."""

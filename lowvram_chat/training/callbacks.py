@@ -12,9 +12,10 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from lowvram_chat.files import json_text, write_json
 from lowvram_chat.training.checkpoint_fingerprint import CheckpointFingerprint
+from lowvram_chat.training.checkpoints import COUNTS_FILE
 from lowvram_chat.training.display import Display
 from lowvram_chat.training.process_memory import peak_resident_bytes
-from lowvram_chat.training.run_dir import COUNTS_FILE, RunDir
+from lowvram_chat.training.run_dir import RunDir
 from lowvram_chat.training.spill import SpillWatch, look_for_spill
 
 LOGGED_KEYS = ("loss", "learning_rate", "grad_norm", "eval_loss")
@@ -110,12 +111,10 @@ class MetricsCallback(TrainerCallback):
         self.logged_at, self.logged = now, TokenCounts(**asdict(self.counts))
         return rates
 
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object) -> None:
-        """Keep the fingerprint and the counts in the checkpoint that was just written; with the counts it is complete."""
-        folder = self.run.checkpoints / f"checkpoint-{state.global_step}"
-        if state.is_world_process_zero and folder.is_dir():
-            self.fingerprint.write(folder)
-            write_json(folder / COUNTS_FILE, asdict(self.counts))
+    def complete_checkpoint(self, checkpoint: Path) -> None:
+        """Keep the fingerprint and the counts in a checkpoint that is being written."""
+        self.fingerprint.write(checkpoint)
+        write_json(checkpoint / COUNTS_FILE, asdict(self.counts))
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object

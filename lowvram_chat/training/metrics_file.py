@@ -6,7 +6,8 @@ import json
 from pathlib import Path
 
 from lowvram_chat.files import write_text
-from lowvram_chat.training.run_dir import RunDir, step_of
+from lowvram_chat.training.checkpoints import step_of
+from lowvram_chat.training.run_dir import RunDir
 
 
 def last_loss(run: RunDir) -> float | None:
@@ -19,7 +20,6 @@ def last_loss(run: RunDir) -> float | None:
 def drop_later_lines(run: RunDir, checkpoint: Path) -> None:
     """Drop the lines of steps after the checkpoint, which will be run and logged again."""
     step = step_of(checkpoint)
-    assert step is not None, "not a complete checkpoint"
     if run.metrics_file.is_file():
         lines = run.metrics_file.read_text(encoding="utf-8").splitlines(keepends=True)
         write_text(run.metrics_file, "".join(line for line in lines if json.loads(line)["step"] <= step))

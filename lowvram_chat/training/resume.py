@@ -7,7 +7,8 @@ from collections.abc import Iterator, Mapping
 
 from lowvram_chat.errors import UsageError
 from lowvram_chat.recipe.schema import Data, OptimizerSection, Recipe
-from lowvram_chat.training.run_dir import RunDir, step_of
+from lowvram_chat.training.checkpoints import step_of
+from lowvram_chat.training.run_dir import RunDir
 
 log = logging.getLogger(__name__)
 
@@ -55,7 +56,7 @@ def check_resumed(run: RunDir, recipe: Recipe) -> None:
             + f"\nRestore these settings (all of them: {run.recipe_file}), or start again with --overwrite or another output.dir."
         )
     checkpoint, last = run.last_checkpoint(), recipe.train.max_steps
-    step = (checkpoint and step_of(checkpoint)) or 0
+    step = 0 if checkpoint is None else step_of(checkpoint)
     if last is not None and step > last:
         raise UsageError(
             f"train.max_steps: {last}, but the last checkpoint of {run.path} is from step {step}. Set it to {step} or more."

@@ -12,7 +12,6 @@ import json
 import logging
 import os
 import platform
-import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import metadata
@@ -24,11 +23,9 @@ from lowvram_chat.errors import NotFoundError, UsageError
 from lowvram_chat.files import discard, patiently, write_json, write_text
 from lowvram_chat.recipe.schema import Recipe
 from lowvram_chat.recipe.yaml_file import dump_recipe, load_recipe
+from lowvram_chat.training.checkpoints import newest_whole, numbered
 
 log = logging.getLogger(__name__)
-
-COUNTS_FILE = "token_counts.json"
-"""File in each checkpoint with what the run had processed when it was written."""
 
 REHEARSAL = "rehearsal"
 """Folder in the run folder in which saving is tried before the first step."""
@@ -102,58 +99,12 @@ class RunDir:
         return load_recipe(self.recipe_file)
 
     def last_checkpoint(self) -> Path | None:
-        """Return the newest complete checkpoint.
+        """Return the newest whole checkpoint, whose files have the content that they were written with."""
+        return newest_whole(self.checkpoints)[0]
 
-        The Trainer writes `trainer_state.json` last, and our callback writes the token counts after it.
-        """
-        complete = [folder for folder in self.checkpoints.glob("checkpoint-*") if step_of(folder) is not None]
-        return max(complete, key=lambda folder: step_of(folder) or 0, default=None)
-
-    def damaged_checkpoints(self) -> list[Path]:
-        """Return the checkpoints that are newer than the last complete one, and not complete."""
-        last = self.last_checkpoint()
-        newest = 0 if last is None else int(last.name.rpartition("-")[2])
-        numbered = [
-            folder for folder in self.checkpoints.glob("checkpoint-*") if folder.name.rpartition("-")[2].isdigit()
-        ]
-        return sorted(folder for folder in numbered if int(folder.name.rpartition("-")[2]) > newest)
-
-
-TORCH_FILES = ("optimizer.pt", "scheduler.pt")
-"""Files of a checkpoint without which training would go on with a fresh optimizer or schedule."""
-WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json", "adapter_model.safetensors")
-
-
-def step_of(checkpoint: Path) -> int | None:
-    """Return the optimizer step of a checkpoint; None if a file of it is missing, empty or cut off."""
-    try:
-        json.loads((checkpoint / COUNTS_FILE).read_text(encoding="utf-8"))
-        step = int(json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))["global_step"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-    random_states = [*checkpoint.glob("rng_state*.pth")]
-    torch_files = [*(checkpoint / name for name in TORCH_FILES), *(random_states or [checkpoint / "rng_state.pth"])]
-    weights = [path for name in WEIGHT_FILES if (path := checkpoint / name).is_file()]
-    are_whole = all(map(zipfile.is_zipfile, torch_files)) and weights and all(map(_is_whole, weights))
-    return step if are_whole else None
-
-
-def _is_whole(weights: Path) -> bool:
-    """Return whether a safetensors file has the length that its header says."""
-    if weights.suffix == ".json":
-        return True
-    with weights.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        try:
-            header = json.loads(file.read(length)) if length < MAX_HEADER_BYTES else {}
-            end = max(entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__")
-        except (ValueError, KeyError, TypeError, AttributeError):
-            return False
-    return weights.stat().st_size == 8 + length + int(end)
-
-
-MAX_HEADER_BYTES = 100_000_000
-"""Longest header of a safetensors file. Source: the format's description."""
+    def damaged_checkpoints(self) -> dict[Path, str]:
+        """Return the checkpoints that are newer than the last whole one, and what is damaged in each."""
+        return newest_whole(self.checkpoints)[1]
 
 
 def is_main_process() -> bool:
@@ -185,13 +136,14 @@ def check_new(path: Path, *, overwrite: bool, resume: bool) -> None:
 
     Raises:
         UsageError: the folder is in use and neither `overwrite` nor `resume` was given, or it is not a run folder.
-        NotFoundError: `resume` without a complete checkpoint.
+        NotFoundError: `resume` without a whole checkpoint.
     """
-    has_checkpoint = RunDir(path).last_checkpoint() is not None
     if resume:
-        if not has_checkpoint:
+        checkpoint, damaged = newest_whole(RunDir(path).checkpoints)
+        if checkpoint is None:
             start = "with --overwrite" if RunDir(path).recipe_file.is_file() else "without --resume"
-            raise NotFoundError(f"{path}: there is no complete checkpoint to resume from. Start the run {start}.")
+            reasons = "".join(f" {folder.name}: {reason}." for folder, reason in damaged.items())
+            raise NotFoundError(f"{path}: there is no whole checkpoint to resume from.{reasons} Start the run {start}.")
         return
     nearest = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
     if not nearest.is_dir():
@@ -205,7 +157,7 @@ def check_new(path: Path, *, overwrite: bool, resume: bool) -> None:
             f"{path}: exists and is not a run folder, so it is left alone. Set output.dir to another folder."
         )
     if not overwrite:
-        resume_hint = " --resume to continue it," if has_checkpoint else ""
+        resume_hint = " --resume to continue it," if numbered(RunDir(path).checkpoints) else ""
         raise UsageError(
             f"{path}: holds an earlier run. Add --overwrite to replace it,{resume_hint} or set output.dir to a new folder."
         )

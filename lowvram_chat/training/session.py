@@ -31,12 +31,13 @@ from lowvram_chat.recipe.schema import Recipe
 from lowvram_chat.training.budget import allocator_limit, compare_with_plan
 from lowvram_chat.training.callbacks import MetricsCallback, TokenCounts, peak_memory
 from lowvram_chat.training.checkpoint_fingerprint import CheckpointFingerprint
+from lowvram_chat.training.checkpoints import step_of
 from lowvram_chat.training.halving import CHECKS, EVALUATION, LOADING, SAVING
 from lowvram_chat.training.metrics_file import drop_later_lines, last_loss
 from lowvram_chat.training.model_setup import build_checked_model, save_model
 from lowvram_chat.training.preflight import check_before_training, try_longest_batch
 from lowvram_chat.training.resume import log_changes
-from lowvram_chat.training.run_dir import RunDir, created, is_main_process, step_of
+from lowvram_chat.training.run_dir import RunDir, created, is_main_process
 from lowvram_chat.training.samples import SampleGenerator, take_samples
 from lowvram_chat.training.trackers import check_trackers
 
@@ -108,9 +109,9 @@ class Session:
         checkpoint = RunDir.of(self.recipe).last_checkpoint() if resume else None
         if checkpoint is not None:
             fingerprint.check(checkpoint)
-            self._check_length(step_of(checkpoint) or 0)
-            for damaged in RunDir.of(self.recipe).damaged_checkpoints():
-                log.warning("%s: is not complete, so it is not used", damaged)
+            self._check_length(step_of(checkpoint))
+            for damaged, reason in RunDir.of(self.recipe).damaged_checkpoints().items():
+                log.warning("%s: %s, so it is not used", damaged, reason)
             log_changes(RunDir.of(self.recipe), self.recipe)
         counts = TokenCounts() if checkpoint is None else TokenCounts.of_checkpoint(checkpoint)
         with created(self.recipe, resume=resume) as run:
@@ -177,6 +178,8 @@ class Session:
             counts=counts,
             precision=self.recipe.train.precision,
             grouped=self.recipe.data.rows == "grouped",
+            complete_checkpoint=callback.complete_checkpoint if isinstance(callback, MetricsCallback) else None,
+            kept_checkpoints=self.recipe.train.save_total_limit,
         )
         trainer.remove_callback(PrinterCallback)
         return trainer

@@ -174,7 +174,7 @@ def _output_settings(recipe: Recipe, run: RunDir, *, evaluate: bool) -> dict[str
         "prediction_loss_only": True,
         "save_strategy": "steps" if train.save_steps else "no",
         "save_steps": train.save_steps or 500,
-        "save_total_limit": train.save_total_limit,
+        "save_total_limit": None,  # `training.checkpoints` deletes them
         "save_only_model": False,
         "load_best_model_at_end": False,
         "restore_callback_states_from_checkpoint": False,

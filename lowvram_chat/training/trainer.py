@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,12 +20,14 @@ from trl import SFTConfig, SFTTrainer
 
 from lowvram_chat.data.rows import Collator
 from lowvram_chat.errors import DeviceError
+from lowvram_chat.files import discard
 from lowvram_chat.model.adapters import check_adapter_tensors
 from lowvram_chat.model.out_of_memory import phase
 from lowvram_chat.model.pretrained import load_weights
 from lowvram_chat.model.scoring import row_lengths, score
 from lowvram_chat.private_names import check_private_names
 from lowvram_chat.training.bitsandbytes_states import forget_earlier_optimizers, states_stay_paged
+from lowvram_chat.training.checkpoints import PARTIAL, put_in_place, seal
 from lowvram_chat.training.halving import EVALUATION
 from lowvram_chat.training.loss_check import check_trainer_loss
 
@@ -39,6 +42,8 @@ log = logging.getLogger(__name__)
 
 check_private_names(
     "transformers.Trainer._run_epoch",
+    "transformers.Trainer._get_output_dir",
+    "transformers.Trainer._save_checkpoint",
     "transformers.Trainer._get_train_sampler",
     "transformers.Trainer._load_from_checkpoint",
     "transformers.Trainer._load_optimizer_and_scheduler",
@@ -81,12 +86,15 @@ class ChatTrainer(SFTTrainer):
         precision: str,
         held_out_collator: Collator,
         grouped: bool = False,
+        complete_checkpoint: Callable[[Path], None] | None = None,
+        kept_checkpoints: int = 1,
         **kwargs: Any,
     ) -> None:
         """Build the trainer and compare its loss with the model's logits.
 
         `counts` receives the tokens of every micro-batch, `precision` is the recipe's `train.precision`, and `grouped`
-        selects `GroupedSampler`. The other arguments are SFTTrainer's.
+        selects `GroupedSampler`. `complete_checkpoint` adds files to a checkpoint that is being written, and the newest
+        `kept_checkpoints` are kept. The other arguments are SFTTrainer's.
 
         Raises:
             SubstitutionError: the loss is not what the model's logits give.
@@ -94,6 +102,9 @@ class ChatTrainer(SFTTrainer):
         """
         forget_earlier_optimizers()
         self.grouped = grouped
+        self.complete_checkpoint = complete_checkpoint
+        self.kept_checkpoints = kept_checkpoints
+        self.partial_checkpoints: Path | None = None
         self.held_out_collator = held_out_collator
         super().__init__(*args, **kwargs)
         self.counts = counts
@@ -193,6 +204,35 @@ class ChatTrainer(SFTTrainer):
         """Load the gradient scaler of an fp16 checkpoint, unless the run goes on in another precision, which has none."""
         if self.accelerator.scaler is not None:
             super()._load_scaler(checkpoint)
+
+    def _get_output_dir(self, trial: Any = None) -> str:
+        """Return the folder that the Trainer writes a checkpoint in."""
+        return str(self.partial_checkpoints or self.args.output_dir)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Write a checkpoint aside, complete and sync it, and move it into its place, before older ones are deleted.
+
+        Raises:
+            UsageError: the disk is full. The last checkpoint is as it was.
+        """
+        checkpoints, step = Path(str(self.args.output_dir)), self.state.global_step
+        partial = checkpoints / PARTIAL / f"checkpoint-{step}"
+        if self.is_world_process_zero():
+            discard(partial.parent)  # what a killed process left
+        self.accelerator.wait_for_everyone()
+        self.partial_checkpoints = partial.parent
+        try:
+            super()._save_checkpoint(model, trial)  # type: ignore[no-untyped-call]
+        finally:
+            self.partial_checkpoints = None
+        self.accelerator.wait_for_everyone()
+        if self.is_world_process_zero():
+            if self.complete_checkpoint is not None:
+                self.complete_checkpoint(partial)
+            seal(partial, step)
+            put_in_place(partial, checkpoints / partial.name, self.kept_checkpoints)
+            discard(partial.parent)
+        self.accelerator.wait_for_everyone()
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         """Train an epoch, unless the last step is done already: a checkpoint of the last step would get one more."""

@@ -119,7 +119,7 @@ def test_the_newest_checkpoint_is_the_one_of_the_highest_step(tmp_path: Path) ->
     for step in (5, 100, 20):
         folder = tmp_path / "checkpoints" / f"checkpoint-{step}"
         folder.mkdir(parents=True)
-        for name in ("trainer_state.json", "token_counts.json"):
+        for name in ("trainer_state.json", "token_counts.json"):  # as an earlier version wrote it, without a manifest
             (folder / name).write_text(f'{{"global_step": {step}}}', encoding="utf-8")
         for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
             torch.save({}, folder / name)
@@ -130,7 +130,7 @@ def test_the_newest_checkpoint_is_the_one_of_the_highest_step(tmp_path: Path) ->
 
 
 def test_resume_without_a_checkpoint_is_refused(bench: Bench) -> None:
-    with pytest.raises(NotFoundError, match="no complete checkpoint"):
+    with pytest.raises(NotFoundError, match="no whole checkpoint"):
         api.train(bench.recipe("r"), resume=True)
     assert not (bench.folder / "r").exists()
 
@@ -233,30 +233,6 @@ def test_a_run_without_a_checkpoint_is_to_be_overwritten(bench: Bench) -> None:
         api.train(recipe)
     with pytest.raises(NotFoundError, match="Start the run with --overwrite"):
         api.train(recipe, resume=True)
-
-
-@pytest.mark.parametrize(
-    "name", ["optimizer.pt", "scheduler.pt", "rng_state.pth", "token_counts.json", "model.safetensors"]
-)
-@pytest.mark.parametrize("damage", ["missing", "empty", "cut"])
-def test_a_run_resumes_from_the_newest_checkpoint_that_is_whole_and_says_so(
-    name: str, damage: str, bench: Bench, caplog: pytest.LogCaptureFixture
-) -> None:
-    settings: dict[str, Any] = {"train__save_steps": 3, "train__max_steps": 8, "train__save_total_limit": 9}
-    run = bench.run("r", **settings)
-    expected = weights(run)
-    shutil.rmtree(run / "model")
-    shutil.rmtree(run / "checkpoints" / "checkpoint-8")
-    (run / "result.json").unlink()
-    file = run / "checkpoints" / "checkpoint-6" / name
-    data = file.read_bytes()
-    if damage == "missing":
-        file.unlink()
-    else:
-        file.write_bytes(b"" if damage == "empty" else data[: len(data) // 2])
-    api.train(bench.recipe("r", **settings), resume=True)
-    assert "checkpoint-6: is not complete, so it is not used" in caplog.text
-    assert all(torch.equal(weights(run)[key], value) for key, value in expected.items())
 
 
 def test_a_resumed_run_takes_its_intervals_from_the_recipe(bench: Bench) -> None:
