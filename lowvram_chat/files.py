@@ -17,9 +17,19 @@ log = logging.getLogger(__name__)
 
 
 def cache_folder() -> Path:
-    """Return the folder of token rows, locks and self-tests: `LOWVRAM_CHAT_CACHE`, or else one beside the Hugging Face caches."""
-    home = os.environ.get("HF_HOME", str(Path.home() / ".cache" / "huggingface"))
-    return Path(os.environ.get("LOWVRAM_CHAT_CACHE", Path(home) / "lowvram_chat"))
+    """Return the folder of token rows, locks and self-tests: `LOWVRAM_CHAT_CACHE`, or else one beside the Hugging Face caches.
+
+    Raises:
+        UsageError: a file is in its place.
+    """
+    home = os.environ.get("HF_HOME") or "~/.cache/huggingface"
+    folder = Path(os.environ.get("LOWVRAM_CHAT_CACHE") or Path(home, "lowvram_chat")).expanduser()
+    nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not nearest.is_dir():
+        raise UsageError(
+            f"{folder}: cannot be created, because {nearest} is a file. Set LOWVRAM_CHAT_CACHE to a folder."
+        )
+    return folder
 
 
 def write_text(path: Path, text: str) -> None:

@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable
+
 MIB = 1024 * 1024
+
+
+def largest(numbers: Iterable[float]) -> float:
+    """Return the largest number, 0 of none; NaN if any is NaN, which `max` may pass over."""
+    return max(numbers, key=lambda number: (math.isnan(number), number), default=0.0)
 
 
 def format_mib(nbytes: float) -> str:

@@ -77,13 +77,18 @@ def split_by_conversation(
     return rows.select(numpy.flatnonzero(~is_chosen)), rows.select(numpy.flatnonzero(is_held_out))
 
 
+def held_out_conversations(conversations: int, fraction: float) -> int:
+    """Return how many of the conversations are held out: at least one."""
+    return max(1, round(fraction * conversations))
+
+
 def chosen_conversations(conversations: int, fraction: float, seed: int) -> NDArray[np.bool_]:
     """Return for each conversation (N,) whether it is among the share that is held out."""
     import numpy
 
     is_chosen = numpy.zeros(conversations, dtype=bool)
     order = numpy.random.default_rng(seed).permutation(conversations)
-    is_chosen[order[: max(1, round(fraction * conversations))]] = True
+    is_chosen[order[: held_out_conversations(conversations, fraction)]] = True
     return is_chosen
 
 

@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from lowvram_chat import nvidia_smi
 from lowvram_chat.files import cache_folder, write_text
+from lowvram_chat.recipe.choices import Positive, Rate
 from lowvram_chat.recipe.schema import Recipe
 
 log = logging.getLogger(__name__)
@@ -34,22 +35,22 @@ SWITCHES: Mapping[str, tuple[str, str, object]] = {
 class Calibration(BaseModel):
     """The figures of one card, or of the processor, of this machine."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(extra="ignore", frozen=True, use_attribute_docstrings=True)
 
     device: str
     """Name of the card, or of the processor's architecture."""
     torch: str
     driver: str | None = None
     date: str = ""
-    half_tflops: float | None = None
+    half_tflops: Rate | None = None
     """Rate of GPT-2's fp16 products, 10^12 FLOP per second."""
-    single_tflops: float | None = None
+    single_tflops: Rate | None = None
     """Rate of GPT-2's fp32 products."""
-    gb_per_second: float | None = None
+    gb_per_second: Rate | None = None
     """Rate of reads and writes of a large elementwise operation, 10^9 bytes per second."""
-    launch_microseconds: float | None = None
+    launch_microseconds: Rate | None = None
     """Time that the host needs for an operation of forward and backward."""
-    context_mib: int | None = None
+    context_mib: Positive | None = None
     """Memory of a CUDA context."""
     failed: tuple[str, ...] = ()
     """Checks that failed: names in `SWITCHES`."""
@@ -101,10 +102,10 @@ def load(device: str) -> Calibration | None:
     return found if found.device == device and found.is_current() else None
 
 
-def without_failed(recipe: Recipe, device: torch.device) -> Recipe:
+def without_failed(recipe: Recipe, device: str) -> Recipe:
     """Return the recipe without what the self-test of this machine saw fail, and log each change."""
-    found = load(device_name(device))
-    for name in found.failed if found is not None else ():
+    found = load(device)
+    for name in SWITCHES.keys() & (set() if found is None else {*found.failed}):
         section_name, setting, value = SWITCHES[name]
         section = getattr(recipe, section_name)
         if section is None or getattr(section, setting) in (value, None):

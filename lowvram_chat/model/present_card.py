@@ -11,11 +11,13 @@ import logging
 import torch
 
 from lowvram_chat import nvidia_smi
+from lowvram_chat.errors import DeviceError
 from lowvram_chat.gpus import CONTEXT_MIB, DEFAULT_GPU, GPUS, USABLE_SHARES, known_gpu, this_system
-from lowvram_chat.model.calibration import Calibration, load
+from lowvram_chat.model.calibration import Calibration, load, without_failed
 from lowvram_chat.nvidia_smi import SmiCard
 from lowvram_chat.recipe.card import card_of
 from lowvram_chat.recipe.choices import AUTO
+from lowvram_chat.recipe.conflicts import find_unsupported
 from lowvram_chat.recipe.schema import Card, Memory, Recipe
 from lowvram_chat.units import MIB, format_mib
 
@@ -23,14 +25,23 @@ log = logging.getLogger(__name__)
 
 
 def for_this_machine(recipe: Recipe) -> Recipe:
-    """Return the recipe with `memory.gpu: auto` resolved to the card of this machine, if there is one, without using it."""
+    """Return the recipe with `memory.gpu: auto` resolved to the card of this machine, if there is one, without using it.
+
+    What the self-test saw fail on that card is switched off, as a run does.
+
+    Raises:
+        DeviceError: the card cannot do what the recipe wants.
+    """
     if recipe.memory.gpu != AUTO or recipe.memory.card is not None:
         return recipe
     found = nvidia_smi.visible_card()
     if found is None or found.compute_capability is None:
         return recipe
     available = found.memory_mib if found.free_mib is None else found.free_mib
-    return _with_card(recipe, _card(found, found.compute_capability, available))
+    recipe = _with_card(without_failed(recipe, found.name), _card(found, found.compute_capability, available))
+    for problem in find_unsupported(recipe.memory, recipe.train, recipe.model):
+        raise DeviceError(problem)
+    return recipe
 
 
 def describe(recipe: Recipe) -> str:

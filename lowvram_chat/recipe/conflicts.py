@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from lowvram_chat.recipe.card import card_of
 from lowvram_chat.recipe.choices import AUTO
 from lowvram_chat.recipe.optimizers import OPTIMIZERS
 from lowvram_chat.recipe.sections import Adapter, Data, Memory, Model, OptimizerSection, Train
@@ -43,10 +44,40 @@ def _data_conflicts(data: Data) -> Iterator[str]:
         )
 
 
-def find_card_conflicts(memory: Memory) -> Iterator[str]:
-    """Yield a message for a card that is both named and described."""
-    if memory.card is not None and memory.gpu != AUTO:
+FLASH_CAPABILITY = (8, 0)
+"""Compute capability from which on a card computes in bf16 and has FlashAttention-2: Ampere."""
+
+
+def find_card_conflicts(memory: Memory, train: Train, model: Model) -> Iterator[str]:
+    """Yield a message for a card that is both named and described, or that cannot do what the recipe wants."""
+    card = memory.card
+    if card is not None and memory.gpu != AUTO:
         yield "memory: gpu and card exclude each other. Keep one."
+    if card is not None and card.usable_mib is not None and card.usable_mib > card.memory_mib:
+        yield f"memory.card.usable_mib: {card.usable_mib} is more than memory_mib, {card.memory_mib}. Correct one of them."
+    if _wants_flash(model) and train.precision == "fp32":
+        yield f"model.attention: {model.attention} computes in half precision only. Set train.precision=fp16, or attention=sdpa."
+    if card is not None or memory.gpu != AUTO:
+        yield from find_unsupported(memory, train, model)
+
+
+def find_unsupported(memory: Memory, train: Train, model: Model) -> Iterator[str]:
+    """Yield a message for each setting that the card lacks."""
+    card = card_of(memory)
+    if card.compute_capability >= FLASH_CAPABILITY:
+        return
+    has = "{}.{}".format(*card.compute_capability)
+    if train.precision == "bf16":
+        yield f"train.precision: bf16 needs compute capability 8.0, and {card.title} has {has}. Set train.precision=fp16."
+    if _wants_flash(model):
+        yield (
+            f"model.attention: {model.attention} needs compute capability 8.0, and {card.title} has {has}. Set "
+            "model.attention=sdpa."
+        )
+
+
+def _wants_flash(model: Model) -> bool:
+    return model.attention == "flash_attention_2" or "/flash-attn" in model.attention
 
 
 def find_train_conflicts(train: Train, optimizer: OptimizerSection) -> Iterator[str]:

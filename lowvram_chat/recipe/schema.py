@@ -48,7 +48,7 @@ class Recipe(Section):
     def _check_across_sections(self) -> Recipe:
         problems = [
             *find_conflicts(self.model, self.adapter, self.data),
-            *find_card_conflicts(self.memory),
+            *find_card_conflicts(self.memory, self.train, self.model),
             *find_train_conflicts(self.train, self.optimizer),
         ]
         if problems:

@@ -239,7 +239,7 @@ class Card(Section):
     """Memory of the card, in MiB, as nvidia-smi prints it."""
     compute_capability: Annotated[float, Field(ge=5, lt=20)]
     """CUDA compute capability, such as 7.5."""
-    name: str = "the described card"
+    name: Annotated[str, Field(min_length=1)] = "the described card"
     """Name of the card, for messages."""
     usable_mib: Positive | None = None
     """Memory that a process can use, in MiB; null: 97 % of the card's on Linux, 95 % on Windows."""

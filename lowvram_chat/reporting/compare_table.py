@@ -15,7 +15,7 @@ def show_differences(differences: Sequence[Difference]) -> None:
     """Print the values that got better or worse as a table on stdout, then a summary of all differences."""
     changed = [difference for difference in differences if difference.verdict != "equal"]
     if changed:
-        Console(highlight=False).print(_changes_table(changed))
+        Console(markup=False, emoji=False, highlight=False).print(_changes_table(changed))
     print(_summary(differences))
 
 

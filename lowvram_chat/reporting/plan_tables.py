@@ -32,7 +32,7 @@ PEAK_PHASES = {
 
 def show_plan(recipe: Recipe, plan: Plan) -> None:
     """Print a plan on stdout."""
-    console = Console(highlight=False, soft_wrap=True)
+    console = Console(markup=False, emoji=False, highlight=False, soft_wrap=True)
     console.print(_categories_table(plan))
     console.print(_largest_table(plan))
     fragmentation = plan.peak_reserved_bytes - plan.longest_reserved_bytes
@@ -99,7 +99,7 @@ def show_fastest(recipe: Recipe, suggestions: Sequence[Suggestion]) -> None:
             "yes" if changed.train.gradient_checkpointing else "no",
             changed.optimizer.name,
         )
-    Console(highlight=False).print(table)
+    Console(markup=False, emoji=False, highlight=False).print(table)
     for number, suggestion in enumerate(suggestions, start=1):
         print(f"{number}: {as_overrides(suggestion.change) or 'the recipe as it is'}")
 
@@ -121,7 +121,7 @@ def show_side_by_side(names: Sequence[str], recipes: Sequence[Recipe], plans: Se
         pairs = zip(recipes, plans, strict=True)
         rates = [predict_speed(recipe, plan.work).tokens_per_second for recipe, plan in pairs]
         table.add_row("tokens/s, predicted", *(f"{rate:,.0f}" for rate in rates), f"{rates[1] / rates[0] - 1:+.0%}")
-    Console(highlight=False, soft_wrap=True).print(table)
+    Console(markup=False, emoji=False, highlight=False, soft_wrap=True).print(table)
 
 
 def _categories_table(plan: Plan) -> Table:

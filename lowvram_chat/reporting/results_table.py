@@ -34,4 +34,4 @@ def show_results(records: Iterable[Record]) -> None:
     table = Table(*head)
     for row in rows:
         table.add_row(*row)
-    Console(highlight=False).print(table)
+    Console(markup=False, emoji=False, highlight=False).print(table)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 import traceback
 from collections.abc import Callable, Mapping
@@ -22,10 +23,11 @@ class Outcome:
 
     good: bool
     meaning: str
-    """What it means for a run, in a sentence."""
+    """What it means for a run: a clause that holds where the check is good, or, unless `is_claim`, why it is not."""
     figures: Mapping[str, Metric] = field(default_factory=dict)
     ran: bool = True
     """Whether the check could run on this device."""
+    is_claim: bool = True
 
 
 @dataclass(frozen=True)
@@ -44,15 +46,17 @@ class Check:
         try:
             outcome = self.work(device)
         except LowVramError as error:
-            outcome = Outcome(good=False, meaning=str(error))
+            outcome = Outcome(good=False, meaning=without_paths(str(error).rstrip(".")), is_claim=False)
         except Exception as error:  # a driver or a native library can raise anything
             where = traceback.extract_tb(error.__traceback__)[-1]
             place = f"{Path(where.filename).name}:{where.lineno}"
-            outcome = Outcome(good=False, meaning=f"{type(error).__name__}: {first_line(error)} ({place})")
+            reason = without_paths(f"{type(error).__name__}: {first_line(error)} ({place})")
+            outcome = Outcome(good=False, meaning=reason, is_claim=False)
         status: Literal["ok", "failed", "skipped"] = (
             "skipped" if not outcome.ran else "ok" if outcome.good else "failed"
         )
-        meaning = outcome.meaning if outcome.good else f"{outcome.meaning}. {self.if_it_fails}"
+        claim = f"it is not so that {outcome.meaning}" if outcome.is_claim else outcome.meaning
+        meaning = outcome.meaning if outcome.good else f"{claim}. {self.if_it_fails}"
         return CheckResult(
             name=self.name,
             title=self.title,
@@ -61,6 +65,15 @@ class Check:
             figures=dict(outcome.figures),
             seconds=round(time.perf_counter() - started, 2),
         )
+
+
+PATH = re.compile(r"(?:[A-Za-z]:)?[\\/](?:[^\\/:'\"\s][^\\/:'\"\n]*[\\/])+")
+"""The folders of an absolute path."""
+
+
+def without_paths(text: str) -> str:
+    """Return a text with the folders of its paths left out: they may hold a name, and the file is meant to be sent."""
+    return PATH.sub(".../", text)
 
 
 def figure(value: float, unit: str) -> Metric:

@@ -24,6 +24,7 @@ from lowvram_chat.model.scoring import autocast
 from lowvram_chat.model.substitutions import fuse_gelu
 from lowvram_chat.model.varlen_attention import VARLEN_ATTENTION
 from lowvram_chat.selftest.check import Outcome, figure, skipped
+from lowvram_chat.units import largest
 
 TOLERANCES = {"fp32": 1e-4, "bf16": 5e-2, "fp16": 1e-2}
 """Largest accepted difference, relative to the norm of what the libraries compute. Measured on a CPU: 2e-6, 1.2e-2 and 1.6e-3."""
@@ -78,9 +79,8 @@ def fused_loss(device: torch.device) -> Outcome:
             )
         loss.backward()
         expected.backward()
-        differences[precision] = max(
-            abs(float(loss.detach() - expected.detach())) / float(expected.detach()), gradient_difference(ours, theirs)
-        )
+        of_loss = abs(float(loss.detach() - expected.detach())) / float(expected.detach())
+        differences[precision] = largest([of_loss, gradient_difference(ours, theirs)])
     return compared(differences, "the fused loss and its gradients are those of transformers")
 
 
@@ -132,7 +132,7 @@ def document_attention(device: torch.device) -> Outcome:
         return skipped("torch was built without FlashAttention, as on Windows; packed rows run under a mask")
     name = VARLEN_ATTENTION if on_card else DOCUMENT_ATTENTION
     differences = {
-        precision: max(_packed_difference(device, name, precision, lengths) for lengths in PACKED_DOCUMENTS)
+        precision: largest(_packed_difference(device, name, precision, lengths) for lengths in PACKED_DOCUMENTS)
         for precision in precisions(device)
         if precision != "fp32" or not on_card
     }

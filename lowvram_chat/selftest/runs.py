@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import subprocess
 import sys
@@ -29,7 +30,7 @@ from lowvram_chat.training import budget
 from lowvram_chat.training.callbacks import peak_memory
 from lowvram_chat.training.run_dir import RunDir
 from lowvram_chat.training.session import Session
-from lowvram_chat.units import MIB
+from lowvram_chat.units import MIB, largest
 
 STEPS, SAVE_STEPS, KILLED_AFTER = 30, 10, 15
 """Optimizer steps of the run that is killed, steps between its checkpoints, and the step from which it may be killed."""
@@ -52,13 +53,16 @@ def killed_and_resumed(device: torch.device) -> Outcome:
     with tempfile.TemporaryDirectory(prefix="lowvram-chat-selftest-", ignore_cleanup_errors=True) as name:
         folder = Path(name)
         whole, broken = (_short_run(folder, run, precision) for run in ("whole", "broken"))
-        _sft(whole).wait(RUN_SECONDS)
-        process = _sft(broken)
-        killed_at = _kill_after(process, broken)
+        if code := _exit_code(_sft(whole)):
+            return Outcome(good=False, meaning=f"a short run ended with exit code {code}", is_claim=False)
+        killed_at = _kill_after(_sft(broken), broken)
         if killed_at is None:
-            return Outcome(good=False, meaning="the run ended before it could be killed")
-        _sft(broken, "--resume").wait(RUN_SECONDS)
+            return Outcome(good=False, meaning="the run ended before it could be killed", is_claim=False)
+        if code := _exit_code(_sft(broken, "--resume")):
+            return Outcome(good=False, meaning=f"the resumed run ended with exit code {code}", is_claim=False)
         difference = _largest_difference(whole.run, broken.run)
+    if not math.isfinite(difference):
+        return Outcome(good=False, meaning="the resumed run has other tensors, or NaN among them", is_claim=False)
     return Outcome(
         good=difference == 0,
         meaning="a run that is killed and resumed ends with the weights of one that was not",
@@ -104,18 +108,30 @@ def _sft(run: _Run, *words: str) -> subprocess.Popen[bytes]:
     return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 
+def _exit_code(process: subprocess.Popen[bytes]) -> int:
+    """Return the exit code of a run, which is killed if it takes too long."""
+    try:
+        return process.wait(RUN_SECONDS)
+    except subprocess.TimeoutExpired:
+        return 1
+    finally:
+        process.kill()
+        process.wait()
+
+
 def _kill_after(process: subprocess.Popen[bytes], run: _Run) -> int | None:
     """Kill a run once it has logged step `KILLED_AFTER`; return the steps that it had logged, or None if it ended before."""
     deadline = time.monotonic() + RUN_SECONDS
-    while process.poll() is None and time.monotonic() < deadline:
-        steps = _logged_steps(run.run)
-        if steps >= KILLED_AFTER:
-            process.kill()
-            process.wait()
-            return steps
-        time.sleep(0.01)
-    process.kill()
-    return None
+    try:
+        while process.poll() is None and time.monotonic() < deadline:
+            steps = _logged_steps(run.run)
+            if steps >= KILLED_AFTER:
+                return steps
+            time.sleep(0.01)
+        return None
+    finally:
+        process.kill()
+        process.wait()
 
 
 def _logged_steps(run: RunDir) -> int:
@@ -129,7 +145,7 @@ def _largest_difference(one: RunDir, other: RunDir) -> float:
     weights, others = (load_file(run.model / "model.safetensors") for run in (one, other))
     if weights.keys() != others.keys():
         return float("inf")
-    return max(float((weights[name] - others[name]).abs().max()) for name in weights)
+    return largest(float((weights[name] - others[name]).abs().max()) for name in weights)
 
 
 def memory_cap(device: torch.device) -> Outcome:

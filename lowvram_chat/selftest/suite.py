@@ -58,7 +58,7 @@ KILLED = (
         "resume",
         "A run that is killed and resumed",
         runs.killed_and_resumed,
-        "Its weights differ, so do not rely on --resume here, and report it.",
+        "Do not rely on --resume here, and report it.",
     ),
 )
 GROUPS: Mapping[str, Sequence[Check]] = {"rates": RATES, "exactness": EXACTNESS, "steps": STEPS, "killed": KILLED}

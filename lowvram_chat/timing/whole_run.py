@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from lowvram_chat.data.rows import held_out_conversations
 from lowvram_chat.recipe.schema import Recipe
 
 KNOWN_ROWS: Mapping[tuple[str, str], int] = {
@@ -30,7 +31,7 @@ def rows_of(recipe: Recipe) -> int | None:
     if len(known) < len(counts):
         return None
     rows = sum(known) if data.limit is None else min(sum(known), data.limit)
-    return rows - int(rows * (data.eval_fraction or 0.0))
+    return rows - (held_out_conversations(rows, data.eval_fraction) if data.eval_fraction else 0)
 
 
 def _rows_of_source(source: str, split: str) -> int | None:
@@ -48,9 +49,10 @@ def _lines(path: Path) -> Iterator[bytes]:
 
 
 def steps_of(recipe: Recipe) -> int | None:
-    """Return the optimizer steps of a run; None if the number of its rows is not known, as of packed rows."""
+    """Return the optimizer steps of a run; None if the number of its rows is not known, as of packed or split conversations."""
     train = recipe.train
     if train.max_steps is not None:
         return train.max_steps
-    rows = None if recipe.data.rows == "packed" else rows_of(recipe)
+    is_known = recipe.data.rows != "packed" and recipe.data.overflow != "split"
+    rows = rows_of(recipe) if is_known else None
     return None if rows is None else math.ceil(train.num_train_epochs * math.ceil(rows / train.effective_batch_size))

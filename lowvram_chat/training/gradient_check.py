@@ -26,6 +26,7 @@ from lowvram_chat.model.fused_lora import always_folded, unfused
 from lowvram_chat.model.scoring import autocast
 from lowvram_chat.training.callbacks import TokenCounts
 from lowvram_chat.training.probe_documents import first_documents, is_packed, rows_of
+from lowvram_chat.units import largest
 
 if TYPE_CHECKING:
     from lowvram_chat.training.trainer import ChatTrainer
@@ -81,12 +82,12 @@ def _differences(trainer: ChatTrainer) -> dict[str, tuple[float, float]]:
         )
         return {}
     differences = {name: _relative_difference(actual[name], expected[name]) for name in groups}
-    if _in_float32(trainer) or max(differences.values(), default=0.0) <= HALF_TOLERANCE:
+    if _in_float32(trainer) or largest(differences.values()) <= HALF_TOLERANCE:
         return {name: (difference, 0.0) for name, difference in differences.items()}
     others = [_plain_gradients(trainer, [documents], groups)]
     with contextlib.suppress(RuntimeError):  # a base in half precision has no products in fp32
         others.append(_plain_gradients(trainer, [[document] for document in documents], groups, precision="fp32"))
-    noise = {name: max(_relative_difference(other[name], expected[name]) for other in others) for name in groups}
+    noise = {name: largest(_relative_difference(other[name], expected[name]) for other in others) for name in groups}
     return {name: (difference, min(noise[name], MAX_NOISE)) for name, difference in differences.items()}
 
 

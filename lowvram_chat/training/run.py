@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from lowvram_chat.errors import CompilationError, OutOfMemory, SubstitutionError
-from lowvram_chat.model.calibration import without_failed
+from lowvram_chat.model.calibration import device_name, without_failed
 from lowvram_chat.model.out_of_memory import is_out_of_memory, phase_of
 from lowvram_chat.planning.plan import Plan
 from lowvram_chat.recipe.schema import Recipe
@@ -31,7 +31,7 @@ def train(recipe: Recipe, *, device: torch.device, resume: bool, force: bool = F
         DoesNotFit: the run is predicted not to fit its card, and `force` is not given.
         OutOfMemory: the device ran out of memory and `memory.on_oom` is "stop", or there is nothing left to halve.
     """
-    recipe = without_failed(recipe, device)
+    recipe = without_failed(recipe, device_name(device))
     recipe, plan = plan_within_budget(recipe, device, force=force)
     try:
         return _train(recipe, plan, device=device, resume=resume, force=force)

@@ -17,7 +17,7 @@ from lowvram_chat.recipe.yaml_file import build_recipe, load_recipe
 from lowvram_chat.results import record
 from lowvram_chat.results.record import CheckResult, Record
 from lowvram_chat.selftest import exactness, rates, runs, steps, suite
-from lowvram_chat.selftest.check import Check, Outcome, figure
+from lowvram_chat.selftest.check import Check, Outcome, figure, without_paths
 from lowvram_chat.timing.constants import SHARE_OF_BANDWIDTH, SHARE_OF_TENSOR_CORES
 from lowvram_chat.timing.speed import card_rates
 from tests.runs import Bench, curve
@@ -79,6 +79,50 @@ def test_a_wrong_substitution_is_found(name: str, monkeypatch: pytest.MonkeyPatc
     assert check.if_it_fails in result.meaning
 
 
+@pytest.mark.parametrize("place", [1, 2])
+def test_a_difference_that_is_nan_is_a_failure(place: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[int] = []
+
+    def nan_at_a_place(*_: object) -> float:
+        calls.append(1)
+        return float("nan") if len(calls) == place else 1e-7
+
+    monkeypatch.setattr(exactness, "_packed_difference", nan_at_a_place)
+    monkeypatch.setattr(exactness, "gradient_difference", lambda *_: float("nan"))
+    assert not exactness.document_attention(CPU).good
+    assert not exactness.fused_loss(CPU).good
+
+
+def test_what_failed_is_not_said_to_hold(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(exactness, "isolates_documents", lambda model: False)
+    [check] = [check for check in suite.EXACTNESS if check.name == "isolation"]
+    assert check.run(CPU).meaning.startswith("it is not so that packed conversations do not see each other. Use data")
+
+
+def test_the_killed_run_says_what_happened(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    [check] = suite.KILLED
+    monkeypatch.setattr(runs, "_largest_difference", lambda *_: float("nan"))
+    monkeypatch.setattr(runs, "_exit_code", lambda process: process.kill() or 0)
+    monkeypatch.setattr(runs, "_kill_after", lambda process, run: process.kill() or 12)
+    result = check.run(CPU)
+    assert result.status == "failed"
+    assert result.meaning.startswith("the resumed run has other tensors, or NaN among them. ")
+    monkeypatch.setattr(runs, "_exit_code", lambda process: process.kill() or 2)
+    assert check.run(CPU).meaning.startswith("a short run ended with exit code 2. ")
+
+
+@pytest.mark.parametrize(
+    ("text", "kept"),
+    [
+        (r"no file C:\Users\Ada Lovelace\AppData\x.json here", "no file .../x.json here"),
+        ("/home/ada/venv/bin/python timed out", ".../python timed out"),
+        ("12 / 4 tokens/s", "12 / 4 tokens/s"),
+    ],
+)
+def test_a_file_that_is_sent_holds_no_path(text: str, kept: str) -> None:
+    assert without_paths(text.replace("\\\\", "\\")) == kept
+
+
 def test_an_8_bit_optimizer_that_does_nothing_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     import bitsandbytes
 
@@ -124,11 +168,25 @@ def test_figures_of_another_torch_are_not_used(monkeypatch: pytest.MonkeyPatch) 
     assert calibration.load(calibration.processor_name()) is None
 
 
-def test_a_damaged_file_is_not_used(caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize(
+    "figures",
+    ["", '"launch_microseconds": -10', '"context_mib": -2500', '"half_tflops": NaN', '"single_tflops": Infinity', "["],
+)
+def test_a_damaged_file_is_not_used(figures: str, caplog: pytest.LogCaptureFixture) -> None:
     kept()
-    calibration.path_of(calibration.processor_name()).write_text("{", encoding="utf-8")
+    file = calibration.path_of(calibration.processor_name())
+    text = file.read_text(encoding="utf-8").rstrip().removesuffix("}")
+    file.write_text(f"{text}, {figures}}}" if figures else "{", encoding="utf-8")
     assert calibration.load(calibration.processor_name()) is None
     assert "is damaged" in caplog.text
+
+
+def test_the_file_of_another_version_of_this_package_is_read(bench: Bench) -> None:
+    found = kept("frobnicate")
+    file = calibration.path_of(found.device)
+    file.write_text(file.read_text(encoding="utf-8").replace("{", '{"later_figure": 1,', 1), encoding="utf-8")
+    assert calibration.load(found.device) is not None
+    bench.run("r", train__max_steps=1)
 
 
 def test_a_plan_for_the_card_uses_what_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -206,6 +264,13 @@ def test_wrong_memory_is_a_failure_and_wrong_speed_is_reported() -> None:
     slow = runs.compared("r", right | {"r: tokens/s": figure(50, "tokens/s")})
     assert slow.good
     assert "tokens/s predicted +100.0% (off by more than 25%: planned times are not reliable" in slow.meaning
+
+
+def test_a_file_that_cannot_be_written_is_refused_before_the_work(capsys: pytest.CaptureFixture[str]) -> None:
+    if not Path("/proc").is_dir():
+        pytest.skip("a folder that root cannot write to")
+    assert doctor.main(["--selftest", "--out", "/proc/selftest.json"]) == 2
+    assert "nothing can be written into /proc" in capsys.readouterr().err
 
 
 def test_the_page_does_not_take_the_place_of_the_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

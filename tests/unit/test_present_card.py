@@ -10,7 +10,7 @@ import torch
 
 from lowvram_chat import nvidia_smi
 from lowvram_chat import plan as plan_command
-from lowvram_chat.errors import RecipeError
+from lowvram_chat.errors import DeviceError, RecipeError
 from lowvram_chat.gpus import GPUS
 from lowvram_chat.model.present_card import for_this_machine, for_this_run
 from lowvram_chat.planning import changes, prediction
@@ -116,6 +116,33 @@ def test_a_described_card_has_the_rates_it_gives(bench: Bench, capsys: pytest.Ca
     assert "fits on My card, Linux (1,986 MiB usable)" in printed
     assert "fits on My card, Windows (1,945 MiB usable)" in printed
     assert "  30 W: " in printed
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({"memory": {"gpu": "gtx-1060-3gb"}, "train": {"precision": "bf16"}}, "bf16 needs compute capability 8.0"),
+        ({"memory": {"gpu": "t4-16gb"}, "model": {"attention": "flash_attention_2"}}, "needs compute capability 8.0"),
+        (
+            {"model": {"attention": "kernels-community/flash-attn2"}, "train": {"precision": "fp32"}},
+            "half precision only",
+        ),
+        (
+            {"memory": {"card": {"memory_mib": 100, "usable_mib": 999, "compute_capability": 8.6}}},
+            "is more than memory_mib",
+        ),
+        ({"memory": {"card": {"memory_mib": 100, "name": "", "compute_capability": 8.6}}}, "at least 1 character"),
+    ],
+)
+def test_a_card_that_cannot_do_it_is_refused(settings: dict[str, Any], reason: str) -> None:
+    with pytest.raises(ValueError, match=reason):
+        Recipe.model_validate({"train": {"precision": "fp16"}} | settings)
+
+
+def test_the_card_of_this_machine_that_cannot_do_it_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    driver(monkeypatch, GTX_1650)
+    with pytest.raises(DeviceError, match=r"bf16 needs compute capability 8\.0, and .*GTX 1650 has 7\.5"):
+        for_this_machine(Recipe.model_validate({"train": {"precision": "bf16"}}))
 
 
 def test_a_card_both_named_and_described_is_refused() -> None:

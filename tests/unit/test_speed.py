@@ -194,4 +194,6 @@ def test_the_steps_of_a_run_are_known_where_its_rows_are(tmp_path: Path) -> None
     file = tmp_path / "chats.jsonl"
     file.write_text("{}\n\n{}\n" * 20)
     assert steps(source=str(file)) == 3
+    assert steps(source=str(file), eval_fraction=0.199) == 2  # 8 of 40 are held out, as a run does
+    assert steps(source=str(file), overflow="split") is None
     assert steps(source=[str(file), "HuggingFaceH4/ultrachat_200k"], split="test_sft") == math.ceil((40 + 23_110) / 16)
