@@ -161,47 +161,43 @@ def train(recipe: Recipe, *, resume: bool = False, overwrite: bool = False, forc
     Raises:
         LowVramError: for everything that can be known before the first step, with nothing written.
         OutOfMemory: the device ran out of memory; the run folder is as it was at the last checkpoint.
+        DivergedError: weights became NaN or infinite; the run folder is as it was at the last checkpoint.
+        KeyboardInterrupt: Ctrl-C or another signal ended the run, after a checkpoint.
     """
-    from lowvram_chat.errors import UsageError
-    from lowvram_chat.training.start import owned_run
+    from lowvram_chat.errors import DivergedError, UsageError
+    from lowvram_chat.stopping import signals_answered
+    from lowvram_chat.training.run_dir import is_main_process
+    from lowvram_chat.training.start import check_start, finished_result, owned_run
 
     recipe = checked_recipe(recipe)
     if resume and overwrite:
         raise UsageError("train: resume and overwrite exclude each other. Give one of them.")
-    with owned_run(recipe):
-        return _train(recipe, resume=resume, overwrite=overwrite, force=force)
+    with signals_answered(), owned_run(recipe):
+        run = check_start(recipe, resume=resume, overwrite=overwrite)
+        if resume and (finished := finished_result(run, recipe)):
+            return finished
+        look_for_hub(recipe.model.name, *as_list(recipe.data.source), *as_list(recipe.data.eval_source))
 
+        from lowvram_chat.model.device import check_device
+        from lowvram_chat.quiet import quiet_transformers
 
-def _train(recipe: Recipe, *, resume: bool, overwrite: bool, force: bool) -> dict[str, Any]:
-    """Train in a run folder that no other process writes to. Raises as `train`."""
-    from lowvram_chat.training.run_dir import is_main_process
-    from lowvram_chat.training.start import check_start, finished_result
+        device = check_device(recipe)
+        quiet_transformers()
 
-    run = check_start(recipe, resume=resume, overwrite=overwrite)
-    if resume and (finished := finished_result(run, recipe)):
-        return finished
-    look_for_hub(recipe.model.name, *as_list(recipe.data.source), *as_list(recipe.data.eval_source))
+        from lowvram_chat.exporting.model_card import write_model_card
+        from lowvram_chat.reporting.run_page import write_run_page
+        from lowvram_chat.training.run import train
 
-    from lowvram_chat.model.device import check_device
-    from lowvram_chat.quiet import quiet_transformers
-
-    device = check_device(recipe)
-    quiet_transformers()
-
-    from lowvram_chat.exporting.model_card import write_model_card
-    from lowvram_chat.reporting.run_page import write_run_page
-    from lowvram_chat.training.run import train
-
-    try:
-        result = train(recipe, device=device, resume=resume, force=force)
-    except KeyboardInterrupt:
-        if run.metrics_file.is_file() and is_main_process():
+        try:
+            result = train(recipe, device=device, resume=resume, force=force)
+        except (KeyboardInterrupt, DivergedError):
+            if run.metrics_file.is_file() and is_main_process():
+                write_run_page(run)
+            raise
+        if is_main_process():
+            write_model_card(run, result)
             write_run_page(run)
-        raise
-    if is_main_process():
-        write_model_card(run, result)
-        write_run_page(run)
-    return result
+        return result
 
 
 def merge(

@@ -1,7 +1,7 @@
 """The `lowvram-chat <command>` entry point, and the parsing, exit codes and error messages that all commands share.
 
-Exit codes: 0 success; 1 a negative result (a merged model that differs, a recipe that does not fit); 2 a mistake of the user;
-130 stopped with Ctrl-C.
+Exit codes: 0 success; 1 a negative result (a merged model that differs, a recipe that does not fit, a run whose weights became
+NaN); 2 a mistake of the user; 130 stopped with Ctrl-C, 143 with SIGTERM, 129 with SIGHUP.
 """
 
 from __future__ import annotations
@@ -15,9 +15,10 @@ from typing import NoReturn
 
 from lowvram_chat import __version__
 from lowvram_chat.arguments import DEVICES
-from lowvram_chat.errors import DoesNotFit, LowVramError, ProofError, did_you_mean
+from lowvram_chat.errors import DivergedError, DoesNotFit, LowVramError, ProofError, did_you_mean
 from lowvram_chat.files import json_text
 from lowvram_chat.quiet import quiet_libraries
+from lowvram_chat.stopping import signals_answered
 from lowvram_chat.terminal import UNPRINTABLE, printable, use_utf8
 
 COMMANDS: Mapping[str, str] = {
@@ -59,8 +60,9 @@ def guarded(work: Callable[[], int]) -> int:
     """Run a command's work and return its exit code; errors that a user can cause are printed without a traceback."""
     quiet_libraries()
     try:
-        return work()
-    except (ProofError, DoesNotFit) as error:
+        with signals_answered():
+            return work()
+    except (ProofError, DoesNotFit, DivergedError) as error:
         print(printable(str(error)), file=sys.stderr)
         return 1
     except LowVramError as error:
@@ -78,9 +80,9 @@ def guarded(work: Callable[[], int]) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stopped:
         print("\nStopped.", file=sys.stderr)
-        return 130
+        return getattr(stopped, "exit_code", 130)
 
 
 def print_json(document: Mapping[str, object]) -> None:

@@ -9,6 +9,7 @@
     +-- DeviceError (RuntimeError)          this machine does not support the request
     +-- OutOfMemory (MemoryError)           the device ran out of memory
     +-- DoesNotFit (MemoryError)            a run is predicted not to fit its graphics card
+    +-- DivergedError (ArithmeticError)     the weights of a run became NaN or infinite
     +-- ProofError (ArithmeticError)        a merged model differs from base + adapter
 
 A message has the form `<where>: <what is wrong>. <what to do>.`
@@ -21,7 +22,8 @@ from collections.abc import Iterable, Sequence
 
 
 class LowVramError(Exception):
-    """Base of all errors that a user can act on. The command line exits with 2, or with 1 for `ProofError` and `DoesNotFit`."""
+    """Base of all errors that a user can act on. The command line exits with 2, or with 1 for the negative
+    results `ProofError`, `DoesNotFit` and `DivergedError`."""
 
 
 class UsageError(LowVramError, ValueError):
@@ -70,6 +72,10 @@ class CompilationError(DeviceError):
 
 class OutOfMemory(LowVramError, MemoryError):
     """The device ran out of memory; the message says which settings would fit."""
+
+
+class DivergedError(LowVramError, ArithmeticError):
+    """The weights of a run became NaN or infinite; its checkpoints are as they were."""
 
 
 class DoesNotFit(LowVramError, MemoryError):

@@ -135,6 +135,8 @@ class Collator:
             "loss_positions": labels.flatten().ne(IGNORED_LABEL).nonzero().flatten() - 1,
             "real_tokens": sum(lengths),
         }
+        if "conversation" in rows[0]:
+            batch["conversations"] = [row["conversation"] for row in rows]
         if "documents" in rows[0]:
             documents = [*(row["documents"] for row in rows), *[[]] * (shape[0] - len(rows))]
             batch["position_ids"] = torch.stack([_positions(parts, shape[1]) for parts in documents])

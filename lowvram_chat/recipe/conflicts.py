@@ -56,7 +56,10 @@ def find_card_conflicts(memory: Memory, train: Train, model: Model) -> Iterator[
     if card is not None and card.usable_mib is not None and card.usable_mib > card.memory_mib:
         yield f"memory.card.usable_mib: {card.usable_mib} is more than memory_mib, {card.memory_mib}. Correct one of them."
     if _wants_flash(model) and train.precision == "fp32":
-        yield f"model.attention: {model.attention} computes in half precision only. Set train.precision=fp16, or attention=sdpa."
+        yield (
+            f"model.attention: {model.attention} computes in half precision only. Set train.precision=fp16, or "
+            "model.attention=sdpa."
+        )
     if card is not None or memory.gpu != AUTO:
         yield from find_unsupported(memory, train, model)
 

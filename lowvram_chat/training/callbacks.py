@@ -6,14 +6,17 @@ import json
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import cast
 
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from lowvram_chat import stopping
 from lowvram_chat.files import json_text, write_json
 from lowvram_chat.training.checkpoint_fingerprint import CheckpointFingerprint
 from lowvram_chat.training.checkpoints import COUNTS_FILE
 from lowvram_chat.training.display import Display
+from lowvram_chat.training.finite import FiniteGuard
 from lowvram_chat.training.process_memory import peak_resident_bytes
 from lowvram_chat.training.run_dir import RunDir
 from lowvram_chat.training.spill import SpillWatch, look_for_spill
@@ -48,12 +51,18 @@ class MetricsCallback(TrainerCallback):
     """Writes a line of metrics.jsonl at every logged step, measures time, and shows progress."""
 
     def __init__(
-        self, run: RunDir, counts: TokenCounts, fingerprint: CheckpointFingerprint, limit_bytes: int | None = None
+        self,
+        run: RunDir,
+        counts: TokenCounts,
+        fingerprint: CheckpointFingerprint,
+        guard: FiniteGuard,
+        limit_bytes: int | None = None,
     ) -> None:
         """Create the callback; `limit_bytes` is what the allocator may reserve, to be shown."""
         self.run = run
         self.counts = counts
         self.fingerprint = fingerprint
+        self.guard = guard
         self.started = self.logged_at = time.monotonic()
         self.seconds_before = counts.seconds
         self.logged = TokenCounts(**asdict(counts))
@@ -73,8 +82,12 @@ class MetricsCallback(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
-        """Count the time and move the bar."""
+        """Count the time, move the bar, and end the run after a checkpoint if a signal asks for it."""
         self.counts.seconds = self.seconds_before + time.monotonic() - self.started
+        was_skipped = bool(getattr(kwargs.get("optimizer"), "step_was_skipped", False))
+        self.guard.after_step(state.global_step, was_skipped=was_skipped)
+        if stopping.requested():
+            control.should_save = control.should_training_stop = True
         self.display.advance(state.global_step)
 
     def on_log(
@@ -94,6 +107,7 @@ class MetricsCallback(TrainerCallback):
         if "loss" in logs:
             line |= self._rates() | peak_memory()
             look_for_spill(self.spill, line["padded_tokens_per_second"])
+            self.guard.check_logged(state.global_step, line, cast("torch.nn.Module", kwargs["model"]))
         with self.run.metrics_file.open("a", encoding="utf-8") as file:
             file.write(json_text(line) + "\n")
         self.display.show(line)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
+from lowvram_chat import stopping
 from lowvram_chat.data.dataset import PreparedRows, load_rows
 from lowvram_chat.data.rows import Collator
 from lowvram_chat.data.template import set_template
@@ -32,6 +33,7 @@ from lowvram_chat.training.budget import allocator_limit, compare_with_plan
 from lowvram_chat.training.callbacks import MetricsCallback, TokenCounts, peak_memory
 from lowvram_chat.training.checkpoint_fingerprint import CheckpointFingerprint
 from lowvram_chat.training.checkpoints import step_of
+from lowvram_chat.training.finite import FiniteGuard
 from lowvram_chat.training.halving import CHECKS, EVALUATION, LOADING, SAVING
 from lowvram_chat.training.metrics_file import drop_later_lines, last_loss
 from lowvram_chat.training.model_setup import build_checked_model, save_model
@@ -115,9 +117,10 @@ class Session:
             log_changes(RunDir.of(self.recipe), self.recipe)
         counts = TokenCounts() if checkpoint is None else TokenCounts.of_checkpoint(checkpoint)
         with created(self.recipe, resume=resume) as run:
-            metrics = MetricsCallback(run, counts, fingerprint, allocator_limit(self.plan))
+            guard = FiniteGuard(self.recipe)
+            metrics = MetricsCallback(run, counts, fingerprint, guard, allocator_limit(self.plan))
             with phase(CHECKS):
-                trainer = self._trainer(run, counts, metrics)
+                trainer = self._trainer(run, counts, metrics, guard)
                 check_before_training(self.built, self.tokenizer, trainer, run.path, self.recipe)
         self.started = True
         if checkpoint is not None:
@@ -129,11 +132,13 @@ class Session:
         if checkpoint is None:
             self._take_samples(run, "before")
         try:
-            with contextlib.closing(metrics.display):
+            with contextlib.closing(metrics.display), stopping.deferred():
                 trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+            stopping.raise_if_requested()
         except KeyboardInterrupt:
             _log_interrupted(run)
             raise
+        guard.check(trainer.state.global_step, self.model)
         return self._finish(run, trainer, before, self._held_out_loss(trainer))
 
     def _check_length(self, step: int) -> None:
@@ -160,7 +165,9 @@ class Session:
         try_longest_batch(trainer)
         trainer.train()
 
-    def _trainer(self, run: RunDir, counts: TokenCounts, callback: TrainerCallback) -> ChatTrainer:
+    def _trainer(
+        self, run: RunDir, counts: TokenCounts, callback: TrainerCallback, guard: FiniteGuard | None = None
+    ) -> ChatTrainer:
         from transformers import PrinterCallback
 
         from lowvram_chat.training.sft_settings import sft_config
@@ -176,6 +183,7 @@ class Session:
             processing_class=self.tokenizer,
             callbacks=[callback],
             counts=counts,
+            guard=guard or FiniteGuard(self.recipe),
             precision=self.recipe.train.precision,
             grouped=self.recipe.data.rows == "grouped",
             complete_checkpoint=callback.complete_checkpoint if isinstance(callback, MetricsCallback) else None,

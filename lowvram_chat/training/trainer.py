@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from torch.utils.data import Sampler
 
     from lowvram_chat.training.callbacks import TokenCounts
+    from lowvram_chat.training.finite import FiniteGuard
 
 log = logging.getLogger(__name__)
 
@@ -83,6 +84,7 @@ class ChatTrainer(SFTTrainer):
         self,
         *args: Any,
         counts: TokenCounts,
+        guard: FiniteGuard,
         precision: str,
         held_out_collator: Collator,
         grouped: bool = False,
@@ -92,9 +94,9 @@ class ChatTrainer(SFTTrainer):
     ) -> None:
         """Build the trainer and compare its loss with the model's logits.
 
-        `counts` receives the tokens of every micro-batch, `precision` is the recipe's `train.precision`, and `grouped`
-        selects `GroupedSampler`. `complete_checkpoint` adds files to a checkpoint that is being written, and the newest
-        `kept_checkpoints` are kept. The other arguments are SFTTrainer's.
+        `counts` receives the tokens of every micro-batch, `guard` looks at what is saved, `precision` is the recipe's
+        `train.precision`, and `grouped` selects `GroupedSampler`. `complete_checkpoint` adds files to a checkpoint that is
+        being written, and the newest `kept_checkpoints` are kept. The other arguments are SFTTrainer's.
 
         Raises:
             SubstitutionError: the loss is not what the model's logits give.
@@ -108,6 +110,7 @@ class ChatTrainer(SFTTrainer):
         self.held_out_collator = held_out_collator
         super().__init__(*args, **kwargs)
         self.counts = counts
+        self.guard = guard
         self.precision = precision
         self.model_accepts_loss_kwargs = True
         # SFTTrainer casts the adapter of a 4-bit base to bfloat16. Trained weights stay float32 here, because fp16's
@@ -148,6 +151,7 @@ class ChatTrainer(SFTTrainer):
     ) -> torch.Tensor:
         """Return the summed loss of a micro-batch divided by the labelled tokens of the whole step: (), fp32."""
         self.counts.add(inputs.pop("real_tokens"), inputs["input_ids"].numel())
+        self.guard.saw(inputs.pop("conversations", ()))
         # DistributedDataParallel averages the gradients over the processes, and `num_items_in_batch` is summed over them.
         loss: torch.Tensor = model(**inputs)["loss"] * self.accelerator.num_processes
         if num_items_in_batch is None:
@@ -213,8 +217,10 @@ class ChatTrainer(SFTTrainer):
         """Write a checkpoint aside, complete and sync it, and move it into its place, before older ones are deleted.
 
         Raises:
+            DivergedError: weights or optimizer states are NaN or infinite.
             UsageError: the disk is full. The last checkpoint is as it was.
         """
+        self.guard.check(self.state.global_step, self.trained_model, self._own_optimizer())
         checkpoints, step = Path(str(self.args.output_dir)), self.state.global_step
         partial = checkpoints / PARTIAL / f"checkpoint-{step}"
         if self.is_world_process_zero():

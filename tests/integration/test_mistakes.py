@@ -57,9 +57,9 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
     "adapter": (["adapter.kind=olora"], "fails on GPT-2's Conv1D"),
     "4bit": (["model.load_in=4bit"], "Add an adapter section"),
     "4bit pissa": (["model.load_in=4bit", "adapter.kind=pissa"], "pissa"),
-    "flash": (["model.attention=flash_attention_2"], "model.attention=sdpa"),
+    "flash": (["model.attention=flash_attention_2", "train.precision=bf16"], "model.attention=sdpa"),
     "hub kernel": (
-        ["model.attention=kernels-community/flash-attn2"],
+        ["model.attention=kernels-community/flash-attn2", "train.precision=bf16"],
         "needs the package kernels. Add model.attention=sdpa",
     ),
     "another's kernel": (
@@ -76,7 +76,7 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
     ),
     "eval": (["data.eval_fraction=0.1"], "exclude each other"),
     "steps": (["--max-steps", "0"], "train.max_steps"),
-    "resume": (["--resume"], "no complete checkpoint"),
+    "resume": (["--resume"], "no whole checkpoint"),
 }
 
 

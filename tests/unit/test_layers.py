@@ -33,6 +33,7 @@ FOR_ALL = (
     "units",
     "files",
     "locks",
+    "stopping",
     "private_names",
     "terminal",
     "wording",

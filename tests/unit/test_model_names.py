@@ -151,6 +151,6 @@ def test_bf16_is_compared_with_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_flash_attention_without_its_package_is_refused() -> None:
-    recipe = Recipe.model_validate({"train": {"precision": "fp32"}, "model": {"attention": "flash_attention_2"}})
+    recipe = Recipe.model_validate({"train": {"precision": "bf16"}, "model": {"attention": "flash_attention_2"}})
     with pytest.raises(DeviceError, match=r"model\.attention=sdpa"):
         check_device(recipe)

@@ -36,6 +36,7 @@ from lowvram_chat.tracing.run import trace_run
 from lowvram_chat.training import budget
 from lowvram_chat.training.callbacks import MetricsCallback, TokenCounts
 from lowvram_chat.training.checkpoint_fingerprint import CheckpointFingerprint
+from lowvram_chat.training.finite import FiniteGuard
 from lowvram_chat.training.preflight import run_longest_batch
 from lowvram_chat.training.run_dir import RunDir
 from lowvram_chat.training.trainer import ChatTrainer, GroupedSampler
@@ -192,7 +193,7 @@ def test_a_suggestion_costs_the_extra_time_of_the_same_tokens() -> None:
 
 def test_a_resumed_run_continues_to_count_its_seconds(tmp_path: Path) -> None:
     counts, state = TokenCounts(seconds=100.0), TrainerState(max_steps=2)
-    metrics = MetricsCallback(RunDir(tmp_path), counts, CheckpointFingerprint("", "", "", "", ""))
+    metrics = MetricsCallback(RunDir(tmp_path), counts, CheckpointFingerprint("", "", "", "", ""), FiniteGuard(TINY))
     arguments, control = TrainingArguments(output_dir=str(tmp_path), use_cpu=True), TrainerControl()
     metrics.on_train_begin(arguments, state, control)
     metrics.on_step_end(arguments, state, control)
@@ -255,7 +256,9 @@ def test_an_attention_mask_is_planned_for() -> None:
 
 
 def test_the_loss_of_one_process_makes_up_for_the_average_over_two() -> None:
-    trainer = SimpleNamespace(counts=TokenCounts(), accelerator=SimpleNamespace(num_processes=2))
+    trainer = SimpleNamespace(
+        counts=TokenCounts(), guard=FiniteGuard(TINY), accelerator=SimpleNamespace(num_processes=2)
+    )
     inputs = {"real_tokens": torch.tensor(3), "input_ids": torch.tensor([[1, 2, 3, 0]])}
     loss = ChatTrainer.compute_loss(
         cast("ChatTrainer", trainer),
