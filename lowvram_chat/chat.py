@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from lowvram_chat import api
 from lowvram_chat.cli import add_device, guarded, parser
 from lowvram_chat.errors import OutOfMemory, UsageError
+from lowvram_chat.stopping import raise_other_signals
 from lowvram_chat.terminal import printable, read_utf8
 
 if TYPE_CHECKING:
@@ -70,7 +71,8 @@ def converse(session: ChatSession) -> int:
     while True:
         try:
             text = input("you> " if interactive else "").strip()
-        except (EOFError, KeyboardInterrupt):
+        except (EOFError, KeyboardInterrupt) as ended:
+            raise_other_signals(ended)
             print(file=sys.stderr)
             return 0
         except UnicodeDecodeError as error:
@@ -91,7 +93,8 @@ def _answer(session: ChatSession, text: str) -> None:
     try:
         session.ask(text, _print_piece)
         print()
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stopped:
+        raise_other_signals(stopped)
         print(" (stopped)")
     except (UsageError, OutOfMemory) as error:
         print(printable(f"({error})"), file=sys.stderr)

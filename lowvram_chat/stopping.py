@@ -107,6 +107,16 @@ def raise_if_requested() -> None:
         raise Stopped(number)
 
 
+def raise_other_signals(error: BaseException) -> None:
+    """Raise an error again if it stands for a signal that is not Ctrl-C, for code that answers Ctrl-C itself.
+
+    Raises:
+        Stopped: the error.
+    """
+    if isinstance(error, Stopped) and error.number != signal.SIGINT:
+        raise error
+
+
 def _raise_again(hook: Callable[[sys.UnraisableHookArgs], object]) -> Callable[[sys.UnraisableHookArgs], object]:
     """Return a hook for exceptions that Python cannot raise: where a signal came in a finaliser, it is sent again."""
 

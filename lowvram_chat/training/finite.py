@@ -52,7 +52,7 @@ class FiniteGuard:
             DivergedError: weights are not finite.
         """
         odd = [name for name in ("loss", "grad_norm") if not math.isfinite(logged.get(name, 0.0))]
-        if odd and (wrong := not_finite(model.named_parameters())):
+        if odd and (wrong := not_finite(_trained(model))):
             reason = f"step {step}: {' and '.join(odd)} are not finite, and neither are {wrong} of the weights"
             raise DivergedError(self._message(reason))
         self.were_logged = True
@@ -63,7 +63,7 @@ class FiniteGuard:
         Raises:
             DivergedError: some are not finite.
         """
-        for what, tensors in (("weights", model.named_parameters()), ("optimizer states", _states(optimizer))):
+        for what, tensors in (("weights", _trained(model)), ("optimizer states", _states(optimizer))):
             if wrong := not_finite(tensors):
                 raise DivergedError(self._message(f"step {step}: {wrong} of the {what} are NaN or infinite"))
 
@@ -82,17 +82,28 @@ class FiniteGuard:
         )
 
 
-def not_finite(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
-    """Return how many of the tensors hold NaN or infinity, as "2 of 148"; empty if none does. It waits for the device once."""
-    flags = [tensor.detach().isfinite().all() for _, tensor in tensors if tensor.is_floating_point()]
-    wrong = sum(not flag for flag in torch.stack([flag.cpu() for flag in flags]).tolist()) if flags else 0
-    return f"{wrong} of {len(flags)}" if wrong else ""
+def not_finite(tensors: Iterable[torch.Tensor]) -> str:
+    """Return how many of the tensors hold NaN or infinity, as "2 of 148"; empty if none does. It waits for each device once.
+
+    A sum is NaN or infinite if a value is, and unlike `isfinite` needs no memory of the tensor's size.
+    """
+    by_device: dict[torch.device, list[torch.Tensor]] = {}
+    for tensor in tensors:
+        if tensor.is_floating_point():
+            by_device.setdefault(tensor.device, []).append(tensor.detach().sum(dtype=torch.float32))
+    found = [good for sums in by_device.values() for good in torch.stack(sums).isfinite().tolist()]
+    return "" if all(found) else f"{found.count(False)} of {len(found)}"
 
 
-def _states(optimizer: object) -> Iterator[tuple[str, torch.Tensor]]:
+def _trained(model: torch.nn.Module) -> Iterator[torch.Tensor]:
+    """Yield the weights that are trained."""
+    return (parameter for parameter in model.parameters() if parameter.requires_grad)
+
+
+def _states(optimizer: object) -> Iterator[torch.Tensor]:
     """Yield the state tensors of an optimizer; those that are quantised are integers with floating-point scales."""
     state: Mapping[Any, Any] = getattr(optimizer, "state", {})
     for of_parameter in state.values():
-        for name, value in of_parameter.items() if isinstance(of_parameter, Mapping) else ():
+        for value in of_parameter.values() if isinstance(of_parameter, Mapping) else ():
             if isinstance(value, torch.Tensor):
-                yield str(name), value
+                yield value

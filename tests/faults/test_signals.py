@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 import torch
 
-from lowvram_chat import api, stopping
+from lowvram_chat import api, chat, stopping
+from lowvram_chat.model.chat_session import ChatSession
 from lowvram_chat.training.run_dir import RunDir
 from tests.faults.processes import finished, start, steps_of, wait_until
 from tests.integration.test_resume import weights
@@ -121,3 +122,19 @@ def test_an_ignored_signal_stays_ignored() -> None:
             os.kill(os.getpid(), signal.SIGHUP)  # as nohup
     finally:
         signal.signal(signal.SIGHUP, before)
+
+
+def test_sigterm_ends_a_conversation_and_ctrl_c_an_answer(lora_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def answer_to(number: int) -> int:
+        def ask(*_: object) -> str:
+            os.kill(os.getpid(), number)
+            time.sleep(0.1)
+            return ""
+
+        texts = iter(["Hello", "/exit"])
+        monkeypatch.setattr(ChatSession, "ask", ask)
+        monkeypatch.setattr("builtins.input", lambda prompt: next(texts))
+        return chat.main([str(lora_run)])
+
+    assert answer_to(signal.SIGINT) == 0
+    assert answer_to(signal.SIGTERM) == 143
