@@ -49,6 +49,8 @@ def test_a_signal_ends_a_run_after_a_checkpoint(name: str, whole: Path, bench: B
     assert (run / "report.html").is_file()
     step = int(checkpoint.name.rpartition("-")[2])
     assert steps_of(run) == step
+    if name != "SIGTERM":
+        return  # the checkpoint is the same
     assert finished(["sft", str(bench.folder / "r.yaml"), "--resume"], bench.folder)[0] == 0
     assert curve(run) == curve(whole)
     assert all(torch.equal(weights(run)[key], value) for key, value in weights(whole).items())
@@ -71,7 +73,7 @@ def test_a_second_signal_ends_it_at_once(bench: Bench, monkeypatch: pytest.Monke
     assert RunDir(bench.folder / "r").last_checkpoint() is None
 
 
-@pytest.mark.parametrize("seconds", [0.5, 2.0, 4.0])
+@pytest.mark.parametrize("seconds", [0.5, 3.0])
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
 def test_a_signal_in_the_first_seconds_gives_no_traceback(name: str, seconds: float, bench: Bench) -> None:
     process = start(["sft", str(bench.file("r", train__max_steps=100_000))], bench.folder)
