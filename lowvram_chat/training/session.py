@@ -32,7 +32,7 @@ from lowvram_chat.recipe.schema import Recipe
 from lowvram_chat.training.budget import allocator_limit, compare_with_plan
 from lowvram_chat.training.callbacks import MetricsCallback, TokenCounts, peak_memory
 from lowvram_chat.training.checkpoint_fingerprint import CheckpointFingerprint
-from lowvram_chat.training.checkpoints import step_of
+from lowvram_chat.training.checkpoints import MANIFEST, step_of
 from lowvram_chat.training.finite import FiniteGuard
 from lowvram_chat.training.halving import CHECKS, EVALUATION, LOADING, SAVING
 from lowvram_chat.training.metrics_file import drop_later_lines, last_loss
@@ -114,6 +114,8 @@ class Session:
             self._check_length(step_of(checkpoint))
             for damaged, reason in RunDir.of(self.recipe).damaged_checkpoints().items():
                 log.warning("%s: %s, so it is not used", damaged, reason)
+            if not (checkpoint / MANIFEST).is_file():
+                log.warning("%s: has no %s, so only the lengths of its files were checked", checkpoint, MANIFEST)
             log_changes(RunDir.of(self.recipe), self.recipe)
         counts = TokenCounts() if checkpoint is None else TokenCounts.of_checkpoint(checkpoint)
         with created(self.recipe, resume=resume) as run:
