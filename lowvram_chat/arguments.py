@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lowvram_chat.errors import UsageError
+from lowvram_chat.files import usable_path
 from lowvram_chat.quiet import silence_libraries
-from lowvram_chat.wording import shorten
 
 if TYPE_CHECKING:
     from lowvram_chat.recipe.schema import Recipe
@@ -36,15 +36,12 @@ def check_path(name: str, path: str | Path) -> None:
     """Refuse an argument that is not a path.
 
     Raises:
-        UsageError: it is empty, or neither a text nor a Path.
+        UsageError: it is empty, or neither a text nor a Path, or no file can have it.
     """
     silence_libraries()
     if not isinstance(path, str | Path) or not str(path):
         raise UsageError(f"{name}: {path!r} is not a path. Give the path as a text.")
-    try:
-        Path(path).expanduser().exists()
-    except (OSError, RuntimeError, ValueError) as error:  # a name that is too long, an unknown user, a null character
-        raise UsageError(f"{name}: {shorten(str(path))} is no usable path ({error}). Give another path.") from None
+    usable_path(name, path)
 
 
 def check_device_name(name: str) -> None:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from lowvram_chat.errors import UsageError
+from lowvram_chat.wording import shorten
 
 log = logging.getLogger(__name__)
 
@@ -30,6 +31,22 @@ def cache_folder() -> Path:
             f"{folder}: cannot be created, because {nearest} is a file. Set LOWVRAM_CHAT_CACHE to a folder."
         )
     return folder
+
+
+def usable_path(name: str, path: str | Path) -> Path:
+    """Return a path with the home folder in place of `~`; `name` is the argument or setting that it was given as.
+
+    Raises:
+        UsageError: no file can have this path: it has a null character, an unknown user, or a loop of links.
+    """
+    try:
+        expanded = Path(path).expanduser()
+        expanded.exists()
+        expanded.resolve()
+    except (OSError, RuntimeError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise UsageError(f"{name}: {shorten(str(path))} is no usable path ({reason}). Give another path.") from None
+    return expanded
 
 
 def write_text(path: Path, text: str) -> None:

@@ -13,7 +13,7 @@ from lowvram_chat.data.known_datasets import read_glaive, read_oasst_tree
 from lowvram_chat.data.parsers import parse_json
 from lowvram_chat.errors import DataError
 from lowvram_chat.recipe.formats import FORMATS, SYSTEM_COLUMNS
-from lowvram_chat.wording import kind_of
+from lowvram_chat.wording import kind_of, shorten
 
 __all__ = [
     "READERS",
@@ -153,7 +153,7 @@ def detect_format(row: RawFields, where: str) -> str:
         return name
     known = "; ".join(f"{name}: {', '.join(kind.columns)}" for name, kind in FORMATS.items() if kind.detected)
     raise DataError(
-        f"{where}: no known format has the columns {', '.join(map(str, row)) or '(none)'}. "
+        f"{where}: no known format has the columns {shorten(', '.join(map(str, row))) or '(none)'}. "
         f"Rename them to those of a format ({known}), or set data.format."
     )
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Protocol, cast
 
 from jinja2 import TemplateError
@@ -18,6 +18,10 @@ Spans = list[tuple[int, int]]
 """Positions of the assistant's words in a text: (first character, one past the last character)."""
 
 
+MAX_COUNTED = 100_000
+"""Most numbers that `range` gives in one rendering. Source: Jinja's sandbox allows as many in each call."""
+
+
 class TemplateRenderer(Protocol):
     """The signature of `render_jinja_template` as it is used here; its own annotation leaves out the spans."""
 
@@ -28,6 +32,7 @@ class TemplateRenderer(Protocol):
         chat_template: str,
         return_assistant_tokens_mask: bool,
         add_generation_prompt: bool,
+        range: Callable[..., range],
         **special_tokens: str,
     ) -> tuple[list[str], list[Spans]]:
         """Return the text of each conversation and, where asked for, the spans of the assistant's words."""
@@ -65,6 +70,7 @@ def _render(
             chat_template=str(tokenizer.chat_template),
             return_assistant_tokens_mask=mark,
             add_generation_prompt=add_generation_prompt,
+            range=_bounded_range(),
             **tokenizer.special_tokens_map,
         )
     except TemplateError as error:  # raise_exception in a template, its syntax errors and its security errors
@@ -74,6 +80,24 @@ def _render(
     except (ArithmeticError, LookupError, TypeError, ValueError, AttributeError) as error:
         raise ValueError(f"the chat template fails: {error}") from None
     return text, [(first, end) for first, end in spans[0] if first < end] if mark else []
+
+
+def _bounded_range() -> Callable[..., range]:
+    """Return a `range` for one rendering of a template: all that it returns together has at most `MAX_COUNTED` numbers.
+
+    Jinja's own bounds each of them, so that loops within loops would run for days.
+    """
+    counted = 0
+
+    def bounded(*bounds: int) -> range:
+        nonlocal counted
+        numbers = range(*bounds)
+        counted += len(numbers)
+        if counted > MAX_COUNTED:
+            raise ValueError(f"its loops count beyond {MAX_COUNTED:,}")
+        return numbers
+
+    return bounded
 
 
 def check_encodable(text: str) -> None:

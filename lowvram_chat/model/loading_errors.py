@@ -21,8 +21,14 @@ log = logging.getLogger(__name__)
 Built = TypeVar("Built")
 
 LOADING_ERRORS = (
-    *(RuntimeError, SafetensorError, ValueError, KeyError, ImportError),
-    *(TypeError, AttributeError, AssertionError, StrictDataclassError),  # settings of a wrong type
+    *(RuntimeError, SafetensorError, ValueError, LookupError, ImportError),
+    *(
+        TypeError,
+        AttributeError,
+        AssertionError,
+        ArithmeticError,
+        StrictDataclassError,
+    ),  # settings of a wrong type or size
 )
 
 LOADING = threading.RLock()
@@ -58,7 +64,7 @@ def errors_explained(name: str, path: str, loader: str, *, attention: str = "") 
     try:
         with LOADING:
             yield
-    except torch.OutOfMemoryError:
+    except (torch.OutOfMemoryError, LowVramError):
         raise
     except OSError as error:
         raise _file_error(error, name, path) from None

@@ -15,6 +15,7 @@ from lowvram_chat.model.loading_errors import errors_explained, with_supported_a
 from lowvram_chat.model.loading_report import LoadingReport, check_finite, check_loading_report, check_tied_head
 from lowvram_chat.model.saved_form import with_marks
 from lowvram_chat.model.substitutions import fuse_gelu, set_dropout
+from lowvram_chat.model.weights_size import check_layers, check_size
 from lowvram_chat.recipe.schema import Model
 
 if TYPE_CHECKING:
@@ -80,6 +81,7 @@ def load_config(name: str, revision: str | None = None) -> PreTrainedConfig:
         config: PreTrainedConfig = AutoConfig.from_pretrained(
             path, revision=revision or "main", trust_remote_code=False
         )
+        check_layers(config, name)
         return config
 
 
@@ -128,6 +130,9 @@ def load_model(settings: Model, *, device: torch.device | None = None) -> PreTra
         set_dropout(config, settings.dropout)
     four_bit = _four_bit_settings(settings, device) if settings.load_in == "4bit" else {}
     path = resolve(settings.name)
+    if Path(path).is_dir() and not four_bit:
+        with errors_explained(settings.name, path, "AutoModelForCausalLM"):
+            check_size(config, Path(path), settings.name)
 
     def load(attention: str) -> PreTrainedModel:
         with errors_explained(settings.name, path, "AutoModelForCausalLM", attention=attention):

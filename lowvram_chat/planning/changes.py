@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 
 from lowvram_chat.gpus import this_system
@@ -37,9 +38,9 @@ def as_overrides(change: Change) -> str:
 def micro_batch_changes(recipe: Recipe) -> Iterator[Change]:
     """Yield the ways to cut an optimizer step into micro-batches of equal size, the largest micro-batch first."""
     rows = recipe.train.effective_batch_size
-    for size in range(rows, 0, -1):
-        if rows % size == 0:
-            yield {"train.per_device_train_batch_size": size, "train.gradient_accumulation_steps": rows // size}
+    small = [size for size in range(1, math.isqrt(rows) + 1) if rows % size == 0]
+    for size in sorted({*small, *(rows // size for size in small)}, reverse=True):
+        yield {"train.per_device_train_batch_size": size, "train.gradient_accumulation_steps": rows // size}
 
 
 def free_savings(recipe: Recipe) -> Change:

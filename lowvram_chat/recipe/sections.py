@@ -24,6 +24,8 @@ from lowvram_chat.recipe.choices import (
 from lowvram_chat.terminal import UNPRINTABLE
 
 POSITIONS_OF_GPT2 = 1024
+BatchSize = Annotated[int, Field(gt=0, le=65_536)]
+"""Rows or micro-batches. The bound is far beyond what is useful; its square still has few enough divisors to try all."""
 
 
 def _types_of(annotation: object) -> set[object]:
@@ -51,7 +53,13 @@ class Section(BaseModel):
         types = _types_of(cls.model_fields[str(info.field_name)].annotation)
         if isinstance(value, bool) and types.isdisjoint({bool, *Section.__subclasses__()}):
             raise ValueError(f"expected another value than {str(value).lower()}")
+        if isinstance(value, str) and types & {int, float} and not any(t is str or isinstance(t, str) for t in types):
+            raise ValueError("expected a number, and this is text")
+        if isinstance(value, set):
+            raise ValueError("expected a list, such as [a, b]; a set has no order")
         for text in value if isinstance(value, list | tuple) else [value]:
+            if isinstance(text, str) and info.field_name != "sample_prompts" and ("\n" in text or "\t" in text):
+                raise ValueError("a name or path has no line feeds and no tabs")
             if isinstance(text, str) and (bad := UNPRINTABLE.search(text)):
                 raise ValueError(f"{text!r} holds the character {bad[0]!r}, which names and paths cannot have")
             if isinstance(text, str) and info.field_name != "sample_prompts" and _has_long_name(text):
@@ -167,15 +175,15 @@ class Train(Section):
     max_steps: Positive | None = None
     """Number of optimizer steps, which is also the length of the learning-rate schedule; null: given by
     `num_train_epochs`."""
-    per_device_train_batch_size: Positive = 4
+    per_device_train_batch_size: BatchSize = 4
     """Rows in a micro-batch."""
-    gradient_accumulation_steps: Positive = 1
+    gradient_accumulation_steps: BatchSize = 1
     """Micro-batches in an optimizer step."""
     micro_batch: Literal["given", "planned"] = "given"
     """`given`: use `per_device_train_batch_size` and `gradient_accumulation_steps` as they are. `planned`: keep their product,
     the effective batch size, but divide it into the largest micro-batches that fit the device, with gradient checkpointing
     only where not even one row fits without it."""
-    per_device_eval_batch_size: Positive = 8
+    per_device_eval_batch_size: BatchSize = 8
     """Rows in an evaluation batch."""
     learning_rate: Annotated[float, Field(gt=0)] = 5e-5
     """Peak learning rate."""
@@ -283,7 +291,7 @@ class Memory(Section):
 class Output(Section):
     """Output directory, trackers and sample answers."""
 
-    dir: str = "runs/run"
+    dir: Annotated[str, Field(min_length=1)] = "runs/run"
     """Run folder."""
     report_to: list[str] = []
     """Experiment trackers that transformers knows: tensorboard, wandb, mlflow, trackio, ..."""

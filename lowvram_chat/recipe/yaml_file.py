@@ -14,7 +14,7 @@ from pydantic_core import ErrorDetails
 from lowvram_chat.errors import NotFoundError, RecipeError, UsageError, did_you_mean
 from lowvram_chat.recipe.optimizers import OPTIMIZERS
 from lowvram_chat.recipe.schema import Recipe
-from lowvram_chat.recipe.yaml_text import dump_yaml, parse_yaml
+from lowvram_chat.recipe.yaml_text import after_value, dump_yaml, parse_yaml
 from lowvram_chat.units import count
 from lowvram_chat.wording import kind_of, shorten
 
@@ -98,6 +98,11 @@ def _apply_override(tree: dict[str, object], override: str) -> None:
             raise UsageError(f"'{override}': {'.'.join(parts[:depth])} is not a section. Write section.key=value.")
         node = child
     node[parts[-1]] = parse_yaml(value, f"'{override}'")
+    if comment := after_value(value):
+        raise UsageError(
+            f"'{override}': YAML takes {comment!r} for a comment. Put the value in quotes that the shell leaves: "
+            f"{key}='\"...\"'."
+        )
 
 
 def describe_problems(error: ValidationError, where: str) -> str:

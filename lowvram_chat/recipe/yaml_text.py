@@ -24,6 +24,8 @@ class _Loader(yaml.SafeLoader):
         Raises:
             MarkedYAMLError: a key is not a word, or occurs twice.
         """
+        if not isinstance(node, yaml.MappingNode):  # a word with the tag of a mapping
+            raise yaml.MarkedYAMLError(problem="expected a mapping", problem_mark=node.start_mark)
         seen: set[str] = set()
         for key, _ in node.value:
             if not isinstance(key, yaml.ScalarNode) or not key.value:
@@ -43,6 +45,13 @@ class _Loader(yaml.SafeLoader):
             return super().construct_object(node, deep)
         except (ValueError, OverflowError) as error:
             raise yaml.MarkedYAMLError(problem=str(error), problem_mark=node.start_mark) from None
+        except (
+            LookupError,
+            TypeError,
+            AttributeError,
+        ):  # PyYAML's constructors take for granted that the text has their form
+            problem = f"the text is not what its tag {node.tag} says"
+            raise yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark) from None
 
 
 class _Dumper(yaml.SafeDumper):
@@ -52,7 +61,9 @@ class _Dumper(yaml.SafeDumper):
 GUESSED_TYPES = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float", "tag:yaml.org,2002:timestamp")
 """Types whose forms in YAML 1.1 surprise: 190:20:30 is a number in base 60, 010 is 8, 2024-01-01 a date."""
 INTEGER = re.compile(r"^[-+]?(0|[1-9][0-9_]*)$")
-FLOAT = re.compile(r"^[-+]?(\d[\d_]*\.[\d_]*|\.\d+|\d+)([eE][-+]?\d+)?$|^[-+]?\.(inf|Inf|INF)$|^\.(nan|NaN|NAN)$")
+FLOAT = re.compile(
+    r"^[-+]?(\d[\d_]*\.[\d_]*|\.\d+)([eE][-+]?\d+)?$|^[-+]?\d+[eE][-+]?\d+$|^[-+]?\.(inf|Inf|INF)$|^\.(nan|NaN|NAN)$"
+)
 
 for _class in (_Loader, _Dumper):
     _class.yaml_implicit_resolvers = {
@@ -96,6 +107,14 @@ def parse_yaml(text: str, where: str) -> object:
         raise RecipeError(f"{where}: not valid YAML: {' '.join(str(error).split())}. Correct the file.") from None
     except RecursionError:
         raise RecipeError(f"{where}: lists or mappings are nested too deeply. Correct the file.") from None
+    except OverflowError:  # PyYAML's scanner makes a character of every \\U
+        raise RecipeError(f"{where}: not valid YAML: an escape names no character. Correct the file.") from None
+
+
+def after_value(text: str) -> str:
+    """Return what follows the value of a valid YAML text: a comment; empty if nothing does."""
+    node = yaml.compose(text, Loader=_Loader)
+    return text[node.end_mark.index if node else 0 :].strip()
 
 
 def _count_values(node: yaml.Node, counted: dict[int, int]) -> int:

@@ -20,7 +20,7 @@ from typing import Any
 
 from lowvram_chat import __version__
 from lowvram_chat.errors import NotFoundError, UsageError
-from lowvram_chat.files import discard, patiently, write_json, write_text
+from lowvram_chat.files import discard, patiently, usable_path, write_json, write_text
 from lowvram_chat.recipe.schema import Recipe
 from lowvram_chat.recipe.yaml_file import dump_recipe, load_recipe
 from lowvram_chat.training.checkpoints import newest_whole, numbered
@@ -46,8 +46,12 @@ class RunDir:
 
     @classmethod
     def of(cls, recipe: Recipe) -> RunDir:
-        """Return the run folder of a recipe; `~` is the home folder."""
-        return cls(Path(recipe.output.dir).expanduser())
+        """Return the run folder of a recipe; `~` is the home folder.
+
+        Raises:
+            UsageError: no folder can have this path.
+        """
+        return cls(usable_path("output.dir", recipe.output.dir))
 
     @property
     def recipe_file(self) -> Path:
