@@ -16,7 +16,7 @@ from typing import NoReturn
 from lowvram_chat import __version__
 from lowvram_chat.arguments import DEVICES
 from lowvram_chat.errors import DivergedError, DoesNotFit, LowVramError, ProofError, did_you_mean
-from lowvram_chat.files import json_text
+from lowvram_chat.files import json_text, storage_error
 from lowvram_chat.quiet import quiet_libraries
 from lowvram_chat.stopping import signals_answered
 from lowvram_chat.terminal import UNPRINTABLE, printable, use_utf8
@@ -65,8 +65,12 @@ def guarded(work: Callable[[], int]) -> int:
     except (ProofError, DoesNotFit, DivergedError) as error:
         print(printable(str(error)), file=sys.stderr)
         return 1
-    except LowVramError as error:
-        print(printable(str(error)), file=sys.stderr)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except (LowVramError, OSError) as error:
+        told = error if isinstance(error, LowVramError) else storage_error(error)
+        print(printable(str(told)), file=sys.stderr)
         return 2
     except ModuleNotFoundError as error:
         if str(error.name).startswith("lowvram_chat"):
@@ -77,9 +81,6 @@ def guarded(work: Callable[[], int]) -> int:
             file=sys.stderr,
         )
         return 2
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
     except KeyboardInterrupt as stopped:
         print("\nStopped.", file=sys.stderr)
         return getattr(stopped, "exit_code", 130)

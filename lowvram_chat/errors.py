@@ -7,6 +7,7 @@
     +-- NotFoundError (FileNotFoundError)   a file, model, dataset or run does not exist
     +-- ModelError (RuntimeError)           a model or adapter does not support the request
     +-- DeviceError (RuntimeError)          this machine does not support the request
+    +-- StorageError (OSError)              a disk is full, read-only or fails
     +-- OutOfMemory (MemoryError)           the device ran out of memory
     +-- DoesNotFit (MemoryError)            a run is predicted not to fit its graphics card
     +-- DivergedError (ArithmeticError)     the weights of a run became NaN or infinite
@@ -48,6 +49,10 @@ class ModelError(LowVramError, RuntimeError):
 
 class DeviceError(LowVramError, RuntimeError):
     """The hardware or the libraries of this machine do not support the request."""
+
+
+class StorageError(LowVramError, OSError):
+    """A file or folder cannot be read or written: the disk is full, read-only or fails."""
 
 
 class SubstitutionError(DeviceError):

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import logging
 import math
 import os
+import re
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Literal
 
-from lowvram_chat.errors import UsageError
+from lowvram_chat.errors import LowVramError, StorageError, UsageError
+from lowvram_chat.units import format_mib
 from lowvram_chat.wording import shorten
 
 log = logging.getLogger(__name__)
@@ -77,6 +82,16 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def sync_files(folder: Path) -> None:
+    """Wait until a folder is on the disk with all files in it.
+
+    Raises:
+        OSError: as `sync`.
+    """
+    for path in (*sorted(folder.rglob("*")), folder):
+        sync(path)
+
+
 HELD_BY_ANOTHER = (5, 32, 33)
 """Windows errors of a file or folder that another program has open. Source: winerror.h, ERROR_ACCESS_DENIED,
 ERROR_SHARING_VIOLATION, ERROR_LOCK_VIOLATION."""
@@ -121,6 +136,80 @@ def _finite(value: object) -> object:
     return [_finite(one) for one in value] if isinstance(value, list | tuple) else value
 
 
+STORAGE_ADVICE: Mapping[int, str] = {
+    errno.ENOSPC: "Free space on this disk, and try again",
+    errno.EDQUOT: "Free space of your quota on this disk, and try again",
+    errno.EACCES: "Choose a folder that you may write, or change its permissions",
+    errno.EPERM: "Choose a folder that you may write, or change its permissions",
+    errno.EROFS: "This disk is read-only. Choose a folder on another one",
+    errno.EIO: "The disk may be failing. Copy your files to another one",
+}
+"""Error number of the system -> what to do."""
+LIBRARY_FULL = re.compile(
+    r"No space left|os error 28|iostream error|inline_container|PytorchStreamWriter|file write failed|fwrite"
+)
+"""What safetensors and torch.save say where they cannot write: they hide the system's error."""
+
+
+def storage_error(error: OSError, where: Path | None = None) -> StorageError:
+    """Return an error of the system as ours; `where` is named if the error names no file."""
+    place = error.filename or where or "a file"
+    advice = STORAGE_ADVICE.get(error.errno or 0, "Check the path and the disk, and try again")
+    return StorageError(f"{place}: {error.strerror or error}. {advice}.")
+
+
+@contextlib.contextmanager
+def written(folder: Path, needed_bytes: int = 0) -> Iterator[None]:
+    """Write into a folder while the context is open; `needed_bytes` must be free first.
+
+    Raises:
+        StorageError: the disk is full, with how much is missing, or it fails.
+    """
+    free = shutil.disk_usage(folder).free
+    if needed_bytes > free:
+        raise StorageError(
+            f"{folder}: about {format_mib(needed_bytes)} MiB are to be written, and {format_mib(free)} MiB are free. Free at "
+            f"least {format_mib(needed_bytes - free)} MiB on this disk, and try again."
+        )
+    try:
+        yield
+    except LowVramError:
+        raise
+    except OSError as error:
+        raise storage_error(error, folder) from None
+    except Exception as error:
+        if not LIBRARY_FULL.search(str(error)):
+            raise
+        raise storage_error(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), folder) from None
+
+
+def beside(target: Path, what: Literal["new", "earlier"]) -> Path:
+    """Return the name beside a folder under which its next content is written, or its last content waits to be deleted.
+
+    Only the process that owns the target (`locks.owned`) uses it.
+    """
+    return target.with_name(f".{target.name}.lowvram-chat-{what}")
+
+
+def recover(target: Path) -> None:
+    """Put an earlier folder back that a killed process had moved aside, and delete what it left unfinished.
+
+    Raises:
+        UsageError: a folder cannot be moved or deleted.
+    """
+    earlier = beside(target, "earlier")
+    if earlier.exists() and not target.exists():
+        try:
+            patiently(lambda: earlier.rename(target))
+        except OSError as error:
+            raise UsageError(
+                f"{earlier}: was set aside by a command that was interrupted, and cannot be moved back ({error.strerror}). Close "
+                "the programs that use it, and try again."
+            ) from error
+    delete_unfinished(earlier)
+    delete_unfinished(beside(target, "new"))
+
+
 def delete_unfinished(folder: Path) -> None:
     """Delete what an interrupted command left, if it left anything.
 
@@ -150,7 +239,7 @@ def replace_folder(new: Path, target: Path) -> None:
     Raises:
         UsageError: a folder cannot be moved; the earlier one is still in its place.
     """
-    earlier = target.with_name(f"{target.name}.replaced-{os.getpid()}")
+    earlier = beside(target, "earlier")
     try:
         if target.exists():
             patiently(lambda: target.rename(earlier))

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 from lowvram_chat.errors import ProofError
 from lowvram_chat.exporting.model_card import model_card
 from lowvram_chat.exporting.proof import MAX_LOGIT_DIFFERENCE, Proof
-from lowvram_chat.files import delete_unfinished, discard, replace_folder
+from lowvram_chat.files import beside, discard, replace_folder, sync_files, written
 from lowvram_chat.model.adapters import load_adapter, probe_logits
 from lowvram_chat.model.device import choose_device, move_to_device
 from lowvram_chat.model.generation_settings import prepare_generation_config
@@ -84,14 +84,17 @@ def _merge(  # noqa: PLR0917
     merged = adapted.merge_and_unload()
     after_merge = probe_logits(merged, vocabulary)
 
-    partial = out.with_name(out.name + ".partial")
-    delete_unfinished(partial)
+    partial = beside(out, "new")
     try:
         tokenizer = load_tokenizer(str(adapter))
         prepare_generation_config(merged, tokenizer, settings.name)
-        merged.to(getattr(torch, dtype)).save_pretrained(partial)
-        complete_config(partial)
-        save_tokenizer(tokenizer, partial)
+        partial.mkdir(parents=True)
+        with written(partial):
+            merged.to(getattr(torch, dtype)).save_pretrained(partial)
+            complete_config(partial)
+            save_tokenizer(tokenizer, partial)
+            (partial / "README.md").write_text(card, encoding="utf-8")
+            sync_files(partial)
         proof = Proof(
             adapter_to_merged=_largest_difference(expected, after_merge),
             adapter_to_reloaded=_largest_difference(expected, _saved_logits(partial, vocabulary)),
@@ -103,7 +106,6 @@ def _merge(  # noqa: PLR0917
                 f"{proof.adapter_to_merged:.2e} after merging and by {proof.adapter_to_reloaded:.2e} after reloading; at "
                 f"most {MAX_LOGIT_DIFFERENCE:g} is allowed. Nothing was written. Was the adapter trained on this base?"
             )
-        (partial / "README.md").write_text(card, encoding="utf-8")
     except BaseException:
         discard(partial)
         raise

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from lowvram_chat.errors import ModelError, UsageError
+from lowvram_chat.files import recover
 from lowvram_chat.locks import owned
 from lowvram_chat.training.run_dir import RunDir, open_run
 
@@ -16,13 +17,14 @@ def owned_target(run_path: str | Path, out: Path | None) -> Iterator[None]:
     """Own a run folder and the folder that its merged model goes to while the context is open.
 
     Raises:
-        UsageError: another process owns one of them.
+        UsageError: another process owns one of them, or what an interrupted merge left cannot be moved.
     """
     run = RunDir(Path(run_path).expanduser())
     target = run.merged if out is None else out.expanduser()
     with contextlib.ExitStack() as owned_folders:
         for folder in {folder.resolve(): folder for folder in (run.path, target)}.values():
             owned_folders.enter_context(owned(folder, "Wait until it has ended, or choose another folder."))
+        recover(target)
         yield
 
 

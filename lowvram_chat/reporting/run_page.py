@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from html import escape
@@ -14,6 +13,7 @@ from lowvram_chat.reporting.charts import Bar, bars, curves
 from lowvram_chat.reporting.html import fill_legend, page, table
 from lowvram_chat.reporting.svg import Point
 from lowvram_chat.results.record import MetricKind
+from lowvram_chat.training.metrics_file import read_metrics
 from lowvram_chat.training.run_dir import Result, RunDir, read_result
 from lowvram_chat.training.samples import read_samples
 from lowvram_chat.units import MIB, format_mib
@@ -51,7 +51,7 @@ def write_run_page(run: RunDir) -> Path:
 def run_page(run: RunDir) -> str:
     """Return the report of a run as HTML. A run that has not finished has a report too."""
     recipe, result = run.recipe(), read_result(run)
-    lines = _read_lines(run.metrics_file)
+    lines = read_metrics(run)
     sections = [
         ("Result", _result_table(result)),
         ("Loss", _loss_chart(lines, result)),
@@ -68,10 +68,6 @@ def run_page(run: RunDir) -> str:
 def _title(run: RunDir, recipe: Recipe) -> str:
     method = "full fine-tuning" if recipe.adapter is None else f"a {recipe.adapter.kind} adapter"
     return f"{run.path.name}: {method} of {recipe.model.name}"
-
-
-def _read_lines(path: Path) -> list[MetricLine]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
 
 
 def _points(lines: Sequence[MetricLine], name: str) -> list[Point]:

@@ -20,7 +20,7 @@ from typing import Any
 
 from lowvram_chat import __version__
 from lowvram_chat.errors import NotFoundError, UsageError
-from lowvram_chat.files import discard, patiently, usable_path, write_json, write_text
+from lowvram_chat.files import beside, discard, patiently, recover, usable_path, write_json, write_text
 from lowvram_chat.recipe.schema import Recipe
 from lowvram_chat.recipe.yaml_file import dump_recipe, load_recipe
 from lowvram_chat.training.checkpoints import newest_whole, numbered
@@ -29,8 +29,10 @@ log = logging.getLogger(__name__)
 
 REHEARSAL = "rehearsal"
 """Folder in the run folder in which saving is tried before the first step."""
-WRITTEN_BY_CHECKS = ("checkpoints", REHEARSAL)
-"""What a run folder holds when the checks before the first step end."""
+STARTING = ".lowvram-chat-starting"
+"""File of a run folder that is being made. A process that dies meanwhile leaves it."""
+WRITTEN_BY_CHECKS = ("checkpoints", REHEARSAL, "recipe.yaml", "environment.json", STARTING)
+"""What a run folder may hold while it is made, until the checks before the first step have ended."""
 
 LIBRARIES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate", "datasets", "tokenizers")
 
@@ -142,6 +144,7 @@ def check_new(path: Path, *, overwrite: bool, resume: bool) -> None:
         UsageError: the folder is in use and neither `overwrite` nor `resume` was given, or it is not a run folder.
         NotFoundError: `resume` without a whole checkpoint.
     """
+    _recover_start(path)
     if resume:
         checkpoint, damaged = newest_whole(RunDir(path).checkpoints)
         if checkpoint is None:
@@ -156,7 +159,7 @@ def check_new(path: Path, *, overwrite: bool, resume: bool) -> None:
         )
     if not path.exists() or not any(path.iterdir()):
         return
-    if not (path / "recipe.yaml").is_file() or not (path / "environment.json").is_file():
+    if not _is_run(path):
         raise UsageError(
             f"{path}: exists and is not a run folder, so it is left alone. Set output.dir to another folder."
         )
@@ -165,6 +168,11 @@ def check_new(path: Path, *, overwrite: bool, resume: bool) -> None:
         raise UsageError(
             f"{path}: holds an earlier run. Add --overwrite to replace it,{resume_hint} or set output.dir to a new folder."
         )
+
+
+def _is_run(folder: Path) -> bool:
+    """Return whether a folder holds a run of ours."""
+    return (folder / "recipe.yaml").is_file() and (folder / "environment.json").is_file()
 
 
 @contextlib.contextmanager
@@ -180,12 +188,51 @@ def created(recipe: Recipe, *, resume: bool) -> Iterator[RunDir]:
     run = RunDir.of(recipe)
     if not is_main_process() or resume:
         yield run
+        if is_main_process():
+            _describe(run, recipe)
     else:
         with _replaced(run.path):
             yield run
-    if is_main_process():
-        write_text(run.recipe_file, dump_recipe(recipe))
-        write_json(run.path / "environment.json", environment())
+            _describe(run, recipe)
+
+
+def _describe(run: RunDir, recipe: Recipe) -> None:
+    """Write the recipe and the environment of a run."""
+    write_json(run.path / "environment.json", environment())
+    write_text(run.recipe_file, dump_recipe(recipe))
+
+
+def _recover_start(folder: Path) -> None:
+    """Delete what a start that died left of a run folder, and put an earlier run back that it had set aside.
+
+    Raises:
+        UsageError: something cannot be moved or deleted, or is not the start's.
+    """
+    folder = folder.resolve() if folder.is_symlink() else folder
+    if (folder / STARTING).is_file():
+        others = sorted(path.name for path in folder.iterdir() if path.name not in WRITTEN_BY_CHECKS)
+        if others:
+            raise UsageError(
+                f"{folder}: holds the beginning of a run that was interrupted, and {others[0]}, which is not the run's. Move "
+                "it to another folder."
+            )
+        _delete_start(folder)
+        with contextlib.suppress(OSError):  # a mount point or a link stays
+            folder.rmdir()
+    elif folder.is_dir() and not any(folder.iterdir()) and beside(folder, "earlier").exists():
+        folder.rmdir()  # died before it wrote its first file
+    if not folder.exists() or _is_run(folder):
+        recover(folder)
+
+
+def _delete_start(folder: Path) -> None:
+    """Delete what the making of a run folder wrote, its mark last."""
+    for name in WRITTEN_BY_CHECKS:
+        path = folder / name
+        if path.is_dir():
+            discard(path)
+        else:
+            path.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
@@ -200,13 +247,18 @@ def _replaced(folder: Path) -> Iterator[None]:
     created_folders: list[Path] = []
     earlier = None
     if not is_empty:
+        if folder.is_dir() and not _is_run(folder):
+            raise UsageError(
+                f"{folder}: files appeared here that are not a run's, so it is left alone. Set another output.dir."
+            )
         created_folders = [folder, *(parent for parent in folder.absolute().parents if not parent.exists())]
         earlier = _set_aside(folder)
     try:
+        (folder / STARTING).touch()
         yield
+        (folder / STARTING).unlink()
     except BaseException:
-        for name in WRITTEN_BY_CHECKS:
-            discard(folder / name)
+        _delete_start(folder)
         _put_back(earlier, folder, created_folders)
         raise
     if earlier is not None:
@@ -219,7 +271,7 @@ def _set_aside(folder: Path) -> Path | None:
     Raises:
         UsageError: the folder cannot be created, or the earlier one cannot be moved; it is as it was.
     """
-    earlier = folder.with_name(f"{folder.name}.earlier-{os.getpid()}") if folder.exists() else None
+    earlier = beside(folder, "earlier") if folder.exists() else None
     try:
         if earlier is not None:
             patiently(lambda: folder.rename(earlier))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from lowvram_chat.training.model_setup import TrainedModel
+
+log = logging.getLogger(__name__)
 
 SAMPLING = Sampling(max_new_tokens=48)
 
@@ -82,4 +85,8 @@ def read_samples(run: RunDir) -> list[Sample]:
     """Return the answers that were kept; none if there is no file."""
     if not run.samples_file.is_file():
         return []
-    return [Sample(**entry) for entry in json.loads(run.samples_file.read_text(encoding="utf-8"))]
+    try:
+        return [Sample(**entry) for entry in json.loads(run.samples_file.read_text(encoding="utf-8"))]
+    except (ValueError, TypeError):
+        log.warning("%s: is damaged, so its answers are left out", run.samples_file)
+        return []

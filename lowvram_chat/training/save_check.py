@@ -77,7 +77,14 @@ def saved_bytes(model: nn.Module, recipe: Recipe) -> int:
 
     The weights are those that are trained, in fp32. A new checkpoint is written before the oldest one is deleted.
     """
-    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     checkpoints = recipe.train.save_total_limit + 1 if recipe.train.save_steps else 0
-    state_bytes = OPTIMIZERS[recipe.optimizer.name].state_bytes
-    return int(4 * trained + checkpoints * trained * (4 + state_bytes)) + SPARE_BYTES
+    return 4 * _trained(model) + checkpoints * checkpoint_bytes(model, recipe) + SPARE_BYTES
+
+
+def checkpoint_bytes(model: nn.Module, recipe: Recipe) -> int:
+    """Return about how many bytes a checkpoint has: the weights that are trained, in fp32, and the optimizer's states."""
+    return int(_trained(model) * (4 + OPTIMIZERS[recipe.optimizer.name].state_bytes))
+
+
+def _trained(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)

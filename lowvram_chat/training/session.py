@@ -20,7 +20,7 @@ from lowvram_chat.data.dataset import PreparedRows, load_rows
 from lowvram_chat.data.rows import Collator
 from lowvram_chat.data.template import set_template
 from lowvram_chat.errors import UsageError
-from lowvram_chat.files import write_json
+from lowvram_chat.files import beside, delete_unfinished, replace_folder, sync_files, write_json, written
 from lowvram_chat.model.adapters import base_model_of
 from lowvram_chat.model.compilation import should_compile
 from lowvram_chat.model.device import keep_freed_pages, set_fp16_accumulation
@@ -137,11 +137,11 @@ class Session:
             with contextlib.closing(metrics.display), stopping.deferred():
                 trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
             stopping.raise_if_requested()
-        except KeyboardInterrupt:
+            guard.check(trainer.state.global_step, self.model)
+            return self._finish(run, trainer, before, self._held_out_loss(trainer))
+        except (KeyboardInterrupt, OSError):
             _log_interrupted(run)
             raise
-        guard.check(trainer.state.global_step, self.model)
-        return self._finish(run, trainer, before, self._held_out_loss(trainer))
 
     def _check_length(self, step: int) -> None:
         """Refuse to resume a run from a step after its last one.
@@ -243,15 +243,19 @@ class Session:
             "adapter" if self.recipe.adapter else "model": folder.as_posix(),
         }
         if trainer.is_world_process_zero():
-            with phase(SAVING):
-                save_model(self.built, self.tokenizer, folder)
+            partial = beside(folder, "new")
+            delete_unfinished(partial)  # of a run that was killed in this, and resumed
+            with phase(SAVING), written(run.path):
+                save_model(self.built, self.tokenizer, partial)
+                sync_files(partial)
+            replace_folder(partial, folder)
             write_json(run.result_file, result)
             self._take_samples(run, "after")
         return result
 
 
 def _log_interrupted(run: RunDir) -> None:
-    """Log how to continue after Ctrl-C."""
+    """Log how to continue after Ctrl-C or a full disk."""
     checkpoint = run.last_checkpoint()
     if checkpoint:
         log.info("--resume continues from %s", checkpoint)

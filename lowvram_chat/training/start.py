@@ -7,6 +7,7 @@ import logging
 from collections.abc import Iterator
 from typing import Any
 
+from lowvram_chat.errors import UsageError
 from lowvram_chat.locks import owned
 from lowvram_chat.recipe.schema import Recipe
 from lowvram_chat.training.resume import changed_settings, check_resumed, is_same
@@ -52,7 +53,12 @@ def finished_result(run: RunDir, recipe: Recipe) -> dict[str, Any]:
 
     Settings that differ from the finished run's have no effect without further steps, so `recipe.yaml` is left as it was.
     """
-    result, before = read_result(run), run.recipe()
+    try:
+        result = read_result(run)
+    except UsageError:
+        log.warning("%s: is damaged, so it is written again", run.result_file)
+        result = {}
+    before = run.recipe()
     last = recipe.train.max_steps
     if not result or not (is_same(before, recipe) or (last is not None and result["steps"] >= last)):
         return {}

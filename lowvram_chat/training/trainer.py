@@ -20,7 +20,7 @@ from trl import SFTConfig, SFTTrainer
 
 from lowvram_chat.data.rows import Collator
 from lowvram_chat.errors import DeviceError
-from lowvram_chat.files import discard
+from lowvram_chat.files import discard, written
 from lowvram_chat.model.adapters import check_adapter_tensors
 from lowvram_chat.model.out_of_memory import phase
 from lowvram_chat.model.pretrained import load_weights
@@ -30,6 +30,7 @@ from lowvram_chat.training.bitsandbytes_states import forget_earlier_optimizers,
 from lowvram_chat.training.checkpoints import PARTIAL, put_in_place, seal
 from lowvram_chat.training.halving import EVALUATION
 from lowvram_chat.training.loss_check import check_trainer_loss
+from lowvram_chat.training.save_check import checkpoint_bytes
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -218,7 +219,7 @@ class ChatTrainer(SFTTrainer):
 
         Raises:
             DivergedError: weights or optimizer states are NaN or infinite.
-            UsageError: the disk is full. The last checkpoint is as it was.
+            StorageError: the disk is full. The last checkpoint is as it was.
         """
         self.guard.check(self.state.global_step, self.trained_model, self._own_optimizer())
         checkpoints, step = Path(str(self.args.output_dir)), self.state.global_step
@@ -226,6 +227,18 @@ class ChatTrainer(SFTTrainer):
         if self.is_world_process_zero():
             discard(partial.parent)  # what a killed process left
         self.accelerator.wait_for_everyone()
+        checkpoints.mkdir(parents=True, exist_ok=True)
+        try:
+            with written(checkpoints, checkpoint_bytes(self.trained_model, self.guard.recipe)):
+                self._write_checkpoint(model, trial, partial)
+        except OSError:
+            if self.is_world_process_zero():
+                discard(partial.parent)
+            raise
+        self.accelerator.wait_for_everyone()
+
+    def _write_checkpoint(self, model: nn.Module, trial: Any, partial: Path) -> None:
+        """Write a checkpoint aside, and let the process that writes move it into its place."""
         self.partial_checkpoints = partial.parent
         try:
             super()._save_checkpoint(model, trial)  # type: ignore[no-untyped-call]
@@ -235,10 +248,9 @@ class ChatTrainer(SFTTrainer):
         if self.is_world_process_zero():
             if self.complete_checkpoint is not None:
                 self.complete_checkpoint(partial)
-            seal(partial, step)
-            put_in_place(partial, checkpoints / partial.name, self.kept_checkpoints)
+            seal(partial, self.state.global_step)
+            put_in_place(partial, partial.parent.parent / partial.name, self.kept_checkpoints)
             discard(partial.parent)
-        self.accelerator.wait_for_everyone()
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         """Train an epoch, unless the last step is done already: a checkpoint of the last step would get one more."""

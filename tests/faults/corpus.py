@@ -78,9 +78,10 @@ def _case(kind: str, name: str, content: Any, document: dict[str, Any]) -> Case:
             kind, name, words, content=_bytes(content["text"]) if whole else None, config={} if whole else content
         )
     if kind == "csv":
-        whole = content["text"] if "text" in content else _table({**GOOD_ROW, **_texts(content)})
-        return Case(kind, name, ["validation", "memory", "{file}"], "wrong.csv", _bytes(whole))
-    file, text = document["file"], content
+        table = content["text"] if "text" in content else _table({**GOOD_ROW, **_texts(content)})
+        return Case(kind, name, ["validation", "memory", "{file}"], "wrong.csv", _bytes(table))
+    file: str = document["file"]
+    text: Any = content
     if isinstance(content, dict) and "name" in content:
         file, text = content["name"], content["text"]
     return Case(kind, name, document["command"], file, _bytes(text))

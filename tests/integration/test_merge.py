@@ -163,7 +163,7 @@ def test_an_earlier_merge_survives_a_new_one_that_cannot_be_moved_into_its_place
     rename = Path.rename
 
     def refuse(path: Path, target: Path) -> Path:
-        if path.name.endswith(".partial"):
+        if path.name.endswith("-new"):
             raise PermissionError(13, "Permission denied")
         return rename(path, target)
 
@@ -171,15 +171,15 @@ def test_an_earlier_merge_survives_a_new_one_that_cannot_be_moved_into_its_place
     assert merge.main([str(lora_run), "--out", str(out), "--overwrite"]) == 2
     told = capsys.readouterr().err
     assert "cannot be written (Permission denied)" in told
-    assert f"the new one is {tmp_path / 'm.partial'}" in told
+    assert f"the new one is {tmp_path / '.m.lowvram-chat-new'}" in told
     assert (out / "mine.txt").read_text() == "kept"
-    assert (tmp_path / "m.partial" / "model.safetensors").is_file()  # proved, so it is not thrown away
+    assert (tmp_path / ".m.lowvram-chat-new" / "model.safetensors").is_file()  # proved, so it is not thrown away
 
 
 def test_what_an_interrupted_merge_left_is_not_mixed_with_a_new_one(
     lora_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    left = tmp_path / "m.partial"
+    left = tmp_path / ".m.lowvram-chat-new"
     left.mkdir()
     (left / "model-00002-of-00002.safetensors").write_text("old")
 

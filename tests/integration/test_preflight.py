@@ -141,7 +141,7 @@ def test_a_refused_overwrite_leaves_the_earlier_run(
     monkeypatch.setattr(ChatTrainer, "compute_loss", twice)
     assert sft.main([str(bench.file("r")), "--overwrite"]) == 2
     assert {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file()} == before
-    assert not list(bench.folder.glob("r.earlier-*"))
+    assert not list(bench.folder.glob(".r.lowvram-chat-earlier"))
 
 
 def test_a_base_whose_generation_config_contradicts_itself_can_be_trained_and_saved(
@@ -252,7 +252,7 @@ def test_a_linked_run_folder_stays_a_link(bench: Bench) -> None:
     api.train(bench.recipe("r", train__max_steps=2), overwrite=True)
     assert link.is_symlink()
     assert result(disk)["steps"] == 2
-    assert not list(bench.folder.glob("*.earlier-*"))
+    assert not list(bench.folder.glob(".*.lowvram-chat-earlier"))
 
 
 def test_a_rehearsal_that_was_killed_does_not_stop_a_resumed_run(bench: Bench) -> None:
@@ -289,7 +289,7 @@ def test_an_earlier_run_that_cannot_be_put_back_is_named(
     monkeypatch.setattr(preflight, "check_gradients", write_and_fail)
     with pytest.raises(UsageError, match=r"^no$"):
         api.train(bench.recipe("r"), overwrite=True)
-    [earlier] = bench.folder.glob("r.earlier-*")
+    [earlier] = bench.folder.glob(".r.lowvram-chat-earlier")
     assert f"The earlier run is in {earlier}" in caplog.text
     assert (earlier / "result.json").is_file()
 
