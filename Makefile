@@ -13,7 +13,7 @@ READY := $(VENV)/ready
 # STORE=--store keeps the results of validate and bench.
 STORE ?=
 
-.PHONY: bench quickstart test test-lowest test-older check validate tables golden private-names architectures venv smollm2 schema papercard clean
+.PHONY: bench quickstart test test-lowest test-older check validate tables golden private-names architectures venv smollm2 schema papercard audit clean
 
 quickstart: $(READY)
 	$(BIN)/python -m lowvram_chat.sft recipes/quickstart.yaml --overwrite
@@ -124,5 +124,12 @@ $(VENV)-papercard/ready: constraints.txt
 	  transformers trl peft bitsandbytes datasets accelerate pyarrow filelock numpy pydantic PyYAML rich psutil pytest hypothesis
 	@touch $@
 
+# Known vulnerabilities of the installed libraries, looked up on the network. Its own environment: it is no part of the package.
+audit: $(READY)
+	$(PYTHON) -m venv $(VENV)-audit
+	$(VENV)-audit/bin/python -m pip install -q --disable-pip-version-check pip-audit
+	$(BIN)/python -m pip freeze --exclude-editable > $(VENV)-audit/installed.txt
+	$(VENV)-audit/bin/pip-audit --no-deps --disable-pip -r $(VENV)-audit/installed.txt
+
 clean:
-	rm -rf $(VENV) $(VENV)-lowest $(VENV)-older $(VENV)-validate $(VENV)-papercard runs
+	rm -rf $(VENV) $(VENV)-lowest $(VENV)-older $(VENV)-validate $(VENV)-papercard $(VENV)-audit runs

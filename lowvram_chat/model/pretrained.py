@@ -15,7 +15,7 @@ from lowvram_chat.model.loading_errors import errors_explained, with_supported_a
 from lowvram_chat.model.loading_report import LoadingReport, check_finite, check_loading_report, check_tied_head
 from lowvram_chat.model.saved_form import with_marks
 from lowvram_chat.model.substitutions import fuse_gelu, set_dropout
-from lowvram_chat.model.weights_size import check_layers, check_size
+from lowvram_chat.model.weight_files import check_index, check_layers, check_size
 from lowvram_chat.recipe.schema import Model
 
 if TYPE_CHECKING:
@@ -130,6 +130,7 @@ def load_model(settings: Model, *, device: torch.device | None = None) -> PreTra
         set_dropout(config, settings.dropout)
     four_bit = _four_bit_settings(settings, device) if settings.load_in == "4bit" else {}
     path = resolve(settings.name)
+    check_index(Path(path), settings.name)
     if Path(path).is_dir() and not four_bit:
         with errors_explained(settings.name, path, "AutoModelForCausalLM"):
             check_size(config, Path(path), settings.name)
@@ -167,6 +168,7 @@ def load_weights(model: nn.Module, folder: str) -> None:
     Raises:
         ModelError: the file is damaged, or its weights are not exactly those of the model.
     """
+    check_index(Path(folder), folder)
     with errors_explained(folder, folder, "from_pretrained"):
         loaded = type(model).from_pretrained(  # type: ignore[attr-defined]  # a PreTrainedModel
             folder, dtype=torch.float32, use_safetensors=True, trust_remote_code=False, output_loading_info=True

@@ -6,16 +6,20 @@ checkpoints/.partial/         the checkpoint that is being written, or what a ki
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
+import pickle
 import zipfile
+from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
 from typing import Literal
 
 from pydantic import BaseModel, ValidationError
 
+from lowvram_chat.errors import ModelError
 from lowvram_chat.files import discard, patiently, replace_folder, sync, write_json
 
 log = logging.getLogger(__name__)
@@ -53,12 +57,29 @@ def seal(checkpoint: Path, step: int) -> None:
         OSError: the disk is full or fails.
     """
     files: dict[str, File] = {}
+    (checkpoint / MANIFEST).unlink(missing_ok=True)
     for path in sorted(path for path in checkpoint.rglob("*") if path.is_file()):
         sync(path)
         files[path.relative_to(checkpoint).as_posix()] = File(size=path.stat().st_size, sha256=_digest(path))
     write_json(checkpoint / MANIFEST, Manifest(format=1, step=step, files=files).model_dump())
     sync(checkpoint / MANIFEST)
     sync(checkpoint)
+
+
+@contextlib.contextmanager
+def read_as_tensors(names: str) -> Iterator[None]:
+    """Load files of a checkpoint with torch's `weights_only` while the context is open; `names` are named in the message.
+
+    Raises:
+        ModelError: a file holds something else, which would run code.
+    """
+    try:
+        yield
+    except pickle.UnpicklingError:
+        raise ModelError(
+            f"{names}: holds more than tensors and numbers, which could run code, so it is not loaded. Delete this checkpoint if "
+            "you do not know where it comes from, and resume from an earlier one."
+        ) from None
 
 
 def put_in_place(partial: Path, target: Path, keep: int) -> None:

@@ -27,7 +27,7 @@ from lowvram_chat.model.pretrained import load_weights
 from lowvram_chat.model.scoring import row_lengths, score
 from lowvram_chat.private_names import check_private_names
 from lowvram_chat.training.bitsandbytes_states import forget_earlier_optimizers, states_stay_paged
-from lowvram_chat.training.checkpoints import PARTIAL, put_in_place, seal
+from lowvram_chat.training.checkpoints import PARTIAL, put_in_place, read_as_tensors, seal
 from lowvram_chat.training.halving import EVALUATION
 from lowvram_chat.training.loss_check import check_trainer_loss
 from lowvram_chat.training.save_check import checkpoint_bytes
@@ -50,6 +50,7 @@ check_private_names(
     "transformers.Trainer._load_from_checkpoint",
     "transformers.Trainer._load_optimizer_and_scheduler",
     "transformers.Trainer._load_scaler",
+    "transformers.Trainer._load_rng_state",
 )
 
 
@@ -181,7 +182,8 @@ class ChatTrainer(SFTTrainer):
         The loaded rate is that of the schedule that the checkpoint was written under. After the last step of a run it is 0,
         and a longer run would take its first step at that rate.
         """
-        with states_stay_paged(self._own_optimizer()):
+        names = f"{checkpoint}: optimizer.pt or scheduler.pt"
+        with states_stay_paged(self._own_optimizer()), read_as_tensors(names):
             super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is None or self.optimizer is None:
             return
@@ -200,6 +202,15 @@ class ChatTrainer(SFTTrainer):
                 rates[0],
                 before,
             )
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        """Load the random states of a checkpoint.
+
+        Raises:
+            ModelError: the file holds more than states.
+        """
+        with read_as_tensors(f"{checkpoint}: rng_state.pth"):
+            super()._load_rng_state(checkpoint)
 
     def _own_optimizer(self) -> object:
         """Return the optimizer that accelerate wraps."""

@@ -1,7 +1,9 @@
-"""Refuses a config.json whose model is far larger than the weights beside it, before memory is filled with random ones."""
+"""Looks at a model folder's weights before they are loaded: an index may name pickles, and a config.json may describe far more
+than there is, with which transformers would fill the memory with random weights."""
 
 from __future__ import annotations
 
+import json
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,6 +21,30 @@ MAX_LAYERS = 1000
 """Most layers of a model. The deepest published language models have fewer than 200."""
 MAX_RATIO = 2.5
 """Parameters of a model for each saved one. Two and a bit: a head of its own may be saved as the embeddings."""
+
+
+def check_index(folder: Path, name: str) -> None:
+    """Refuse an index that names anything but safetensors files of its folder: transformers would unpickle a `.bin` there.
+
+    Raises:
+        ModelError: with the index and the file that it names.
+    """
+    for index in folder.glob("*.safetensors.index.json"):
+        try:
+            files = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            raise ModelError(f"{name}: {index.name} is damaged. Download the model again, or save it again.") from None
+        for file in files:
+            if (
+                not isinstance(file, str)
+                or Path(file).name != file
+                or "\\" in file
+                or not file.endswith(".safetensors")
+            ):
+                raise ModelError(
+                    f"{name}: {index.name} names {file!r}, which is no safetensors file of this folder. Pickled weights can run "
+                    "code, so they are not loaded. Download the model again, or save it again."
+                )
 
 
 def check_layers(config: PreTrainedConfig, name: str) -> None:
