@@ -13,7 +13,7 @@ READY := $(VENV)/ready
 # STORE=--store keeps the results of validate and bench.
 STORE ?=
 
-.PHONY: bench quickstart test test-lowest test-older check validate tables golden private-names architectures venv smollm2 schema papercard audit clean
+.PHONY: bench quickstart test test-lowest test-older check validate tables golden private-names architectures venv smollm2 schema papercard audit stress clean
 
 quickstart: $(READY)
 	$(BIN)/python -m lowvram_chat.sft recipes/quickstart.yaml --overwrite
@@ -123,6 +123,12 @@ $(VENV)-papercard/ready: constraints.txt
 	$(VENV)-papercard/bin/python -m pip install -q --disable-pip-version-check -c $(VENV)-papercard/constraints.txt \
 	  transformers trl peft bitsandbytes datasets accelerate pyarrow filelock numpy pydantic PyYAML rich psutil pytest hypothesis
 	@touch $@
+
+# Kill runs at random moments and resume them: about 20 s a trial. The same SEED gives the same runs.
+SEED ?= 1
+TRIALS ?= 100
+stress: $(READY)
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m tests.faults.stress --seed $(SEED) --trials $(TRIALS)
 
 # Known vulnerabilities of the installed libraries, looked up on the network. Its own environment: it is no part of the package.
 audit: $(READY)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import cast
@@ -15,6 +14,7 @@ from lowvram_chat import stopping
 from lowvram_chat.files import json_text, write_json
 from lowvram_chat.training.checkpoint_fingerprint import CheckpointFingerprint
 from lowvram_chat.training.checkpoints import COUNTS_FILE
+from lowvram_chat.training.clock import RunningClock
 from lowvram_chat.training.display import Display
 from lowvram_chat.training.finite import FiniteGuard
 from lowvram_chat.training.process_memory import peak_resident_bytes
@@ -63,10 +63,11 @@ class MetricsCallback(TrainerCallback):
         self.counts = counts
         self.fingerprint = fingerprint
         self.guard = guard
-        self.started = self.logged_at = time.monotonic()
+        self.clock = RunningClock()
+        self.started = self.logged_at = self.clock.seconds()
         self.seconds_before = counts.seconds
         self.logged = TokenCounts(**asdict(counts))
-        self.display = Display(limit_bytes)
+        self.display = Display(limit_bytes, clock=self.clock.seconds)
         self.spill = SpillWatch()
 
     def on_train_begin(
@@ -76,14 +77,14 @@ class MetricsCallback(TrainerCallback):
         for name in ("logging_steps", "eval_steps", "save_steps"):
             if getattr(args, name) is not None:
                 setattr(state, name, getattr(args, name))
-        self.started = self.logged_at = time.monotonic()
+        self.started = self.logged_at = self.clock.seconds()
         self.display.start(state.global_step, state.max_steps)
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
         """Count the time, move the bar, and end the run after a checkpoint if a signal asks for it."""
-        self.counts.seconds = self.seconds_before + time.monotonic() - self.started
+        self.counts.seconds = self.seconds_before + self.clock.seconds() - self.started
         was_skipped = bool(getattr(kwargs.get("optimizer"), "step_was_skipped", False))
         self.guard.after_step(state.global_step, was_skipped=was_skipped)
         if stopping.requested():
@@ -114,7 +115,7 @@ class MetricsCallback(TrainerCallback):
 
     def _rates(self) -> dict[str, float]:
         """Return the tokens per second since the last logged step, and all tokens and seconds so far."""
-        now = time.monotonic()
+        now = self.clock.seconds()
         seconds = max(now - self.logged_at, 1e-9)
         rates = {
             "real_tokens_per_second": round((self.counts.real_tokens - self.logged.real_tokens) / seconds, 1),
@@ -133,8 +134,13 @@ class MetricsCallback(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
-        """Stop the display."""
+        """Stop the display and the clock."""
+        self.close()
+
+    def close(self) -> None:
+        """Stop the display and the clock, after an error too."""
         self.display.close()
+        self.clock.close()
 
 
 def peak_memory() -> dict[str, int]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import datetime, timedelta
 
 from rich.console import Console, Group
@@ -24,19 +24,25 @@ LOSS_TITLES = {"loss": "loss", "eval_loss": "held-out loss"}
 class Display:
     """Shows loss, tokens per second (padding excluded), memory against its limit, time left and finish time."""
 
-    def __init__(self, limit_bytes: int | None = None, console: Console | None = None) -> None:
-        """Create a display; `limit_bytes` is what the allocator may reserve, None if there is no limit."""
+    def __init__(
+        self,
+        limit_bytes: int | None = None,
+        console: Console | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """Create a display; `limit_bytes` is what the allocator may reserve, None if there is no limit. `clock` gives seconds."""
+        self.clock = clock
         self.limit_bytes = limit_bytes
         self.console = console or Console(stderr=True)
         self.progress = Progress(TextColumn("training"), BarColumn(), MofNCompleteColumn(), console=self.console)
         self.text = Text()
         self.live: Live | None = None
         self.task = TaskID(0)
-        self.started, self.first_step, self.total_steps = time.monotonic(), 0, 0
+        self.started, self.first_step, self.total_steps = clock(), 0, 0
 
     def start(self, done: int, total: int) -> None:
         """Start to show a run of `total` optimizer steps, `done` of which an earlier process took."""
-        self.started, self.first_step, self.total_steps = time.monotonic(), done, total
+        self.started, self.first_step, self.total_steps = self.clock(), done, total
         if self.console.is_terminal:
             self.task = self.progress.add_task("", total=total, completed=done)
             self.live = Live(Group(self.progress, self.text), console=self.console, refresh_per_second=4)
@@ -70,7 +76,7 @@ class Display:
         figures += [self._memory(line[name]) for name in MEMORY_KEYS if name in line]
         done = line["step"] - self.first_step
         if done > 0 and line["step"] < self.total_steps:
-            left = (time.monotonic() - self.started) / done * (self.total_steps - line["step"])
+            left = (self.clock() - self.started) / done * (self.total_steps - line["step"])
             figures.append(f"{format_duration(left)} left, finishes {_finish_time(left)}")
         return figures
 

@@ -134,7 +134,7 @@ class Session:
         if checkpoint is None:
             self._take_samples(run, "before")
         try:
-            with contextlib.closing(metrics.display), stopping.deferred():
+            with contextlib.closing(metrics), stopping.deferred():
                 trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
             stopping.raise_if_requested()
             guard.check(trainer.state.global_step, self.model)
