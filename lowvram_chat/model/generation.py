@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import nn
-from transformers import GenerationConfig
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from lowvram_chat.data.markup import markup_of
 from lowvram_chat.data.template_text import check_encodable, check_whole, render_text
-from lowvram_chat.errors import UsageError
+from lowvram_chat.errors import ModelError, UsageError
 from lowvram_chat.model.generation_settings import stop_tokens
 from lowvram_chat.model.sampling import Sampling
 
@@ -50,6 +50,26 @@ def stop_token_ids(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list
     return [found] if isinstance(found, int) else found
 
 
+class _RefuseNotFinite(LogitsProcessor):
+    """Ends a generation whose logits are NaN or infinite.
+
+    Sampling from them on CUDA is a device assert, which ends the process; greedy decoding would answer with anything.
+    """
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        """Return the (B, V) logits as they are.
+
+        Raises:
+            ModelError: no best token exists in a row.
+        """
+        if not bool(scores.amax(-1).isfinite().all()):
+            raise ModelError(
+                "the model's logits are NaN or infinite, so it has no answer. If its weights are finite, open it in another "
+                "precision (--device cpu uses float32)."
+            )
+        return scores
+
+
 def generate(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
@@ -60,6 +80,9 @@ def generate(
     """Return the text that follows a (1, T) prompt; generation stops at one of the `stop_token_ids`.
 
     At least one token is generated, because an empty answer helps nobody.
+
+    Raises:
+        ModelError: the logits are NaN or infinite.
     """
     sampled = {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
     stops = stop_token_ids(model, tokenizer)
@@ -68,6 +91,7 @@ def generate(
         input_ids=prompt,
         attention_mask=torch.ones_like(prompt),
         streamer=streamer,
+        logits_processor=LogitsProcessorList([_RefuseNotFinite()]),
         generation_config=GenerationConfig(
             max_new_tokens=sampling.max_new_tokens,
             min_new_tokens=1,

@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import GPT2LMHeadModel
 
-from lowvram_chat import api, sft
+from lowvram_chat import api, chat, sft
 from lowvram_chat.errors import DivergedError
 from lowvram_chat.training.finite import MAX_SKIPPED_STEPS, FiniteGuard
 from lowvram_chat.training.run_dir import RunDir
@@ -122,3 +123,19 @@ def test_the_steps_before_are_logged(bench: Bench, monkeypatch: pytest.MonkeyPat
         api.train(bench.recipe("r", **SETTINGS))
     run: Path = bench.folder / "r"
     assert [line["step"] for line in metrics(run)][:STEP] == [*range(1, STEP + 1)]
+
+
+@pytest.mark.parametrize("temperature", ["0", "1"])
+def test_no_token_is_drawn_from_logits_that_are_not_finite(
+    temperature: str, bench: Bench, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    forward = GPT2LMHeadModel.forward
+
+    def overflows(*arguments: Any, **named: Any) -> Any:
+        output = forward(*arguments, **named)
+        output.logits[..., 5] = float("nan")
+        return output
+
+    monkeypatch.setattr(GPT2LMHeadModel, "forward", overflows)
+    assert chat.main([str(bench.model), "--prompt", "hello", "--temperature", temperature]) == 2
+    assert "the model's logits are NaN or infinite" in capsys.readouterr().err
