@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import pickle
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -30,6 +31,8 @@ LOADING_ERRORS = (
         StrictDataclassError,
     ),  # settings of a wrong type or size
 )
+
+PICKLED = "Pickled weights (.bin) can run code, so they are not loaded. Convert them to safetensors first."
 
 LOADING = threading.RLock()
 """Held while a model loads: transformers patches torch meanwhile, and two threads that load at once break each other."""
@@ -66,6 +69,8 @@ def errors_explained(name: str, path: str, loader: str, *, attention: str = "") 
             yield
     except (torch.OutOfMemoryError, LowVramError):
         raise
+    except pickle.UnpicklingError:  # an index of the hub that names a pickle, which torch reads as tensors only
+        raise ModelError(f"{name}: {PICKLED}") from None
     except OSError as error:
         raise _file_error(error, name, path) from None
     except LOADING_ERRORS as error:
@@ -77,10 +82,7 @@ def _file_error(error: OSError, name: str, path: str) -> LowVramError:
     if not Path(path).is_dir():
         return NotFoundError(explain("model", name, error))
     if "safetensors" in str(error):
-        return ModelError(
-            f"{name}: this folder has no model.safetensors. Pickled weights (.bin) can run code, so they are not loaded. "
-            "Convert them to safetensors first."
-        )
+        return ModelError(f"{name}: this folder has no model.safetensors. {PICKLED}")
     return NotFoundError(f"{name}: a file is missing in this folder ({_first_line(error)}). Save the model again.")
 
 

@@ -3,6 +3,7 @@ than there is, with which transformers would fill the memory with random weights
 
 from __future__ import annotations
 
+import copy
 import json
 from math import prod
 from pathlib import Path
@@ -68,7 +69,9 @@ def check_size(config: PreTrainedConfig, folder: Path, name: str) -> None:
     if not saved:
         return
     with torch.device("meta"):
-        built = sum(parameter.numel() for parameter in AutoModelForCausalLM.from_config(config).parameters())
+        built = sum(
+            parameter.numel() for parameter in AutoModelForCausalLM.from_config(copy.deepcopy(config)).parameters()
+        )
     if built > MAX_RATIO * saved:
         raise ModelError(
             f"{name}: config.json describes {built:,} parameters, and the weights have {saved:,}. Download the model again, or "

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+
+import pytest
 
 from tests.samples import ROOT
 
@@ -25,7 +28,14 @@ def start(words: list[str], folder: Path, **environment: str) -> subprocess.Pope
         text=True,
         cwd=folder,
         env=variables,
+        preexec_fn=_answer_signals if os.name == "posix" else None,  # no threads hold locks that it needs
     )
+
+
+def _answer_signals() -> None:
+    """Take back that signals are ignored: a shell starts background jobs so, nohup too, and every child inherits it."""
+    for name in ("SIGINT", "SIGHUP"):
+        signal.signal(getattr(signal, name), signal.SIG_DFL)
 
 
 def finished(words: list[str], folder: Path, **environment: str) -> tuple[int, str]:
@@ -33,6 +43,19 @@ def finished(words: list[str], folder: Path, **environment: str) -> tuple[int, s
     process = start(words, folder, **environment)
     output, _ = process.communicate(timeout=SECONDS)
     return process.returncode, output
+
+
+def refused(words: list[str], capsys: pytest.CaptureFixture[str], main: Callable[[list[str]], int]) -> str:
+    """Run a command in this process and return its message.
+
+    Raises:
+        AssertionError: it does not end with exit code 2, or prints a traceback.
+    """
+    capsys.readouterr()
+    assert main(words) == 2
+    told = capsys.readouterr().err
+    assert "Traceback" not in told
+    return told
 
 
 def wait_until(holds: Callable[[], bool], process: subprocess.Popen[str]) -> None:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import pickle
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from lowvram_chat import chat, cli, merge, sft
 from lowvram_chat.training import checkpoints
+from tests.faults.processes import refused
 from tests.runs import Bench
 
 SETTINGS = {"train__save_steps": 4, "train__max_steps": 8, "train__save_total_limit": 9}
@@ -36,15 +36,6 @@ def payload(tmp_path: Path) -> tuple[bytes, Path]:
     pickle.loads(data)  # it does what it says
     proof.unlink()
     return data, proof
-
-
-def refused(words: list[str], capsys: pytest.CaptureFixture[str], main: Callable[[list[str]], int]) -> str:
-    """Return the message of a command that ends with exit code 2."""
-    capsys.readouterr()
-    assert main(words) == 2
-    told = capsys.readouterr().err
-    assert "Traceback" not in told
-    return told
 
 
 def test_pickled_weights_are_refused(

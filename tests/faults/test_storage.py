@@ -17,6 +17,7 @@ from lowvram_chat import api, files, merge, sft
 from lowvram_chat.errors import UsageError
 from lowvram_chat.training import run_dir
 from lowvram_chat.training.run_dir import RunDir
+from tests.faults.processes import refused
 from tests.integration.test_resume import weights
 from tests.runs import Bench, curve
 from tests.samples import ROOT
@@ -56,20 +57,11 @@ def fill(disk: Path, left: int) -> Path:
     return file
 
 
-def refused(words: list[str], capsys: pytest.CaptureFixture[str], main: Callable[[list[str]], int] = sft.main) -> str:
-    """Return the message of a command that ends with exit code 2."""
-    capsys.readouterr()
-    assert main(words) == 2
-    told = capsys.readouterr().err
-    assert "Traceback" not in told
-    return told
-
-
 def test_a_run_does_not_start_on_a_disk_that_is_too_small_for_it(
     small: Path, bench: Bench, capsys: pytest.CaptureFixture[str]
 ) -> None:
     filler = fill(small, 4 * MIB)
-    told = refused([str(bench.file("r", output__dir=str(small / "r")))], capsys)
+    told = refused([str(bench.file("r", output__dir=str(small / "r")))], capsys, sft.main)
     assert "MiB are free. Free space" in told
     assert [*small.iterdir()] == [filler]
 
@@ -91,7 +83,7 @@ def test_a_disk_that_is_full_at_a_checkpoint_keeps_the_last_one(
                 "disk_usage",
                 lambda path: type(real(path))(1 << 40, 0, 1 << 40),
             )
-        told = refused([str(recipe)], capsys)
+        told = refused([str(recipe)], capsys, sft.main)
     assert "No space left on device. Free space" in told if when.startswith("while") else "Free at least" in told
     assert f"--resume continues from {small / 'r' / 'checkpoints' / 'checkpoint-4'}" in told
     assert [path.name for path in (small / "r" / "checkpoints").iterdir()] == ["checkpoint-4"]
@@ -111,7 +103,7 @@ def test_a_disk_that_is_full_at_the_final_model_leaves_the_earlier_one(
     (small / "r" / "result.json").unlink()
     filler = fill(small, MIB)
     monkeypatch.setattr("lowvram_chat.training.save_check._check_space", lambda *_: None)
-    told = refused([str(recipe), "--resume"], capsys)
+    told = refused([str(recipe), "--resume"], capsys, sft.main)
     assert "No space left on device" in told
     assert all(torch.equal(weights(small / "r")[key], value) for key, value in before.items())
     filler.unlink()
@@ -130,7 +122,7 @@ def test_a_read_only_disk_is_one_message(tmp_path: Path, bench: Bench, capsys: p
     if not mounted(tmp_path / "fixed", "size=1m,ro"):
         pytest.skip("needs the right to mount a file system (root on Linux)")
     try:
-        told = refused([str(bench.file("r", output__dir=str(tmp_path / "fixed" / "r")))], capsys)
+        told = refused([str(bench.file("r", output__dir=str(tmp_path / "fixed" / "r")))], capsys, sft.main)
         assert "Read-only file system" in told
         run = bench.run("a", adapter={})
         assert "read-only" in refused([str(run), "--out", str(tmp_path / "fixed" / "m")], capsys, merge.main).lower()
