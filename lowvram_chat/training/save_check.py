@@ -14,7 +14,7 @@ from lowvram_chat.files import delete_unfinished, discard
 from lowvram_chat.model.saved_form import save_tokenizer
 from lowvram_chat.recipe.optimizers import OPTIMIZERS
 from lowvram_chat.training.model_setup import BuiltModel, save_adapter_of, save_without_weights
-from lowvram_chat.training.run_dir import REHEARSAL
+from lowvram_chat.training.new_run import REHEARSAL
 from lowvram_chat.units import format_mib
 
 if TYPE_CHECKING:

@@ -37,9 +37,10 @@ from lowvram_chat.training.finite import FiniteGuard
 from lowvram_chat.training.halving import CHECKS, EVALUATION, LOADING, SAVING
 from lowvram_chat.training.metrics_file import drop_later_lines, last_loss
 from lowvram_chat.training.model_setup import build_checked_model, save_model
+from lowvram_chat.training.new_run import created
 from lowvram_chat.training.preflight import check_before_training, try_longest_batch
 from lowvram_chat.training.resume import log_changes
-from lowvram_chat.training.run_dir import RunDir, created, is_main_process
+from lowvram_chat.training.run_dir import RunDir, is_main_process
 from lowvram_chat.training.samples import SampleGenerator, take_samples
 from lowvram_chat.training.trackers import check_trackers
 

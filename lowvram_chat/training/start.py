@@ -10,8 +10,9 @@ from typing import Any
 from lowvram_chat.errors import UsageError
 from lowvram_chat.locks import owned
 from lowvram_chat.recipe.schema import Recipe
+from lowvram_chat.training.new_run import check_new, check_sources_outside
 from lowvram_chat.training.resume import changed_settings, check_resumed, is_same
-from lowvram_chat.training.run_dir import RunDir, check_new, check_sources_outside, is_main_process, read_result
+from lowvram_chat.training.run_dir import RunDir, is_main_process, read_result
 from lowvram_chat.units import count
 
 log = logging.getLogger(__name__)

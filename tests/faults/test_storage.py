@@ -15,7 +15,7 @@ import torch
 
 from lowvram_chat import api, files, merge, sft
 from lowvram_chat.errors import UsageError
-from lowvram_chat.training import run_dir
+from lowvram_chat.training import new_run
 from lowvram_chat.training.run_dir import RunDir
 from tests.faults.processes import refused
 from tests.integration.test_resume import weights
@@ -157,23 +157,23 @@ DEATHS = {
     "before its folder is made": ("Path.mkdir", None),
     "before its mark is written": ("Path.touch", None),
     "while it is checked": (None, "checkpoints"),
-    "while it is described": ("run_dir.write_json", "checkpoints"),
+    "while it is described": ("new_run.write_json", "checkpoints"),
     "before its mark is removed": ("Path.unlink", "checkpoints"),
-    "while the earlier run is deleted": ("run_dir.discard", "checkpoints"),
+    "while the earlier run is deleted": ("new_run.discard", "checkpoints"),
 }
 DIE = """
 import os, sys
 from pathlib import Path
 from lowvram_chat.recipe.yaml_file import load_recipe
 from lowvram_chat.errors import UsageError
-from lowvram_chat.training import run_dir
+from lowvram_chat.training import new_run
 recipe, where, content = load_recipe(sys.argv[1]), sys.argv[2], sys.argv[3]
 def die(*_, **__):
     os._exit(9)
 if where:
     owner, name = where.split(".")
-    setattr({"Path": Path, "run_dir": run_dir}[owner], name, die)
-with run_dir.created(recipe, resume=False) as run:
+    setattr({"Path": Path, "new_run": new_run}[owner], name, die)
+with new_run.created(recipe, resume=False) as run:
     if content:
         os.mkdir(run.path / content)
     if not where:
@@ -202,7 +202,7 @@ def test_a_start_that_dies_leaves_a_folder_that_can_be_used(moment: str, earlier
     )
     assert died.returncode == 9, died.stderr
 
-    run_dir.check_new(run, overwrite=True, resume=False)
+    new_run.check_new(run, overwrite=True, resume=False)
     if earlier and not moment.endswith("deleted"):
         assert (run / "mine.txt").read_text() == "earlier"
     assert not [path.name for path in bench.folder.iterdir() if path.name.startswith(".")]
