@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,16 @@ def test_a_signal_ends_a_run_after_a_checkpoint(name: str, whole: Path, bench: B
     assert finished(["sft", str(bench.folder / "r.yaml"), "--resume"], bench.folder)[0] == 0
     assert curve(run) == curve(whole)
     assert all(torch.equal(weights(run)[key], value) for key, value in weights(whole).items())
+
+
+@pytest.fixture(autouse=True)
+def signals_count() -> Iterator[None]:
+    """Answer signals in this process too: where the tests run as a shell's background job, SIGINT is ignored."""
+    before = {number: signal.getsignal(number) for number in stopping.SIGNALS}
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 def test_a_second_signal_ends_it_at_once(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
